@@ -1,0 +1,96 @@
+"""Singular stochastic sampling: an anchor by ODE, groups that branch off it, completed at every granularity."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from g2rpo_ray.algo.kernels import ode_step
+from g2rpo_ray.algo.schedule import completion_path
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x [N, ...], sigma [N]) -> velocity [N, ...]; every call costs N evaluations."""
+
+
+@dataclass(frozen=True, slots=True)
+class BranchPlan:
+    """What a rollout of one prompt evaluates, and what that costs."""
+
+    steps: int
+    branch_steps: tuple[int, ...]
+    strides: tuple[int, ...]
+    layout: str
+    group_size: int
+
+    def paths(self, branch_step: int) -> list[list[int]]:
+        """The completion path of each granularity, J lists of schedule indices."""
+        return [completion_path(branch_step, self.steps, stride, self.layout) for stride in self.strides]
+
+    def branch_evaluations(self, branch_step: int) -> int:
+        """Evaluations of one member at one branch step, the first one after the branch shared by all granularities."""
+        lengths = [len(path) - 1 for path in self.paths(branch_step)]
+        return sum(lengths) - (len(lengths) - 1) if lengths[0] else 0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of one prompt: T + G Σ_i (Σ_j |path_ij| − 1 − (J − 1)), the fewest there can be."""
+        return self.steps + self.group_size * sum(map(self.branch_evaluations, self.branch_steps))
+
+    @property
+    def naive_evaluations(self) -> int:
+        """The same one branch at a time with nothing shared, not even the branch's own velocity."""
+        lengths = [len(path) - 1 for step in self.branch_steps for path in self.paths(step)]
+        return self.steps + self.group_size * (sum(lengths) + len(self.branch_steps))
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorTrajectory:
+    """The deterministic trajectory at the branch steps, and where it ends."""
+
+    latents: Tensor  # [M, N, ...]
+    velocities: Tensor  # [M, N, ...]
+    final: Tensor  # [N, ...], the latent at sigma 0
+
+
+def run_anchor(velocity: Velocity, x: Tensor, sigmas: Tensor, branch_steps: Sequence[int] = ()) -> AnchorTrajectory:
+    """Integrate the ODE from x [N, ...] at σ_0 to σ_T in T evaluations a row, keeping what the branches start from."""
+    latents, velocities = [], []
+    for index in range(len(sigmas) - 1):
+        v = velocity(x, sigmas[index].to(x).expand(len(x)))
+        if index in branch_steps:
+            latents.append(x)
+            velocities.append(v)
+        x = ode_step(x, v, sigmas[index], sigmas[index + 1])
+    if not latents:
+        nothing = x.new_empty(0, *x.shape)
+        return AnchorTrajectory(nothing, nothing, x)
+    return AnchorTrajectory(torch.stack(latents), torch.stack(velocities), x)
+
+
+def complete(velocity: Velocity, x: Tensor, paths: Sequence[Sequence[int]], sigmas: Tensor, micro_batch: int) -> Tensor:
+    """Complete G members [G, ...], all at the same schedule index, by ODE along each of J paths: [J, G, ...].
+
+    Every velocity is evaluated once, the first one for all paths together. A batch takes the `micro_batch`
+    trajectories with most evaluations to go, whatever their sigma, so that batches stay full until the end; which
+    trajectories meet in a batch follows from the arguments alone.
+    """
+    if len(paths[0]) == 1:  # the branch ended at the image
+        return x.expand(len(paths), *x.shape).clone()
+    grid = sigmas.to(x)
+    first = torch.cat([velocity(part, grid[paths[0][0]].expand(len(part))) for part in x.split(micro_batch)])
+    rows = [path for path in paths for _ in range(len(x))]  # row r is member r % G at granularity r // G
+    start, after = [row[0] for row in rows], [row[1] for row in rows]
+    state = ode_step(x.repeat(len(paths), *[1] * (x.ndim - 1)), first.repeat(len(paths), *[1] * (x.ndim - 1)),
+                     grid[start], grid[after])  # fmt: skip
+    position = [1] * len(rows)
+    while True:
+        to_go = [len(row) - 1 - at for row, at in zip(rows, position, strict=True)]
+        batch = sorted((r for r in range(len(rows)) if to_go[r]), key=lambda r: (-to_go[r], r))[:micro_batch]
+        if not batch:
+            return state.view(len(paths), *x.shape)
+        now = grid[[rows[r][position[r]] for r in batch]]
+        then = grid[[rows[r][position[r] + 1] for r in batch]]
+        state[batch] = ode_step(state[batch], velocity(state[batch], now), now, then)
+        for r in batch:
+            position[r] += 1

@@ -1,0 +1,124 @@
+"""The records that cross a boundary between processes.
+
+Legend of shapes: P prompts, M branch steps, G members of a group (G' those of one unit), J granularities, R rewards;
+L latent tokens and D channels of a packed latent; S text tokens; H, W pixels. Arrays are numpy, so that Ray's object
+store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbedding:
+    """What the text encoders made of one prompt. bfloat16 has no numpy type: it is stored as its int16 bits."""
+
+    prompt: str
+    pooled: NDArray[Any]  # [D_pooled]
+    sequence: NDArray[Any]  # [S, D_text]
+    dtype: str  # "float32", "bfloat16" or "float16": what the bits mean
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorUnit:
+    """One prompt's deterministic trajectory: T evaluations."""
+
+    iteration: int
+    slot: int  # place of the prompt in its iteration, 0..P-1
+    prompt: str
+
+    @property
+    def name(self) -> str:
+        return f"anchor/{self.iteration}/{self.slot}"
+
+
+@dataclass(frozen=True, slots=True)
+class BranchUnit:
+    """Members [first_member, first_member + members) of the group that branches off one anchor at one step."""
+
+    iteration: int
+    slot: int
+    prompt: str
+    branch_step: int
+    first_member: int
+    members: int
+
+    @property
+    def name(self) -> str:
+        return f"branch/{self.iteration}/{self.slot}/{self.branch_step}/{self.first_member}"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleUnit:
+    """Deterministic samples of one prompt, one for each seed: what held-out evaluation looks at."""
+
+    prompt: str
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"sample/{self.prompt}/{self.seeds[0]}"
+
+
+Unit = AnchorUnit | BranchUnit | SampleUnit
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The anchor trajectory at the branch steps, in the order of `sampler.branch_steps`."""
+
+    latents: FloatArray  # [M, L, D]
+    velocities: FloatArray  # [M, L, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """The stochastic transitions of one branch unit, under the policy that sampled them."""
+
+    next_latents: FloatArray  # [G', L, D]
+    log_prob: FloatArray  # [G'], nats, mean over latent dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What the driver learns of a finished unit; small, where the tensors are not."""
+
+    unit: str
+    actor: str
+    weights_version: int
+    evaluations: int
+    images: int
+    seconds: float
+    fetch_seconds: float  # of which spent to fetch and verify new weights
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsManifest:
+    """What a receiver of LoRA weights must find: anything else and it refuses to work."""
+
+    version: int
+    tensors: int
+    bytes: int
+    checksum: str  # SHA-256 over names, shapes, dtypes and bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRollout:
+    """Everything the learner needs of one prompt: M branch steps of G members each.
+
+    On its way through the driver `embedding`, `anchor` and the entries of `branches` are object references; the
+    learner rank that receives the record fetches them. `branches[m]` are the units of branch step m, in member order.
+    """
+
+    slot: int
+    prompt: str
+    rewards: FloatArray  # [R, M, J, G], NaN where a score is missing
+    embedding: Any  # PromptEmbedding
+    anchor: Any  # Anchor
+    branches: tuple[tuple[Any, ...], ...]  # M tuples of Branches
