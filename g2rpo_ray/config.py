@@ -22,6 +22,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def ray_options(resources: Resources) -> dict[str, Any]:
+    """Resources as options of a Ray actor or task, where CPU and GPU have names of their own."""
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": custom}
+
+
 class ModelConfig(Section):
     path: str
     """Diffusers FLUX pipeline: a directory, a hub id, or `embedded:pipeline`."""
@@ -34,7 +40,7 @@ class ModelConfig(Section):
     width: int = Field(720, gt=0)
     guidance_scale: float = Field(3.5, ge=0)
     """Distilled guidance, an input of guidance-distilled models."""
-    max_sequence_length: int = Field(512, gt=0)
+    max_sequence_length: int = Field(512, gt=0, le=512)
     """T5 tokens a prompt is padded or cut to."""
     attention_backend: str | None = None
     """A diffusers attention backend by name; unset: the default of diffusers."""
@@ -48,6 +54,8 @@ class LoraConfig(Section):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
     """Name endings of the transformer's linear layers that get an adapter, or `all-linear`."""
+    initial: str | None = None
+    """Adapter to start from, as this program or diffusers wrote it: file or folder."""
 
 
 class SamplerConfig(Section):
@@ -94,6 +102,10 @@ class RolloutConfig(Section):
     """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
     members_per_unit: int | None = Field(None, ge=1)
     """Members of a group that one work unit holds; unset: the whole group."""
+    decode_batch: int = Field(1, ge=1)
+    """Most latents in one pass of the VAE, which takes gigabytes an image at 720 px."""
+    max_unscored_units: int = Field(64, ge=1)
+    """Units whose images may wait for their scores; beyond that rollout waits for the reward servers."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one actor; a custom resource pins it to its worker group."""
     max_restarts: int = Field(100, ge=0)

@@ -122,3 +122,24 @@ class PromptRollout:
     embedding: Any  # PromptEmbedding
     anchor: Any  # Anchor
     branches: tuple[tuple[Any, ...], ...]  # M tuples of Branches
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One iteration's rollouts, and what it took to make them."""
+
+    prompts: list[PromptRollout]
+    anchor_scores: dict[str, FloatArray]  # [P] by reward, trained or not: the on-policy evaluation
+    reports: list[UnitReport]
+    seconds: float  # from the first unit to the last score
+    sampling_seconds: float  # from the first unit to the last image
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Deterministic samples of held-out prompts under one weights version."""
+
+    prompts: list[str]
+    scores: dict[str, FloatArray]  # [prompts, seeds] by reward, NaN where missing
+    pictures: list[Images]  # [H, W, 3], the first seed of the first prompts: what a grid shows
+    evaluations: int

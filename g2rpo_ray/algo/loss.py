@@ -40,5 +40,5 @@ def clipped_loss(
 
 
 def reference_kl(mean: Tensor, reference_mean: Tensor, std: float) -> Tensor:
-    """KL of two Gaussian steps of the same std, (μ − μ_ref)² / (2 std²) averaged over all dimensions but the first, [N]."""
+    """KL of two Gaussian steps of one std, [N]: (μ − μ_ref)² / (2 std²) averaged over all dimensions but the first."""
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std**2)

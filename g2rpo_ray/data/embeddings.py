@@ -1,0 +1,123 @@
+"""Prompts' embeddings in Parquet, encoded once and shared between runs of the same model.
+
+Layout: `<directory>/<fingerprint>/part-<unique>.parquet`. A row is one prompt, and a row group of its own, so that
+reading one prompt (4 MB for FLUX) reads nothing else. Columns: prompt (string), dtype (string: what the bits mean),
+pooled and sequence (binary, little-endian), sequence_length (S; D_text follows from the size).
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.files import resolve
+from g2rpo_ray.types import PromptEmbedding
+
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+STORED_AS: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<i2"),
+    "float16": np.dtype("<f2"),
+}
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.string(),
+        "dtype": pa.string(),
+        "pooled": pa.binary(),
+        "sequence": pa.binary(),
+        "sequence_length": pa.int32(),
+    }
+)
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """SHA-256 of all that decides an embedding: encoders, tokenizers, dtype, length.
+
+    A local pipeline counts by the content of its files, so that it may move and may not change; one on the hub by its
+    id and revision.
+    """
+    digest = hashlib.sha256(f"{config.dtype}\0{config.max_sequence_length}\0".encode())
+    root = Path(resolve(config.path))
+    if not root.is_dir():
+        digest.update(f"{config.path}\0{config.revision}".encode())
+        return digest.hexdigest()
+    for file in sorted(file for folder in ENCODER_FOLDERS for file in (root / folder).rglob("*") if file.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(root).as_posix()}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+class EmbeddingStore:
+    """The embeddings under one fingerprint. Sees what was there when it was opened, and what it adds itself.
+
+    Any number of processes may add at once: parts have unique names, and of a prompt in two of them either will do.
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: str) -> None:
+        self._folder = Path(directory).expanduser() / fingerprint
+        self._places: dict[str, tuple[Path, int]] = {}  # prompt -> file, row
+        for file in sorted(self._folder.glob("part-*.parquet")):
+            self._note(file, _open(file).read(columns=["prompt"])["prompt"].to_pylist())
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those of `prompts` that are not stored, in order, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._places]
+
+    def add(self, embeddings: list[PromptEmbedding]) -> None:
+        """Store embeddings in a part of their own, which is there whole or, after a kill, not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"part-{uuid.uuid4().hex}.parquet"
+        aside = file.with_suffix(".tmp")
+        table = pa.Table.from_pylist([_to_row(embedding) for embedding in embeddings], schema=SCHEMA)
+        with aside.open("wb") as stream:
+            # neither compression nor a dictionary: the bits of a network's output repeat too little
+            pq.write_table(table, stream, row_group_size=1, compression="none", use_dictionary=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+        self._note(file, [embedding.prompt for embedding in embeddings])
+
+    def get(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+        """The embeddings of prompts that are stored, bit for bit as they were added."""
+        return [_from_row(_open(file).read_row_group(row)) for file, row in (self._places[p] for p in prompts)]
+
+    def _note(self, file: Path, prompts: Sequence[str]) -> None:
+        self._places.update({prompt: (file, row) for row, prompt in enumerate(prompts)})
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"data.embeddings: cannot read {file}; delete it to encode its prompts anew ({reason})"
+        ) from None
+
+
+def _to_row(embedding: PromptEmbedding) -> dict[str, Any]:
+    stored_as = STORED_AS[embedding.dtype]
+    return {
+        "prompt": embedding.prompt,
+        "dtype": embedding.dtype,
+        "pooled": embedding.pooled.astype(stored_as, casting="equiv").tobytes(),
+        "sequence": embedding.sequence.astype(stored_as, casting="equiv").tobytes(),
+        "sequence_length": len(embedding.sequence),
+    }
+
+
+def _from_row(table: pa.Table) -> PromptEmbedding:
+    (row,) = table.to_pylist()
+    stored_as = STORED_AS[row["dtype"]]
+    pooled: NDArray[Any] = np.frombuffer(row["pooled"], stored_as)
+    sequence: NDArray[Any] = np.frombuffer(row["sequence"], stored_as).reshape(row["sequence_length"], -1)
+    return PromptEmbedding(row["prompt"], pooled, sequence, row["dtype"])

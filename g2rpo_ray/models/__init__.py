@@ -1,0 +1,34 @@
+"""Diffusers pipelines as flow models, and the LoRA that is trained on them. No Ray here."""
+
+from g2rpo_ray.models.flux import Conditioning, FluxModel
+from g2rpo_ray.models.lora import (
+    WeightsMismatch,
+    add_lora,
+    check_lora,
+    describe,
+    export_lora,
+    load_lora,
+    lora_disabled,
+    lora_parameters,
+    lora_shapes,
+    lora_state,
+    read_lora,
+    verify,
+)
+
+__all__ = [
+    "Conditioning",
+    "FluxModel",
+    "WeightsMismatch",
+    "add_lora",
+    "check_lora",
+    "describe",
+    "export_lora",
+    "load_lora",
+    "lora_disabled",
+    "lora_parameters",
+    "lora_shapes",
+    "lora_state",
+    "read_lora",
+    "verify",
+]

@@ -1,0 +1,92 @@
+"""Settings: what is read, what is refused, and that the refusal names the key, the value and what is allowed."""
+
+import pytest
+from pydantic import ValidationError
+
+from g2rpo_ray.config import dump_config, load_config
+
+
+def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the_same():
+    assert load_config() == load_config("configs/quickstart.yaml")
+    assert load_config().model.path == "embedded:pipeline"
+
+
+def test_overrides_are_yaml_values_at_dotted_keys():
+    config = load_config(None, ["sampler.strides=[1, 3]", "rewards.preference.weight=0.5", "name=other"])
+    assert config.sampler.strides == (1, 3)
+    assert config.rewards["preference"].weight == 0.5
+    assert config.name == "other"
+
+
+def test_a_file_extends_another_and_gives_only_what_differs(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: embedded:config.yaml\nsampler: {eta: 0.5}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nsampler: {group_size: 4}\n")
+    config = load_config(str(tmp_path / "child.yaml"))
+    assert (config.sampler.eta, config.sampler.group_size) == (0.5, 4)
+    assert config.sampler.steps == load_config().sampler.steps
+
+
+def test_a_dumped_configuration_reads_back_the_same(tmp_path):
+    config = load_config(None, ["sampler.shift=dynamic"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_nothing_changes_after_loading():
+    config = load_config()
+    with pytest.raises(ValidationError):
+        config.sampler.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sampler.stpes=3", ["sampler.stpes: unknown key", "did you mean steps?"]),
+        ("nonsense=3", ["nonsense: unknown key", "allowed are name, output"]),
+        ("rewards.preference.wieght=3", ["rewards.preference.wieght", "did you mean weight?"]),
+        ("sampler.steps=many", ["sampler.steps: 'many' given", "integer"]),
+        ("sampler.steps=0", ["sampler.steps: 0 given", "greater than 0"]),
+        ("sampler.strides=[0, 1]", ["sampler.strides: [0, 1] given", "from 1 up"]),
+        ("sampler.branch_steps=[8, 10]", ["sampler.branch_steps: [8, 10] given", "0..9", "steps=10"]),
+        ("sampler.branch_steps=[2, 1]", ["sampler.branch_steps", "ascending"]),
+        ("sampler.kernel=sde", ["sampler.kernel: 'sde' given", "'flow', 'dance' or 'cps'"]),
+        ("sampler.shift=0.0", ["sampler.shift", "positive"]),
+        ("name=../elsewhere", ["name: '../elsewhere' given"]),
+        ("model.path.x=1", ["model.path.x", "path is not a section"]),
+        ("learner.zero_stage=4", ["learner.zero_stage: 4 given", "1, 2 or 3"]),
+        ("just words", ["--set: 'just words' given", "section.key=value"]),
+        ("seed=[", ["--set seed", "not a YAML value"]),
+    ],
+)
+def test_a_refusal_is_one_line_that_names_key_value_and_what_is_allowed(override, parts):
+    with pytest.raises(ValueError, match=r".") as refusal:
+        load_config(None, [override])
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "cannot read"),
+        ("a: [", "is not YAML"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("extends: 3\n", "must be the name of a file"),
+        ("name: x\n", "model: missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, part):
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=part) as refusal:
+        load_config(str(path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_reward_has_one_role():
+    override = "eval_rewards.preference={kind: colour_accuracy}"
+    with pytest.raises(ValueError, match="eval_rewards: preference is in `rewards` too"):
+        load_config(None, [override])
