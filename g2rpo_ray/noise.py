@@ -1,0 +1,15 @@
+"""Random numbers that depend on what they are for, and on nothing else."""
+
+import hashlib
+
+import torch
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded by the key, e.g. ("branch", run seed, iteration, slot, branch step, member).
+
+    The same key gives the same numbers on every machine, whoever asks and in whatever order, so that a work unit can be
+    computed by any actor, or twice, with one result.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

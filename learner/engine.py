@@ -1,0 +1,326 @@
+"""One DeepSpeed rank: advantages, forward, loss, backward, optimizer step, checkpoint. No Ray.
+
+    shard of prompts ─► advantages [M, G] ─┐
+    anchor's x_i ─► one velocity for all G members ─► log-probs ─► clipped loss ─► backward ─► AdamW under ZeRO
+
+DeepSpeed runs in its float32 mode on a module of mixed dtypes: the base model is frozen in its own dtype, and the LoRA
+is float32, so that it is its own master copy and a learning rate of 1e-6 is not lost in rounding.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from g2rpo_ray.algo import (
+    clipped_loss,
+    complete_members,
+    integrate_advantages,
+    reference_kl,
+    transition,
+)
+from g2rpo_ray.config import Config, LearnerConfig
+from g2rpo_ray.files import resolve
+from g2rpo_ray.models import FluxModel, add_lora, export_lora, load_lora, lora_disabled, lora_parameters, read_lora
+from g2rpo_ray.sampler import sigma_grid
+from g2rpo_ray.types import FloatArray, PromptRollout
+from learner.batch import BatchShape, RankMetrics, add_advantages
+
+CHECKPOINT = "learner.safetensors"
+FORMAT = "g2rpo_ray.learner/1"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_BUCKET = 50_000_000  # gradient elements reduced at once; DeepSpeed's own default reserves 2 GB for them
+
+
+@dataclass(frozen=True, slots=True)
+class _BranchState:
+    """One prompt at one branch step: what a velocity is evaluated at, and the members that it serves."""
+
+    rollout: PromptRollout
+    step: int  # m, place in sampler.branch_steps
+    advantage: Tensor  # [G]
+    valid: Tensor  # [G] bool
+
+
+@dataclass(frozen=True, slots=True)
+class _OptimizerStep:
+    """The states whose gradients one optimizer step sums up, and how many members they have over all ranks."""
+
+    states: list[_BranchState]
+    members: int
+
+
+class LearnerEngine:
+    """The LoRA, its optimizer, and one rank's part of an update.
+
+    Every rank makes the same calls in the same order: each of them may be a collective.
+    """
+
+    def __init__(self, config: Config, rank: int, world_size: int, checkpoint: str | Path | None = None) -> None:
+        """MASTER_ADDR, MASTER_PORT, LOCAL_RANK and (on the CPU) DS_ACCELERATOR=cpu are in the environment already.
+
+        Args:
+            checkpoint: directory of a checkpoint to go on from; else the LoRA starts from `lora.initial`, or anew.
+
+        Raises:
+            ValueError: the model cannot be loaded, or there is no checkpoint or adapter of this LoRA.
+        """
+        torch.set_num_threads(config.learner.threads)
+        self._config, self._learner, self._rank, self._ranks = config, config.learner, rank, world_size
+        self._device = config.learner.device
+        _join_process_group(self._device, rank, world_size)
+        self._model = FluxModel.load(config.model, self._device, transformer=True)
+        transformer = self._model.transformer
+        add_lora(transformer, config.lora, config.seed)
+        if self._learner.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self._lora = lora_parameters(transformer)
+        # the LoRA is put in before ZeRO takes the parameters apart, the moments into what ZeRO has made
+        saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint) / CHECKPOINT, self._lora)
+        if saved is not None:
+            load_lora(transformer, {name: tensor.numpy() for name, tensor in saved["lora"].items()})
+        elif config.lora.initial is not None:
+            load_lora(transformer, read_lora(resolve(config.lora.initial)))
+        self._engine = _initialize(transformer, list(self._lora.values()), self._learner)
+        self._model.transformer = self._engine
+        self.optimizer_steps: int = 0 if saved is None else saved["optimizer_steps"]
+        self._create_moments()
+        if saved is not None:
+            for key in MOMENTS:
+                self._set_moments(key, saved[key])
+        self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
+
+    def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
+        """One iteration's update from this rank's prompts, their embedding, anchor and branches being arrays.
+
+        Raises:
+            RuntimeError: before the first optimizer step, and on all ranks together, if the policy that sampled is not
+                the one that is updated; or if a gradient is not finite.
+        """
+        metrics = RankMetrics()
+        steps = self._plan(shard, batch, metrics)
+        if not steps:
+            raise RuntimeError("learner: no member of any group has all its scores; is a reward failing?")
+        for number, step in enumerate(steps):
+            deviation = self._backward(step, metrics, share=1 / len(steps))
+            metrics.largest(f"actor/ratio_max_dev_step/{number}", deviation)
+            metrics.largest("actor/ratio_max_dev", deviation)
+            if number == 0:
+                metrics.largest("actor/ratio_initial_max_dev", deviation)
+                self._require_on_policy(deviation)
+            self._step(metrics)
+        metrics.largest("actor/lr", self._learner.lr)
+        return metrics
+
+    def lora_state(self) -> dict[str, FloatArray]:
+        """The whole LoRA on every rank, float32 copies on the CPU."""
+        with deepspeed.zero.GatheredParameters(list(self._lora.values())):
+            return {name: p.detach().float().cpu().numpy().copy() for name, p in self._lora.items()}
+
+    def save(self, directory: str | Path) -> None:
+        """Write LoRA, Adam's moments and its step count, whole: any number of ranks and any ZeRO stage can go on.
+
+        Beside them, in `lora/`, the adapter in diffusers' format.
+        """
+        lora = self.lora_state()
+        tensors = {f"lora.{name}": torch.from_numpy(array) for name, array in lora.items()}
+        for key in MOMENTS:
+            for name, parameter in self._lora.items():
+                tensors[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).cpu().contiguous()
+        if self._rank == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            header = json.dumps({"format": FORMAT, "optimizer_steps": self.optimizer_steps})
+            # under one key: safetensors writes several in any order, and equal states should be equal files
+            save_file(tensors, Path(directory) / CHECKPOINT, {"learner": header})
+            export_lora(Path(directory) / "lora", lora, self._config.lora)
+
+    def _plan(self, shard: Sequence[PromptRollout], batch: BatchShape, metrics: RankMetrics) -> list[_OptimizerStep]:
+        """What each optimizer step of the update is made of.
+
+        A branch step without a single scored member has none: momentum and weight decay must not act alone.
+        """
+        weights = [reward.weight for reward in self._config.rewards.values()]
+        states: list[list[_BranchState]] = [[] for _ in batch.members]
+        for rollout in shard:
+            rewards = torch.tensor(rollout.rewards)
+            valid = complete_members(torch.isfinite(rewards))
+            advantage = integrate_advantages(rewards, reward_weights=weights, clip=self._learner.advantage_clip)
+            add_advantages(metrics, rollout, advantage, valid)
+            for m, of_step in enumerate(states):
+                of_step.append(_BranchState(rollout, m, advantage[m].to(self._device), valid[m].to(self._device)))
+        if self._learner.schedule == "accumulate":
+            steps = [_OptimizerStep([state for of_step in states for state in of_step], sum(batch.members))]
+        else:
+            steps = [_OptimizerStep(of_step, members) for of_step, members in zip(states, batch.members, strict=True)]
+        return [step for step in steps if step.members]
+
+    def _backward(self, step: _OptimizerStep, metrics: RankMetrics, share: float) -> float:
+        """Accumulate the gradient of one optimizer step; returns this rank's largest |ratio − 1|."""
+        deviation = 0.0
+        size = self._learner.micro_batch
+        for start in range(0, len(step.states), size):
+            losses, parts = zip(*self._losses(step.states[start : start + size], step.members), strict=True)
+            # DeepSpeed takes the mean over the ranks, of parts that add up
+            self._engine.backward(torch.stack(losses).sum() * self._ranks, scale_wrt_gas=False)
+            for part in parts:
+                deviation = max(deviation, _infinite_if_nan(float(part.pop("ratio_max_dev"))))
+                for name, value in part.items():
+                    metrics.add(f"actor/{name}", float(value) * share)
+        return deviation
+
+    def _losses(self, states: Sequence[_BranchState], members: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """What each state adds to an optimizer step's loss: one velocity a state, whatever the size of its group."""
+        indices = [self._config.sampler.branch_steps[state.step] for state in states]
+        x = torch.stack([torch.tensor(state.rollout.anchor.latents[state.step]) for state in states]).to(self._device)
+        sigma = self._sigmas[indices].to(self._device)
+        conditioning = self._model.condition([state.rollout.embedding for state in states])
+        reference: Sequence[Tensor | None] = [None] * len(states)
+        if self._learner.kl_beta > 0:
+            with torch.no_grad(), lora_disabled(self._engine.module):
+                reference = self._model.velocity(x, sigma, conditioning).split(1)
+        velocity = self._model.velocity(x, sigma, conditioning).split(1)
+        return [
+            self._state_loss(*arguments, members)
+            for arguments in zip(states, indices, x.split(1), velocity, reference, strict=True)
+        ]
+
+    def _state_loss(
+        self, state: _BranchState, index: int, x: Tensor, velocity: Tensor, reference: Tensor | None, members: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the members that branch off x [1, L, D], by its velocity [1, L, D]; metrics over `members`."""
+        branches = state.rollout.branches[state.step]
+        next_x = torch.cat([torch.tensor(branch.next_latents) for branch in branches]).to(self._device)  # [G, L, D]
+        old_log_prob = torch.cat([torch.tensor(branch.log_prob) for branch in branches]).to(self._device)  # [G]
+        sampler = self._config.sampler
+        new = transition(sampler.kernel, x, velocity, self._sigmas, index, sampler.eta, next_x=next_x)
+        assert new.log_prob is not None  # eta > 0, and no branch step without noise: the configuration sees to it
+        loss, metrics = clipped_loss(
+            new.log_prob,
+            old_log_prob,
+            state.advantage,
+            clip_range=self._learner.clip_range,
+            valid=state.valid,
+            denominator=members,
+        )
+        metrics["kl"] = torch.zeros_like(loss)
+        if reference is not None:
+            base = transition(sampler.kernel, x, reference, self._sigmas, index, sampler.eta, next_x=next_x)
+            kl = reference_kl(new.mean, base.mean, new.std)[0] * state.valid.sum() / members
+            loss = loss + self._learner.kl_beta * kl
+            metrics["kl"] = kl.detach()
+        metrics["loss"] = loss.detach()
+        return loss, metrics
+
+    def _require_on_policy(self, deviation: float) -> None:
+        """Stop all ranks together if any of them finds a ratio off 1 before anything was updated."""
+        largest = torch.tensor(deviation, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        tolerance = self._learner.ratio_tolerance
+        if float(largest) > tolerance:
+            raise RuntimeError(
+                f"learner: |ratio - 1| is {float(largest):.3g} before the first optimizer step, above "
+                f"learner.ratio_tolerance={tolerance:.3g}: rollout and learner compute different log-probabilities "
+                "(other weights, dtype, attention backend or hardware); raise the tolerance if rounding explains it"
+            )
+
+    def _step(self, metrics: RankMetrics) -> None:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if not self._engine.was_step_applied() or norm is None or not math.isfinite(norm):
+            raise RuntimeError("learner: the gradient is not finite, no optimizer step was taken")
+        self.optimizer_steps += 1
+        metrics.largest("actor/grad_norm", float(norm))
+
+    def _create_moments(self) -> None:
+        """Give AdamW its state now, not at its first step: a checkpoint can be read into it and written from it."""
+        zero = self._engine.optimizer
+        stage3 = self._learner.zero_stage == 3
+        partitions = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        for number, partition in enumerate(partitions):
+            zero.optimizer.state[partition] = {
+                "step": torch.tensor(float(self.optimizer_steps)),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+            if not stage3:
+                lazy_init_hp_params_optimizer_state(zero.bit16_groups[number], partition, zero.optimizer.state)
+
+    def _set_moments(self, key: str, moments: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._lora.items():
+            if self._learner.zero_stage == 3:  # safe_set_full_... fails where the ranks do not divide the parameter
+                safe_set_local_optimizer_state(parameter, self._partition(moments[name], parameter), key)
+            else:
+                safe_set_full_optimizer_state(parameter, moments[name].to(self._device), key)
+
+    def _partition(self, value: Tensor, parameter: Any) -> Tensor:
+        """This rank's piece of a whole tensor, zeros past its end, as ZeRO-3 cuts it."""
+        size = parameter.partition_numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self._ranks - value.numel()))
+        return padded.narrow(0, size * self._rank, size).to(self._device)
+
+
+def _join_process_group(device: str, rank: int, world_size: int) -> None:
+    if device == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce (50 s, a compiler needed) that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls collectives by names that torch 2.14 warns of, at every call
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    backend = "gloo" if device == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, rank=rank, world_size=world_size)
+
+
+def _initialize(transformer: torch.nn.Module, lora: list[torch.nn.Parameter], learner: LearnerConfig) -> Any:
+    """The DeepSpeed engine: AdamW over the LoRA, its state (ZeRO-1), gradients (2) and all weights (3) partitioned."""
+    optimizer = torch.optim.AdamW(
+        lora, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # required, and without effect: the loss carries its own denominators
+        "managed_gradient_accumulation": False,  # step() is the boundary, however many backward passes came before
+        "gradient_clipping": learner.grad_clip,
+        "zero_optimization": {
+            "stage": learner.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(LARGEST_BUCKET, sum(parameter.numel() for parameter in lora)),
+        },
+    }
+    engine, *_ = deepspeed.initialize(
+        model=transformer, optimizer=optimizer, model_parameters=lora, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def _read_checkpoint(file: Path, lora: Mapping[str, Tensor]) -> dict[str, Any]:
+    """{"optimizer_steps": int, "lora" and each of MOMENTS: {name: tensor}} of a checkpoint of this LoRA."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            header = json.loads((content.metadata() or {}).get("learner", "{}"))
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"checkpoint {file}: cannot be read ({error})") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {file}: not a learner checkpoint of format {FORMAT}")
+    expected = {f"{kind}.{name}": p.shape for kind in ("lora", *MOMENTS) for name, p in lora.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise ValueError(f"checkpoint {file}: of another model or of another lora.rank or lora.targets")
+    parts = {kind: {name: tensors[f"{kind}.{name}"] for name in lora} for kind in ("lora", *MOMENTS)}
+    return {"optimizer_steps": header["optimizer_steps"], **parts}
+
+
+def _infinite_if_nan(value: float) -> float:
+    """max() and an all-reduce of maxima may lose a NaN; infinity they keep."""
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,127 @@
+"""The learner's ranks as Ray actors: rendezvous, fan-out, and one answer from many."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from g2rpo_ray.config import Config, ray_options
+from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
+from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
+
+
+@ray.remote
+class LearnerRank:
+    """The shell of one rank: sets its environment, resolves references, delegates to a `LearnerEngine`."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self._config, self._rank = config, rank
+
+    def endpoint(self) -> tuple[str, int]:
+        """Where the ranks may meet: this node's address and a port that is free now."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]
+
+    def start(self, endpoint: tuple[str, int], checkpoint: str | None) -> None:
+        address, port = endpoint
+        # Ray has made the rank's GPU the only visible one: number 0
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), LOCAL_RANK="0")
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._config.learner.ranks))
+        if self._config.learner.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        from learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
+
+        self._engine = LearnerEngine(self._config, self._rank, self._config.learner.ranks, checkpoint)
+
+    def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
+        return self._engine.update([_fetch(rollout) for rollout in shard], batch)
+
+    def publish(self, version: int) -> tuple[WeightsManifest, dict[str, FloatArray]]:
+        from g2rpo_ray.models import describe
+
+        state = self._engine.lora_state()
+        return describe(state, version), state
+
+    def gather(self) -> None:
+        """Take part in another rank's `publish`: under ZeRO-3 every rank holds a piece of the LoRA."""
+        self._engine.lora_state()
+
+    def save(self, directory: str) -> None:
+        self._engine.save(directory)
+
+
+class LearnerGroup:
+    """All ranks of the learner. A call returns when every rank is done, and raises as soon as one of them fails.
+
+    After a failure the other ranks may wait in a collective for ever: `shutdown` is all that can be asked for then.
+    """
+
+    def __init__(self, config: Config, checkpoint: str | Path | None = None) -> None:
+        """`checkpoint`: directory, seen by every rank, of a checkpoint to go on from."""
+        self._config = config
+        self._checkpoint = None if checkpoint is None else str(checkpoint)
+        self._ranks: list[Any] = []
+
+    async def start(self, timeout: float) -> None:
+        """Start the ranks; returns when each has loaded the model and met the others.
+
+        Raises:
+            TimeoutError: not all did within `timeout` seconds.
+            Exception: what a rank failed with.
+        """
+        learner = self._config.learner
+        actor = LearnerRank.options(max_restarts=0, **ray_options(learner.resources))  # type: ignore[attr-defined]
+        self._ranks = [actor.remote(self._config, rank) for rank in range(learner.ranks)]
+        endpoint = self._ranks[0].endpoint.remote()
+        try:
+            await asyncio.wait_for(_all(rank.start.remote(endpoint, self._checkpoint) for rank in self._ranks), timeout)
+        except TimeoutError:
+            raise TimeoutError(
+                f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
+                "resources that learner.ranks and learner.resources ask for? `ray status` shows what is waiting"
+            ) from None
+
+    async def update(self, rollouts: Sequence[PromptRollout]) -> dict[str, float]:
+        """One iteration's update; the metrics, by name, over all ranks."""
+        shards, batch = spread(rollouts, len(self._ranks)), BatchShape.of(rollouts)
+        parts = await _all(rank.update.remote(shard, batch) for rank, shard in zip(self._ranks, shards, strict=True))
+        return reduce_metrics(parts)
+
+    async def publish(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
+        """The LoRA as one object in the store, and what its receivers must find.
+
+        This process owns the object, as it owns every result of a call it made: it outlives the rank that made it.
+        """
+        first, *others = self._ranks
+        manifest, state = first.publish.options(num_returns=2).remote(version)
+        found, *_ = await _all([manifest, *(rank.gather.remote() for rank in others)])
+        return found, state
+
+    async def save(self, directory: str | Path) -> None:
+        """Write the checkpoint, readable with any number of ranks and any ZeRO stage, from rank 0's node."""
+        await _all(rank.save.remote(str(directory)) for rank in self._ranks)
+
+    def shutdown(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+
+async def _all(refs: Iterable["ray.ObjectRef[Any]"]) -> list[Any]:
+    """What all ranks return. What one fails with is raised at once, though the others may still block."""
+    return await asyncio.gather(*refs)
+
+
+def _fetch(rollout: PromptRollout) -> PromptRollout:
+    """The record with arrays in place of references."""
+    units = [unit for step in rollout.branches for unit in step]
+    embedding, anchor, *fetched = ray.get([rollout.embedding, rollout.anchor, *units])
+    rest = iter(fetched)
+    branches = tuple(tuple(next(rest) for _ in step) for step in rollout.branches)
+    return replace(rollout, embedding=embedding, anchor=anchor, branches=branches)
