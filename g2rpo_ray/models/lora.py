@@ -104,9 +104,7 @@ def load_lora(transformer: nn.Module, state: Mapping[str, FloatArray]) -> None:
 
 def lora_shapes(model: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the LoRA's tensors on this model, from its configuration file alone: no weights are read."""
-    network = FluxTransformer2DModel.load_config(
-        resolve(model.path), subfolder="transformer", revision=model.revision
-    )
+    network = FluxTransformer2DModel.load_config(resolve(model.path), subfolder="transformer", revision=model.revision)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(network)
         add_lora(transformer, config, seed=0)

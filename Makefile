@@ -1,0 +1,29 @@
+# make run: train the embedded default.  make test: all tests.  Both set up .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup run test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	# hpsv2 pins protobuf<4 and pytest==7.2.0, which would hold everything else back; it needs neither.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps hpsv2==1.2.0 clint args
+	touch $@
+
+run: setup
+	$(BIN)/python -m g2rpo_ray.run $(ARGS)
+
+test: setup
+	tests/isolated $(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

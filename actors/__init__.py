@@ -1,0 +1,1 @@
+"""Ray actors: thin shells that construct, delegate, return; and the pools that supervise them."""

@@ -1,0 +1,73 @@
+"""The Ray cluster that a run works on: one that is there, or a private one on this machine."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from g2rpo_ray.config import Config, Resources
+
+OBJECT_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray would take 30 % of the machine's memory
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connect to `address` (or RAY_ADDRESS, as set inside a Ray job), else start Ray here; leave or end it at the end.
+
+    A private cluster gets a token of its own: Ray's ports are open to the network, and who reaches them runs code. Call
+    this before anything imports Ray.
+
+    Raises:
+        ValueError: no cluster answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray  # reads those variables now
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--address: no Ray cluster at {address} ({reason}); start one, or leave it out") from None
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def demands(config: Config) -> list[tuple[str, int, Resources]]:
+    """(key in the configuration, number of actors, resources of each) of all that a run keeps alive at once."""
+    sections = [
+        ("rollout.resources", config.rollout.actors, config.rollout.resources),
+        ("learner.resources", config.learner.ranks, config.learner.resources),
+    ]
+    for section in ("rewards", "eval_rewards"):
+        for name, reward in getattr(config, section).items():
+            sections.append((f"{section}.{name}.resources", reward.replicas, reward.resources))
+    return sections
+
+
+def check_resources(config: Config) -> None:
+    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once."""
+    import ray
+
+    there = ray.cluster_resources()
+    asked = demands(config)
+    encoder = config.data.encoder_resources
+    for resource in sorted({kind for _, _, resources in asked for kind in resources} | set(encoder)):
+        parts = {key: number * resources.get(resource, 0) for key, number, resources in asked}
+        total = max(sum(parts.values()), encoder.get(resource, 0))
+        if total > there.get(resource, 0):
+            wanted = ", ".join(f"{key} {amount:g}" for key, amount in parts.items() if amount)
+            largest = max(parts, key=lambda key: parts[key])
+            raise ValueError(
+                f"{largest}: the run asks for {total:g} {resource} in all ({wanted}); the cluster has "
+                f"{there.get(resource, 0):g}: lower the number of actors or their resources, or add nodes"
+            )

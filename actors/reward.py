@@ -1,0 +1,74 @@
+"""Reward servers: an actor for each replica of each reward model, and the scorer that spreads images over them."""
+
+import logging
+import os
+
+import numpy as np
+import ray
+
+from actors.pool import Counter, Pool
+from g2rpo_ray.config import RewardConfig
+from g2rpo_ray.types import FloatArray, Images
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote
+class RewardActor:
+    """A shell around one reward model."""
+
+    def __init__(self, name: str, config: RewardConfig):
+        import torch
+
+        from g2rpo_ray.rewards import build_reward
+
+        torch.set_num_threads(config.threads)
+        self._batch_size = config.batch_size
+        self._reward = build_reward(config.kind, **config.options)
+
+    def ready(self) -> int:
+        """Process id, once the model is loaded."""
+        return os.getpid()
+
+    def score(self, images: Images, prompt: str) -> FloatArray:
+        """Scores [N] of images [N, H, W, 3] of one unit, NaN where one is missing.
+
+        A forward pass holds images of this unit alone, in chunks of a fixed size: the last bits of a matrix product
+        depend on its batch, and a score must not depend on what else was waiting.
+        """
+        chunks = [images[at : at + self._batch_size] for at in range(0, len(images), self._batch_size)]
+        scores = [self._reward.score(chunk, [prompt] * len(chunk)) for chunk in chunks]
+        for chunk, part in zip(chunks, scores, strict=True):
+            if part.shape != (len(chunk),):
+                raise ValueError(f"{len(chunk)} images gave scores of shape {part.shape}; expected ({len(chunk)},)")
+        return np.concatenate(scores).astype(np.float32)
+
+
+class Scorer:
+    """One reward: its servers, the retries, and the count of what stayed missing."""
+
+    def __init__(self, name: str, config: RewardConfig, pool: Pool):
+        self.name = name
+        self.pool = pool
+        self.missing = Counter()
+        self._retries = config.retries
+
+    async def score(self, images: ray.ObjectRef, count: int, prompt: str) -> FloatArray:
+        """Scores [count]; what failed or is not finite is asked for again, and NaN if it stays so: missing, never 0."""
+        scores = np.full(count, np.nan, dtype=np.float32)
+        for _ in range(1 + self._retries):
+            reason = "not a finite number"
+            try:
+                _, answer = await self.pool.call("score", images, prompt, priority=(0,))
+                scores = np.where(np.isfinite(scores), scores, answer)
+            except ray.exceptions.RayTaskError as error:
+                reason = repr(error.cause)
+            if np.isfinite(scores).all():
+                return scores
+            logger.warning("reward %s: %d scores missing for %r: %s", self.name, _missing(scores), prompt, reason)
+        self.missing.add(_missing(scores))
+        return np.where(np.isfinite(scores), scores, np.float32(np.nan))
+
+
+def _missing(scores: FloatArray) -> int:
+    return int((~np.isfinite(scores)).sum())

@@ -1,0 +1,63 @@
+"""The rollout actor: holds the frozen model and one version of the LoRA, computes work units."""
+
+import os
+import time
+from typing import Any
+
+import ray
+
+from actors.weights import PublishedWeights
+from g2rpo_ray.config import Config
+from g2rpo_ray.types import Anchor, AnchorUnit, BranchUnit, Images, PromptEmbedding, Unit, UnitReport
+
+
+@ray.remote
+class RolloutActor:
+    """A shell around `Sampler`; it computes with the weights version it is told to, or not at all."""
+
+    def __init__(self, name: str, config: Config):
+        import torch
+
+        from g2rpo_ray.sampler import Sampler
+
+        torch.set_num_threads(config.rollout.threads)
+        self._name = name
+        self._sampler = Sampler(config)
+        self._version: int | None = None
+
+    def ready(self) -> int:
+        """Process id, once the model is loaded."""
+        return os.getpid()
+
+    def compute(
+        self, unit: Unit, weights: PublishedWeights, embedding: PromptEmbedding, anchor: Anchor | None = None
+    ) -> tuple[Any, Images, UnitReport]:
+        """What the unit leaves for the learner (None for a sample), its images, and the report for the driver."""
+        start = time.perf_counter()
+        self._use(weights)
+        fetched = time.perf_counter()
+        before = self._sampler.evaluations
+        result: Any
+        if isinstance(unit, AnchorUnit):
+            result, images = self._sampler.anchor(unit, embedding)
+        elif isinstance(unit, BranchUnit):
+            assert anchor is not None
+            result, images = self._sampler.branch(unit, embedding, anchor)
+        else:
+            result, images = None, self._sampler.sample(unit, embedding)
+        report = UnitReport(
+            unit=unit.name,
+            actor=self._name,
+            weights_version=weights.manifest.version,
+            evaluations=self._sampler.evaluations - before,
+            images=len(images),
+            seconds=time.perf_counter() - fetched,
+            fetch_seconds=fetched - start,
+        )
+        return result, images, report
+
+    def _use(self, weights: PublishedWeights) -> None:
+        if weights.manifest.version != self._version:
+            self._version = None  # a failed fetch leaves no version to work with
+            self._sampler.load_weights(weights.fetch())
+            self._version = weights.manifest.version

@@ -1,0 +1,138 @@
+"""The run directory: configuration, metrics, pictures, held-out scores and the summary of a run."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+
+from g2rpo_ray.checkpoint import replace_text
+from g2rpo_ray.config import Config, dump_config
+from g2rpo_ray.heldout import compare_all, picture_grid, table
+from g2rpo_ray.tracking import Metrics, Sink, Tracker, read_lines, to_json
+from g2rpo_ray.types import FloatArray, Images, Rollout, Samples
+
+
+class Journal:
+    """Writes down what happens in a run, iteration by iteration; a run that goes on finds what it had written."""
+
+    def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = ()):
+        self._config, self._run = config, run
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        replace_text(run / "config.yaml", dump_config(config))
+        self._tracker = Tracker(config, run, done, sinks)
+        self._means: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._tracker.close()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time inside as `timing_s/<phase>` of the next line."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def say(self, line: str) -> None:
+        self._tracker.say(line)
+
+    def heldout(self, done: int, samples: Samples) -> None:
+        """Keep the scores after `done` iterations and draw the pictures; the means go into that iteration's line."""
+        record = {"prompts": samples.prompts, "scores": {name: s.tolist() for name, s in samples.scores.items()}}
+        if samples.pictures:
+            base = self._base_pictures(done, samples.pictures)
+            columns = {"base": base, f"iteration {done}": samples.pictures}
+            picture_grid(self._run / "samples" / f"{done:06d}.png", samples.prompts, columns)
+        replace_text(scores_file(self._run, done), to_json(record) + "\n")
+        self._means = {f"heldout/{name}/mean": mean_of_present(scores) for name, scores in samples.scores.items()}
+        if done == 0:
+            self._write(0, {})
+
+    def iteration(self, done: int, rollout: Rollout, update: Metrics, counts: Metrics) -> None:
+        """Write the line of iteration number `done`, counted from 1."""
+        metrics = rollout_metrics(rollout, list(self._config.rewards))
+        reward = {"timing_s/reward": rollout.seconds - rollout.sampling_seconds}
+        self._write(done, {**metrics, **update, **counts, **reward})
+        self._tracker.advance({name: metrics[f"reward/{name}/mean"] for name in self._config.rewards})
+
+    def _write(self, done: int, metrics: Metrics) -> None:
+        seconds = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
+        step = {"timing_s/step": time.perf_counter() - self._start}
+        self._tracker.log(done, {**metrics, **self._means, **step, **seconds})
+        self._means, self._seconds, self._start = {}, {}, time.perf_counter()
+
+    def _base_pictures(self, done: int, pictures: Sequence[Images]) -> Sequence[Images]:
+        """The base model's pictures, kept as one column in a PNG so that a run that goes on has them."""
+        path = self._run / "samples" / "base.png"
+        if done == 0:
+            Image.fromarray(np.concatenate(pictures)).save(path)
+        return np.split(np.array(Image.open(path)), len(pictures))
+
+
+def scores_file(run: Path, done: int) -> Path:
+    return run / "samples" / f"{done:06d}.json"
+
+
+def is_finished(config: Config, run: Path, done: int) -> bool:
+    """Whether a run with `done` iterations behind it has nothing left to do."""
+    return done >= config.iterations and scores_file(run, config.iterations).exists()
+
+
+def summarize(config: Config, run: Path) -> str:
+    """Write summary.json of a finished run; the held-out comparison as a table."""
+    lines = read_lines(run / "metrics.jsonl")
+    comparisons = compare_all(_read_scores(run, 0), _read_scores(run, config.iterations))
+    summary = {
+        "iterations": config.iterations,
+        "heldout": comparisons,
+        "evaluations": sum(int(line.get("rollout/evaluations", 0)) for line in lines),
+        "seconds": {
+            phase: sum(line.get(f"timing_s/{phase}", 0.0) for line in lines)
+            for phase in ("step", "rollout", "reward", "update", "broadcast", "evaluation", "checkpoint")
+        },
+        "restarts": sum(int(line.get("rollout/restarts", 0)) for line in lines),
+    }
+    replace_text(run / "summary.json", to_json(summary, indent=2) + "\n")
+    return table(comparisons, list(config.rewards))
+
+
+def _read_scores(run: Path, done: int) -> dict[str, FloatArray]:
+    record = json.loads(scores_file(run, done).read_text())
+    return {name: np.array(scores, dtype=np.float32) for name, scores in record["scores"].items()}
+
+
+def rollout_metrics(rollout: Rollout, trained: Sequence[str]) -> dict[str, float]:
+    """What an iteration's rollouts tell, by the names of the run directory; a missing score is in none of the means."""
+    rewards = np.stack([prompt.rewards for prompt in rollout.prompts])  # [P, R, M, J, G]
+    evaluations = sum(report.evaluations for report in rollout.reports)
+    images = sum(report.images for report in rollout.reports)
+    metrics: dict[str, float] = {
+        "rollout/evaluations": evaluations,
+        "rollout/images": images,
+        "rollout/weights_version": max(report.weights_version for report in rollout.reports),
+        "perf/images_per_s": images / rollout.seconds,
+        "perf/evaluations_per_s": evaluations / rollout.seconds,
+    }
+    for place, name in enumerate(trained):
+        metrics[f"reward/{name}/mean"] = mean_of_present(rewards[:, place])
+        metrics[f"reward/{name}/std"] = float(np.nanstd(rewards[:, place]))
+    for name, scores in rollout.anchor_scores.items():
+        metrics[f"eval/{name}/mean"] = mean_of_present(scores)
+    return metrics
+
+
+def mean_of_present(scores: FloatArray) -> float:
+    """Mean of the scores that are there, NaN where none is."""
+    there = scores[np.isfinite(scores)]
+    return float(there.mean(dtype=np.float64)) if there.size else float("nan")

@@ -1,0 +1,92 @@
+"""What can be found wrong before anything starts: files, model, adapter, checkpoint; and the plan in words."""
+
+from pathlib import Path
+
+from g2rpo_ray.checkpoint import Checkpoint
+from g2rpo_ray.config import Config
+from g2rpo_ray.data import iteration_prompts, read_prompts
+from g2rpo_ray.files import resolve
+from g2rpo_ray.sampler import branch_plan
+
+MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
+def prompts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(training prompts, held-out prompts).
+
+    Raises:
+        ValueError: one line; a file is missing or empty, or too short for an iteration.
+    """
+    train = read_prompts(config.data.train_prompts, "data.train_prompts")
+    heldout = read_prompts(config.data.heldout_prompts, "data.heldout_prompts")
+    iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
+    return train, heldout
+
+
+def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
+    """Check what the configuration names on this machine; what could not be checked here, a line each.
+
+    Raises:
+        ValueError: one line that names the key, what was given and what is expected.
+    """
+    from g2rpo_ray.rewards import check_reward
+
+    prompts_of(config)
+    unchecked = _check_model(config)
+    for section in ("rewards", "eval_rewards"):
+        for name, reward in getattr(config, section).items():
+            unchecked += check_reward(f"{section}.{name}", reward.kind, reward.options)
+    if config.lora.initial or checkpoint:
+        unchecked += _check_adapters(config, checkpoint, model_is_here=not unchecked)
+    return unchecked
+
+
+def _check_model(config: Config) -> list[str]:
+    given, path = config.model.path, Path(resolve(config.model.path))
+    if path.is_dir():
+        for name in MODEL_FILES:
+            if not (path / name).is_file():
+                raise ValueError(f"model.path: {given} has no {name}; expected a FLUX pipeline in diffusers' format")
+        return []
+    if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.exists():
+        return [f"model.path: {given} is taken for a hub id; its files are looked for when the actors start"]
+    raise ValueError(f"model.path: {given} is not a directory; give a diffusers pipeline's, or a hub id like org/name")
+
+
+def _check_adapters(config: Config, checkpoint: Checkpoint | None, model_is_here: bool) -> list[str]:
+    """Compare the adapters that the run would start from with the one that the configuration describes."""
+    if not model_is_here:
+        return ["lora.initial, --resume: not compared with the model, which is not on this machine"]
+    from g2rpo_ray.models import check_lora, lora_shapes, read_lora
+
+    shapes = lora_shapes(config.model, config.lora)
+    for key, path in (("lora.initial", config.lora.initial), ("--resume", checkpoint and checkpoint.path / "lora")):
+        if path:
+            try:
+                check_lora(shapes, read_lora(resolve(str(path))))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    return []
+
+
+def describe_plan(config: Config) -> str:
+    """What an iteration evaluates, in how many units, and what it leaves in memory."""
+    plan, prompts, group = branch_plan(config.sampler), config.data.prompts_per_iteration, config.sampler.group_size
+    members = min(config.rollout.members_per_unit or group, group)
+    units = prompts * len(plan.branch_steps) * -(-group // members)
+    images = len(plan.branch_steps) * len(plan.strides) * group
+    stored = prompts * images * config.model.height * config.model.width * 3
+    return "\n".join(
+        [
+            f"a prompt:      {plan.evaluations} velocity evaluations (one branch at a time: {plan.naive_evaluations}), "
+            f"{images} images to score",
+            f"an iteration:  {prompts} prompts, {prompts} anchor units, {units} branch units of {members} members, "
+            f"{prompts * plan.evaluations} evaluations",
+            f"the run:       {config.iterations} iterations, "
+            f"{config.iterations * prompts * plan.evaluations} evaluations",
+            f"largest unit:  {max(map(plan.branch_evaluations, plan.branch_steps)) * members} evaluations, "
+            f"in batches of at most {config.rollout.micro_batch}",
+            f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
+            f"{config.rollout.max_unscored_units} units wait",
+        ]
+    )

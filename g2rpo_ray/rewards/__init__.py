@@ -1,0 +1,5 @@
+"""Reward models: pictures and prompts in, a score each out. One file a model, built by name on first use."""
+
+from g2rpo_ray.rewards.registry import KINDS, Reward, build_reward, check_reward
+
+__all__ = ["KINDS", "Reward", "build_reward", "check_reward"]

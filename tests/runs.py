@@ -1,0 +1,102 @@
+"""Real runs of the command line, small: the quickstart's model, a few iterations of two prompts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from safetensors.numpy import load_file
+
+from g2rpo_ray.tracking import read_lines
+
+SMALL = {
+    "iterations": 3,
+    "sampler.steps": 5,
+    "sampler.branch_steps": "[0, 2]",
+    "sampler.group_size": 4,
+    "data.prompts_per_iteration": 2,
+    "eval_rewards": "{}",
+    "evaluation.every": 0,
+    "evaluation.seeds": 1,
+    "checkpoint.every": 1,
+    "lora.rank": 4,
+    "learner.micro_batch": 2,
+    "tracking.tensorboard": "false",
+}
+PATIENCE = 240  # seconds, for two slow and busy cores
+
+
+def command(output: Path, name: str, *arguments: str, **settings) -> list[str]:
+    """The command line of a small run; `settings` are keys with __ for a dot."""
+    values = {**SMALL, "output": output, **{key.replace("__", "."): value for key, value in settings.items()}}
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "g2rpo_ray.run", "--name", name, *sets, *arguments]
+
+
+def start(output: Path, name: str, *arguments: str, **settings) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(output, name, *arguments, **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"} if "--address" in arguments else None,
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Wait for the end; what it printed."""
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
+    return output
+
+
+def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -> str:
+    return finish(start(output, name, *arguments, **settings), status)
+
+
+def lora(output: Path, name: str):
+    """The final adapter's tensors."""
+    return load_file(output / name / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def metrics(output: Path, name: str) -> list[dict]:
+    return read_lines(output / name / "metrics.jsonl")
+
+
+def wait_for_iteration(process: subprocess.Popen, output: Path, name: str, iteration: int) -> None:
+    wait_for(process, lambda: any(line["iteration"] >= iteration for line in metrics(output, name)))
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def actors_of(process: subprocess.Popen, title: str) -> list[psutil.Process]:
+    """The run's Ray actors whose process title contains `title`."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """End the driver as a power cut would, and what it leaves behind."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for child in children:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(children, timeout=30)

@@ -1,0 +1,151 @@
+"""Checkpoints, metrics, pictures and the summary: what a run leaves on disk, and what it finds there again."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from g2rpo_ray.checkpoint import find_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.config import load_config
+from g2rpo_ray.heldout import compare, picture_grid, table
+from g2rpo_ray.journal import Journal, is_finished, summarize
+from g2rpo_ray.tracking import json_lines, read_lines
+from g2rpo_ray.types import PromptRollout, Rollout, Samples, UnitReport
+
+
+def save(run, iteration, keep=2, content="x"):
+    with new_checkpoint(run, iteration, keep) as folder:
+        adapter = f"{folder}/lora"
+        import os
+
+        os.makedirs(adapter)
+        with open(f"{adapter}/weights", "w") as file:
+            file.write(content)
+
+
+def test_the_latest_checkpoint_is_found_and_the_newest_are_kept(tmp_path):
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration, content=str(iteration))
+    assert find_checkpoint(tmp_path, "auto").iteration == 3
+    assert find_checkpoint(tmp_path, "never") is None
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["000002", "000003", "LATEST"]
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "000002")).iteration == 2
+    assert (tmp_path / "lora" / "weights").read_text() == "3"
+
+
+def test_a_checkpoint_that_fails_half_way_changes_nothing(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(OSError, match="disk full"), new_checkpoint(tmp_path, 2, 2):
+        raise OSError("disk full")
+    assert find_checkpoint(tmp_path, "auto").iteration == 1
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "auto").iteration == 2
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("{"), lambda p: p.write_text("[]")])
+def test_an_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
+    save(tmp_path, 1)
+    damage(tmp_path / "checkpoints" / "000001" / "state.json")
+    with pytest.raises(ValueError, match="--resume: .*000001 is not a readable checkpoint") as refusal:
+        find_checkpoint(tmp_path, "auto")
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_earlier_run_is_set_aside_and_not_lost(tmp_path):
+    run = tmp_path / "run"
+    set_aside(run)
+    for number in (1, 2):
+        save(run, number)
+        set_aside(run)
+        assert not run.exists()
+        assert find_checkpoint(tmp_path / f"run.{number}", "auto").iteration == number
+
+
+def test_metrics_after_the_checkpoint_of_a_killed_run_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = json_lines(path, 0)
+    for iteration in range(4):
+        log(iteration, {"loss": iteration / 2})
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "lo')  # killed while writing
+    log = json_lines(path, 2)
+    log(3, {"loss": 9.0})
+    assert read_lines(path) == [
+        {"iteration": 0, "loss": 0.0},
+        {"iteration": 1, "loss": 0.5},
+        {"iteration": 2, "loss": 1.0},
+        {"iteration": 3, "loss": 9.0},
+    ]
+
+
+def test_comparison_by_hand():
+    before = np.array([[1.0, 2.0], [3.0, np.nan]], dtype=np.float32)
+    after = np.array([[2.0, 2.0], [5.0, 7.0]], dtype=np.float32)
+    c = compare(before, after)  # differences 1, 0, 2; the pair without a score before is left out
+    assert (c.before, c.after, c.difference, c.pairs) == (2.0, 3.0, 1.0, 3)
+    assert c.standard_error == pytest.approx(1 / math.sqrt(3))
+    assert c.win_rate == pytest.approx(2.5 / 3)
+    assert "| r (trained) | 2.0000 | 3.0000 | +1.0000 ± 0.5774 |" in table({"r": vars_of(c)}, ["r"])
+
+
+def vars_of(comparison):
+    return {name: getattr(comparison, name) for name in comparison.__slots__}
+
+
+def test_a_grid_has_a_row_a_prompt_and_a_column_a_policy(tmp_path):
+    red, blue = (np.full((32, 32, 3), colour, dtype=np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    picture_grid(tmp_path / "grid.png", ["one", "two"], {"base": [red, blue], "after": [blue, red]})
+    grid = np.array(Image.open(tmp_path / "grid.png"))
+    first, second = 14 + 48, 14 + 96 + 14 + 48  # the middle of each row of tiles, 96 pixels high
+    assert [tuple(grid[row, column]) for row in (first, second) for column in (48, 144)] == [
+        (255, 0, 0), (0, 0, 255), (0, 0, 255), (255, 0, 0),
+    ]  # fmt: skip
+
+
+def held_out(value):
+    pictures = [np.full((32, 32, 3), int(100 * value), dtype=np.uint8)] * 2
+    scores = {"preference": np.full((2, 3), value, np.float32), "colour": np.full((2, 3), np.nan, np.float32)}
+    scores["preference"][0, 0] += 0.25
+    return Samples(["a", "b"], scores, pictures, evaluations=60)
+
+
+def rollout(scores):
+    prompt = PromptRollout(0, "a", np.array(scores, np.float32).reshape(1, 1, 1, -1), None, None, ())
+    reports = [
+        UnitReport("anchor/0/0", "rollout-0", 0, 10, 1, 2.0, 0.5),
+        UnitReport("b", "rollout-1", 0, 90, 2, 3.0, 0),
+    ]
+    return Rollout([prompt], {"preference": np.array([0.5], np.float32)}, reports, 4.0, 3.5)
+
+
+def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):
+    config = load_config(None, ["iterations=2"])
+    with Journal(config, tmp_path, 0) as journal:
+        journal.heldout(0, held_out(0.5))
+        with journal.timed("rollout"):
+            pass
+        journal.iteration(1, rollout([0.5, np.nan, 0.7]), {"actor/loss": 0.1}, {"rollout/restarts": 1})
+        journal.iteration(2, rollout([9, 9, 9]), {"actor/loss": 9.0}, {})  # never reached a checkpoint
+    with Journal(config, tmp_path, 1) as journal:
+        assert not is_finished(config, tmp_path, 2)
+        journal.heldout(2, held_out(1.0))
+        journal.iteration(2, rollout([0.6, 0.6, 0.9]), {"actor/loss": 0.2}, {"rollout/restarts": 2})
+    assert is_finished(config, tmp_path, 2)
+    assert "| preference (trained) | 0.5417 | 1.0417 | +0.5000" in summarize(config, tmp_path)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert lines[1]["reward/preference/mean"] == pytest.approx(0.6)  # the missing score is in no mean
+    assert lines[2]["actor/loss"] == 0.2
+    assert lines[2]["heldout/preference/mean"] == pytest.approx(1.0417, abs=1e-4)
+    assert lines[1]["rollout/evaluations"] == 100
+    assert lines[1]["perf/evaluations_per_s"] == 25
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["heldout"]["preference"]["pairs"] == 6
+    assert summary["heldout"]["colour"]["pairs"] == 0
+    assert (summary["evaluations"], summary["restarts"]) == (200, 3)
+    assert (tmp_path / "samples" / "000002.png").exists()
+    assert any((tmp_path / "tensorboard").iterdir())
+    assert load_config(str(tmp_path / "config.yaml")) == config
