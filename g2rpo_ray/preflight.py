@@ -6,7 +6,7 @@ from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config
 from g2rpo_ray.data import iteration_prompts, read_prompts
 from g2rpo_ray.files import resolve
-from g2rpo_ray.sampler import branch_plan
+from g2rpo_ray.plan import branch_plan
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 

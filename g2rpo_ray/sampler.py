@@ -6,21 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import BranchPlan, Velocity, complete, resolution_shift, run_anchor, shifted_sigmas, transition
-from g2rpo_ray.config import Config, SamplerConfig
+from g2rpo_ray.algo import Velocity, complete, run_anchor, transition
+from g2rpo_ray.config import Config
 from g2rpo_ray.models import Conditioning, FluxModel, add_lora, load_lora
 from g2rpo_ray.noise import generator
+from g2rpo_ray.plan import branch_plan, sigma_grid
 from g2rpo_ray.types import Anchor, AnchorUnit, Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit
-
-
-def branch_plan(config: SamplerConfig) -> BranchPlan:
-    return BranchPlan(config.steps, config.branch_steps, config.strides, config.layout, config.group_size)
-
-
-def sigma_grid(config: SamplerConfig, image_tokens: int) -> Tensor:
-    """The float32 noise levels [T + 1] that sampling and learning share."""
-    shift = resolution_shift(image_tokens) if config.shift == "dynamic" else float(config.shift)
-    return shifted_sigmas(config.steps, shift)
 
 
 class Sampler:

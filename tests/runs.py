@@ -1,6 +1,5 @@
 """Real runs of the command line, small: the quickstart's model, a few iterations of two prompts."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -43,7 +42,6 @@ def start(output: Path, name: str, *arguments: str, **settings) -> subprocess.Po
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"} if "--address" in arguments else None,
     )
 
 

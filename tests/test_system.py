@@ -1,13 +1,30 @@
 """The whole system on Ray, by its command line: determinism, faults, interruption, resume."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from tests.runs import actors_of, finish, kill_all, lora, metrics, run, start, wait_for, wait_for_iteration
+from tests.runs import (
+    PATIENCE,
+    actors_of,
+    command,
+    finish,
+    kill_all,
+    lora,
+    metrics,
+    run,
+    start,
+    wait_for,
+    wait_for_iteration,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -90,3 +107,62 @@ def test_ctrl_c_saves_and_leaves_nothing_running_and_the_same_command_goes_on(re
     before = time.time()
     assert "| preference (trained) |" in run(tmp_path, "stopped", checkpoint__every=100)
     assert (tmp_path / "stopped" / "checkpoints" / "LATEST").stat().st_mtime < before
+
+
+def test_scores_that_fail_are_left_out_and_counted(tmp_path):
+    run(
+        tmp_path, "faulty", iterations=1, rewards__preference__kind="tests.faulty:build",
+        rewards__preference__options="{errors: 1, missing: 1}", rewards__preference__batch_size=8,
+    )  # fmt: skip
+    line = metrics(tmp_path, "faulty")[1]
+    assert line["reward/preference/missing"] == 2 * 2  # one of the 8 images of each branch unit
+    assert line["reward/preference/mean"] > 1
+
+
+def test_a_reward_that_cannot_start_ends_the_run_in_one_line(tmp_path):
+    printed = run(tmp_path, "broken", status=1, rewards__preference__kind="tests.faulty:broken",
+                  rewards__preference__options="{}")  # fmt: skip
+    assert "error: PoolStopped: reward preference-0 failed to start: ValueError: taste: no such thing" in printed
+    assert "Traceback" not in printed
+
+
+def test_only_the_loopback_interface_is_needed():
+    """With `tests/isolated`, as in `make test`, there is no other: every test here runs without a network."""
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        pytest.skip("not in a namespace of its own: see tests/isolated")
+    with pytest.raises(OSError, match="unreachable"):
+        socket.create_connection(("192.0.2.1", 80), timeout=5)
+
+
+def test_ray_job_submit_does_the_same(reference, tmp_path):
+    """On a cluster that is there, with the checkout as working directory."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "HOME": str(tmp_path)}
+    ray = str(Path(sys.executable).parent / "ray")
+    port, dashboard = 16379, 18265
+
+    def call(*arguments):
+        return subprocess.run(arguments, env=environment, text=True, capture_output=True, timeout=PATIENCE, check=True)
+
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+         "--dashboard-host=127.0.0.1", "--object-store-memory=200000000"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(head, lambda: listens(dashboard))
+        entry = command(tmp_path / "runs", "submitted")
+        entry[0] = "python"
+        address = f"http://127.0.0.1:{dashboard}"
+        printed = call(ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *entry).stdout
+        assert "succeeded" in printed
+        same_lora(lora(tmp_path / "runs", "submitted"), lora(reference[0], "reference"))
+    finally:
+        kill_all(head)
+
+
+def listens(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

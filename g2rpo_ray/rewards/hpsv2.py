@@ -60,8 +60,12 @@ def build(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; float32 reproduces published scores")
+    _check_device(device)
     shape = load_architecture(architecture)
-    network = new_network(shape)
+    try:
+        network = new_network(shape)
+    except TypeError as error:
+        raise ValueError(f"architecture: {architecture} is not open_clip's format: {_line(error)}") from error
     _load_weights(network, _locate(checkpoint), architecture)
     return HPSv2(network, shape, device, DTYPES[dtype])
 
@@ -94,7 +98,10 @@ def load_architecture(architecture: str) -> dict[str, Any]:
             f"architecture: {architecture!r} is neither a file nor an open_clip model; "
             "give ViT-H-14 for HPSv2.1 or the path of a JSON file with embed_dim, vision_cfg, text_cfg"
         )
-    described: dict[str, Any] = json.loads(path.read_text())
+    try:
+        described: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"architecture: {architecture} is not JSON: {error}; it must be open_clip's format") from error
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in described]
     if missing:
         raise ValueError(f"architecture: {architecture} lacks {', '.join(missing)}; it must be open_clip's format")
@@ -104,6 +111,13 @@ def load_architecture(architecture: str) -> dict[str, Any]:
 def new_network(architecture: dict[str, Any]) -> Any:
     """The `hpsv2` package's untyped CLIP module of this architecture, its weights still random."""
     return _bundled_open_clip().CLIP(**architecture)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it is built without that kind of device
+        raise ValueError(f"device: {device!r} can't be used ({_line(error)}); cpu always can") from error
 
 
 def _load_weights(network: nn.Module, path: Path, architecture: str) -> None:

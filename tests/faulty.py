@@ -1,0 +1,27 @@
+"""Rewards that fail, by import path, as a user's own would."""
+
+import numpy as np
+
+
+class Faulty:
+    """Brightness; the first `errors` calls raise, and image number `missing` of a call has no score."""
+
+    def __init__(self, errors, missing):
+        self.errors, self.missing, self.calls = errors, missing, 0
+
+    def score(self, images, prompts):
+        self.calls += 1
+        if self.calls <= self.errors:
+            raise RuntimeError(f"call {self.calls} fails")
+        scores = images.mean((1, 2, 3)).astype(np.float32)
+        if self.missing is not None and self.missing < len(scores):
+            scores[self.missing] = np.nan
+        return scores
+
+
+def build(errors=0, missing=None):
+    return Faulty(errors, missing)
+
+
+def broken():
+    raise ValueError("taste: no such thing")

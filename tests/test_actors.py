@@ -1,0 +1,186 @@
+"""Pools, reward servers and rollout actors on Ray: priorities, deaths, retries, refused weights."""
+
+import asyncio
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+
+from actors.pool import Pool, PoolStopped
+from actors.reward import RewardActor, Scorer
+from actors.rollout import RolloutActor
+from actors.weights import PublishedWeights
+from g2rpo_ray.config import RewardConfig, load_config
+from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
+from g2rpo_ray.types import BranchUnit
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Worker:
+    def __init__(self, fails=False):
+        if fails:
+            raise ValueError("no model here")
+        self.done = []
+
+    def ready(self):
+        return os.getpid()
+
+    def work(self, value):
+        self.done.append(value)
+        return value
+
+    def history(self):
+        return list(self.done)
+
+    def die_once(self, marker):
+        """Kills its process the first time that any worker is asked."""
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            os._exit(1)
+        return "alive"
+
+    def die(self):
+        os._exit(1)
+
+    def fail(self):
+        raise KeyError("a mistake in the call")
+
+
+def use(pool, body):
+    """Run `body` while the pool serves; an exception group of one is raised as what it holds."""
+
+    async def main():
+        async with asyncio.TaskGroup() as group:
+            pool.start(group)
+            try:
+                return await body()
+            finally:
+                pool.stop()
+
+    try:
+        return asyncio.run(main())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def workers(size=1, max_restarts=3, **options):
+    return Pool("worker", lambda name: Worker.remote(**options), size, max_restarts)
+
+
+def test_the_most_urgent_call_goes_first_and_the_oldest_of_equals():
+    pool = workers()
+
+    async def body():
+        await pool.wait_ready(60)
+        calls = [pool.call("work", n, priority=p) for n, p in enumerate([(2,), (1,), (0, 5), (1,), (0, 3)])]
+        await asyncio.gather(*calls)
+        return (await pool.call("history", priority=(9,)))[1]
+
+    first, *rest = use(pool, body)  # the idle actor took the first call before the others were there
+    assert [first, *rest] in ([4, 2, 1, 3, 0], [0, 4, 2, 1, 3])
+
+
+def test_a_dead_actor_is_replaced_and_its_call_sent_again(tmp_path):
+    pool = workers()
+
+    async def body():
+        return await pool.call("die_once", str(tmp_path / "marker"), priority=(0,))
+
+    assert use(pool, body)[1] == "alive"
+    assert (pool.restarts.total, pool.retried.total) == (1, 1)
+    assert (pool.restarts.take(), pool.restarts.take()) == (1, 0)
+
+
+def test_too_many_deaths_stop_the_pool():
+    pool = workers(max_restarts=1)
+    with pytest.raises(PoolStopped, match="more deaths than max_restarts=1"):
+        use(pool, lambda: pool.call("die", priority=(0,)))
+
+
+def test_an_actor_that_cannot_start_stops_the_pool_with_its_reason():
+    pool = workers(fails=True)
+    with pytest.raises(PoolStopped, match="worker-0 failed to start: ValueError: no model here"):
+        use(pool, lambda: pool.wait_ready(60))
+
+
+def test_an_actor_that_finds_no_place_is_named_in_time():
+    nowhere = Worker.options(resources={"nowhere": 1})
+    pool = Pool("worker", lambda name: nowhere.remote(), 1, 3)
+    with pytest.raises(PoolStopped, match=r"no actor started within startup_timeout_s=0\.5"):
+        use(pool, lambda: pool.wait_ready(0.5))
+
+
+def test_a_mistake_in_a_call_reaches_who_made_it_and_the_actor_lives_on():
+    pool = workers()
+
+    async def body():
+        with pytest.raises(KeyError, match="a mistake"):
+            await pool.call("fail", priority=(0,))
+        return (await pool.call("work", 7, priority=(0,)))[1]
+
+    assert use(pool, body) == 7
+    assert pool.restarts.total == 0
+
+
+def scorer(retries=2, **options):
+    config = RewardConfig(kind="tests.faulty:build", options=options, retries=retries, batch_size=4)
+    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1, 1))
+
+
+IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+
+
+def test_scores_come_in_the_order_of_the_images_whatever_the_chunks():
+    subject = scorer()
+    scores = use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
+    assert np.array_equal(scores, np.arange(10))
+
+
+def test_a_failed_score_is_asked_for_again():
+    subject = scorer(errors=2)
+    assert np.isfinite(use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))).all()
+    assert subject.missing.total == 0
+
+
+def test_what_stays_failed_is_missing_and_counted_and_never_0():
+    subject = scorer(missing=1)
+    scores = use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
+    assert np.isnan(scores[[1, 5, 9]]).all()
+    assert np.isfinite(scores).sum() == 7
+    assert subject.missing.total == 3
+    subject = scorer(errors=100, retries=1)
+    assert np.isnan(use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))).all()
+    assert subject.missing.total == 10
+
+
+def test_weights_that_are_not_what_was_published_are_refused():
+    config = load_config()
+    transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    add_lora(transformer, config.lora, seed=0)
+    state = lora_state(transformer)
+    good = describe(state, version=3)
+    actor = RolloutActor.options(num_cpus=0).remote("rollout-0", config)
+    unit = BranchUnit(0, 0, "a red circle", 0, 0, 8)
+
+    def compute(manifest, tensors):
+        weights = PublishedWeights(manifest, ray.put(tensors))
+        return ray.get(actor.compute.options(num_returns=3).remote(unit, weights, None, None))
+
+    fewer = dict(list(state.items())[1:])
+    other = {**state, min(state): state[min(state)] + 1}
+    for tensors in (fewer, other):
+        with pytest.raises(ray.exceptions.RayTaskError, match="LoRA version 3: received"):
+            compute(good, tensors)
+    with pytest.raises(ray.exceptions.RayTaskError, match="checksum"):
+        compute(replace(good, checksum="0" * 64), state)

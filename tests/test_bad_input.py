@@ -1,0 +1,90 @@
+"""What a user can get wrong: one line that names it, exit status 2, nothing started."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from g2rpo_ray.config import LoraConfig, ModelConfig
+from g2rpo_ray.models import export_lora, lora_shapes
+from g2rpo_ray.run import main
+from tests.tiny_flux import write_tiny_flux
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of things that are wrong."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "not-a-pipeline").mkdir()
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "state.json").write_text("{half")
+    other = write_tiny_flux(folder / "other")
+    lora = LoraConfig(rank=16, alpha=16, targets="all-linear")
+    shapes = lora_shapes(ModelConfig(path=str(other)), lora)
+    export_lora(folder / "lora", {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, lora)
+    return folder
+
+
+CASES = {
+    "unknown key": (["--set", "sampler.granularities=[1]"], ["sampler.granularities: unknown key"]),
+    "wrong type": (["--set", "iterations=soon"], ["iterations: 'soon' given", "integer"]),
+    "missing file": (["--config", "FILES/none.yaml"], ["--config: cannot read", "none.yaml"]),
+    "missing model": (["--set", "model.path=FILES/none"], ["model.path: ", "is not a directory", "hub id"]),
+    "no pipeline": (["--set", "model.path=FILES/not-a-pipeline"], ["model.path: ", "has no model_index.json"]),
+    "granularity 0": (["--set", "sampler.strides=[0]"], ["sampler.strides: [0] given", "from 1 up"]),
+    "step beyond T": (["--set", "sampler.branch_steps=[10]"], ["sampler.branch_steps: [10] given", "0..9"]),
+    "empty prompts": (["--set", "data.train_prompts=FILES/empty.txt"], ["data.train_prompts: ", "holds no prompt"]),
+    "few prompts": (["--set", "data.prompts_per_iteration=500"], ["data.prompts_per_iteration: 500 given"]),
+    "unreadable checkpoint": (["--resume", "FILES/checkpoint"], ["--resume: ", "not a readable checkpoint"]),
+    "no checkpoint": (["--resume", "FILES/none"], ["--resume: ", "not a readable checkpoint"]),
+    "LoRA of another model": (["--set", "lora.initial=FILES/lora"], ["lora.initial: a LoRA of another model"]),
+    "no LoRA": (["--set", "lora.initial=FILES/none"], ["lora.initial: ", "cannot read"]),
+    "unknown reward": (["--set", "rewards.preference.kind=taste"], ["rewards.preference.kind: 'taste' given", "hpsv2"]),
+    "missing reward file": (
+        ["--set", "rewards.preference.options.checkpoint=FILES/none.pt"],
+        ["rewards.preference.options.checkpoint: no file"],
+    ),
+    "name outside its folder": (["--name", "../x"], ["name: '../x' given"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_status_2(case, files, tmp_path, capsys):
+    arguments, parts = CASES[case]
+    status = main(["--set", f"output={tmp_path}", *(argument.replace("FILES", str(files)) for argument in arguments)])
+    assert_refused(status, capsys.readouterr().err, parts, tmp_path)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["--set", "learner.resources={GPU: 8}"],
+            ["learner.resources: the run asks for 8 GPU in all", "the cluster has 0"],
+        ),
+        (["--set", "rollout.resources={CPU: 1000}"], ["rollout.resources: the run asks for 2000 CPU in all"]),
+        (["--address", "127.0.0.1:1"], ["--address: no Ray cluster at 127.0.0.1:1"]),
+    ],
+    ids=["more GPUs than there are", "more CPUs than there are", "no cluster there"],
+)
+def test_a_cluster_that_cannot_do_it_is_one_line_and_status_2(arguments, parts, tmp_path):
+    refused(arguments, parts, tmp_path)
+
+
+def refused(arguments, parts, tmp_path):
+    command = [sys.executable, "-m", "g2rpo_ray.run", "--set", f"output={tmp_path}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    errors = [line for line in done.stderr.splitlines() if "Failed to determine local IP" not in line]  # Ray's, offline
+    assert_refused(done.returncode, "\n".join(errors), parts, tmp_path)
+
+
+def assert_refused(status, printed, parts, tmp_path):
+    assert status == 2, printed
+    assert len(printed.splitlines()) == 1, printed
+    assert printed.startswith("error: ")
+    for part in parts:
+        assert part in printed
+    assert not list(tmp_path.iterdir())  # not even a run directory
