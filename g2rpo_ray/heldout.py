@@ -60,6 +60,7 @@ def table(comparisons: Mapping[str, Mapping[str, float]], trained: Sequence[str]
 
 def picture_grid(path: Path, captions: Sequence[str], columns: Mapping[str, Sequence[Images]]) -> None:
     """Write a PNG: a row of pictures [H, W, 3] for each caption, a column for each policy."""
+    assert all(len(pictures) == len(captions) for pictures in columns.values())
     height, width, _ = next(iter(columns.values()))[0].shape
     scale = max(1, math.ceil(SMALLEST_TILE / width))
     tile_height, tile_width = height * scale, width * scale

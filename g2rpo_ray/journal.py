@@ -53,9 +53,12 @@ class Journal:
         if samples.pictures:
             base = self._base_pictures(done, samples.pictures)
             columns = {"base": base, f"iteration {done}": samples.pictures}
-            picture_grid(self._run / "samples" / f"{done:06d}.png", samples.prompts, columns)
+            shown = samples.prompts[: len(samples.pictures)]
+            picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
         replace_text(scores_file(self._run, done), to_json(record) + "\n")
-        self._means = {f"heldout/{name}/mean": mean_of_present(scores) for name, scores in samples.scores.items()}
+        means = {name: mean_of_present(scores) for name, scores in samples.scores.items()}
+        self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
+        self._means = {f"heldout/{name}/mean": mean for name, mean in means.items()}
         if done == 0:
             self._write(0, {})
 

@@ -37,6 +37,7 @@ async def train(config: Config, run: Path, checkpoint: Checkpoint | None) -> int
             journal.say(f"{config.name}: encoding prompts and starting the actors")
             if not await interrupt.unless(system.start([*train_prompts, *heldout_prompts])):
                 return INTERRUPTED
+            journal.say(f"{config.name}: actors are ready")
             weights = await system.publish(done)
 
             async def evaluate() -> None:
