@@ -35,7 +35,8 @@ def quality(images: NDArray[np.uint8]) -> Tensor:
     """How true each image is to each of CAPTIONS, float32 [N, 48] in [0, 1].
 
     `exp(-(e - TOLERANCE) / SOFTNESS)`, at most 1, `e` the squared distance to the nearest picture that the renderer can
-    draw for the caption, relative to the mean of what both have drawn on the background: symmetric, as a cosine between pictures has to be.
+    draw for the caption, relative to the mean of what both have drawn on the background: symmetric, as a cosine between
+    pictures has to be.
     """
     background = torch.tensor(BACKGROUND, dtype=torch.float32)
     contrast = torch.tensor([COLOURS[name] for name in COLOURS], dtype=torch.float32) - background  # [8, 3]

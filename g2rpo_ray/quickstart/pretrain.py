@@ -3,9 +3,9 @@
 Legend: N images, B batch, P captions, S packed image tokens (16), D channels of a packed token (16).
 """
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -227,20 +227,32 @@ def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterabl
 
 def _clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE, its merges learnt from the captions; single bytes cover any other word."""
-    byte_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=byte_letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator([*CAPTIONS, *byte_letters], trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in learnt["merges"]]
-    return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: Any = _learn_merges(sorted({word for text in CAPTIONS for word in text.split()}))
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
+    vocabulary = {piece: index for index, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
+
+
+def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one piece. The library's trainer breaks ties differently in every run."""
+    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while counts := Counter(pair for pieces in spelt for pair in pairwise(pieces)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        spelt = [_merge(pieces, best) for pieces in spelt]
+    return merges
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _t5_tokenizer() -> T5Tokenizer:
