@@ -56,9 +56,9 @@ def _require_answer(address: str) -> None:
 
 
 def demands(config: Config) -> list[tuple[str, int, Resources]]:
-    """(key in the configuration, number of actors, resources of each) of all that a run keeps alive at once."""
+    """(key in the configuration, number of actors, resources of each) of what a run needs alive at once."""
     sections = [
-        ("rollout.resources", config.rollout.actors, config.rollout.resources),
+        ("rollout.resources", config.rollout.min_actors, config.rollout.resources),
         ("learner.resources", config.learner.ranks, config.learner.resources),
     ]
     for section in ("rewards", "eval_rewards"):

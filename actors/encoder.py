@@ -1,30 +1,53 @@
 """Prompt embeddings: encoded once into Parquet, then handed out through the object store."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from g2rpo_ray.config import Config, ray_options
-from g2rpo_ray.data import EmbeddingStore, fingerprint
+from g2rpo_ray.data import EmbeddingStore, embedding_shape, encode_missing, fingerprint
 from g2rpo_ray.types import PromptEmbedding
 
-PART = 64  # prompts a Parquet file: what a kill in the middle loses at most
+logger = logging.getLogger(__name__)
+
+SAY_EVERY = 60.0  # seconds between two lines about a long encoding
+ATTEMPTS = 3  # processes that may die over one encoding; each goes on where the last one was
+Say = Callable[[str], None]
 
 
-@ray.remote(max_calls=1)  # its process ends with it, and the text encoders leave the device
-def _encode(config: Config, directory: str, prompts: Sequence[str]) -> str:
-    """Encode the prompts that the store lacks; the fingerprint under which it keeps them."""
-    from g2rpo_ray.models import FluxModel
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far the encoding is; the first one comes before the model is loaded."""
 
+    key: str  # fingerprint under which the store keeps the embeddings
+    missing: int  # prompts to encode
+    shape: tuple[int, int, int] = (0, 0, 0)  # S, D_text, D_pooled of each
+    done: int = 0
+    seconds: float = 0.0
+
+
+# Its process ends with it, and the text encoders leave the device. Ray's own retries would repeat what was yielded.
+@ray.remote(max_calls=1, max_retries=0)
+def _encode(config: Config, directory: str, prompts: Sequence[str]) -> Iterator[_Progress]:
+    """Encode the prompts that the store lacks, and tell before and after each part how far it is."""
     key = fingerprint(config.model)
     store = EmbeddingStore(directory, key)
     missing = store.missing(prompts)
-    if missing:
-        model = FluxModel.load(config.model, config.data.encoder_device, text_encoders=True)
-        for at in range(0, len(missing), PART):
-            store.add(model.encode(missing[at : at + PART]))
-    return key
+    if not missing:
+        yield _Progress(key, 0)
+        return
+    from g2rpo_ray.models import FluxModel
+
+    FluxModel.load(config.model, config.data.encoder_device)  # no part of it: refuses what can't be loaded
+    shape = embedding_shape(config.model)
+    yield _Progress(key, len(missing), shape)
+    model = FluxModel.load(config.model, config.data.encoder_device, text_encoders=True)
+    for done, seconds in encode_missing(store, missing, model.encode):
+        yield _Progress(key, len(missing), shape, done, seconds)
 
 
 @ray.remote(num_cpus=0)
@@ -41,12 +64,53 @@ class Embeddings:
         self._directory = directory
         self._key = ""
 
-    async def encode(self, prompts: Sequence[str]) -> None:
-        """Encode what is not there yet, in one process that ends with it."""
+    async def encode(self, prompts: Sequence[str], say: Say = print) -> None:
+        """Encode what is not there yet, in one process that ends with it; `say` is told how much, how long."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                await self._encode_once(prompts, say)
+                break
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+                if not left:
+                    raise
+                logger.warning("the process that encodes prompts died, another goes on: %s", str(error).split("\n")[0])
+
+    async def _encode_once(self, prompts: Sequence[str], say: Say) -> None:
         task = _encode.options(**ray_options(self._config.data.encoder_resources))
-        self._key = await task.remote(self._config, self._directory, prompts)
+        said = 0.0
+        # Ray's types know neither generators nor that their references can be awaited
+        generator: Any = task.remote(self._config, self._directory, prompts)
+        async for ref in generator:
+            progress: _Progress = await ref
+            self._key = progress.key
+            if progress.missing and not progress.done:
+                say(self._announcement(progress, len(prompts) - progress.missing))
+            elif progress.done < progress.missing and (not said or progress.seconds - said > SAY_EVERY):
+                said = progress.seconds
+                say(f"encoded {progress.done} of {progress.missing} prompts, {_to_go(progress)} to go")
+
+    def _announcement(self, progress: _Progress, stored: int) -> str:
+        dtype, (tokens, width, pooled) = self._config.model.dtype, progress.shape
+        each = (tokens * width + pooled) * (4 if dtype == "float32" else 2)
+        return (
+            f"encoding {progress.missing} prompts ({stored} are stored already): {tokens} × {width} {dtype}, "
+            f"{_size(each)} a prompt, {_size(each * progress.missing)} in {self._directory}"
+        )
 
     def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:
         """References to the embeddings, in the order of the prompts."""
         refs: Any = _read.options(num_returns=len(prompts)).remote(self._directory, self._key, prompts)
         return refs if len(prompts) > 1 else [refs]
+
+
+def _to_go(progress: _Progress) -> str:
+    seconds = progress.seconds / progress.done * (progress.missing - progress.done)
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import ray
 
-from actors.pool import Counter, Pool
+from actors.pool import Counter, Pool, is_lost_object
 from g2rpo_ray.config import RewardConfig
 from g2rpo_ray.types import FloatArray, Images
 
@@ -62,6 +62,8 @@ class Scorer:
                 _, answer = await self.pool.call("score", images, prompt, priority=(0,))
                 scores = np.where(np.isfinite(scores), scores, answer)
             except ray.exceptions.RayTaskError as error:
+                if is_lost_object(error):
+                    raise
                 reason = repr(error.cause)
             if np.isfinite(scores).all():
                 return scores

@@ -6,11 +6,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from ray.actor import ActorHandle
-
 from actors.collector import Collector
-from actors.encoder import Embeddings
-from actors.pool import Pool, Spawn
+from actors.control import follow_requests
+from actors.encoder import Embeddings, Say
+from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
@@ -22,54 +21,62 @@ from learner.group import LearnerGroup
 class System:
     """The stations of an iteration, and the pools that keep them staffed."""
 
-    def __init__(self, config: Config, run: Path, checkpoint: Checkpoint | None, group: asyncio.TaskGroup):
+    def __init__(self, config: Config, run: Path, group: asyncio.TaskGroup):
         self._config = config
         self._group = group
+        self._control: asyncio.Task[None] | None = None
         self._embeddings = Embeddings(config, config.data.embeddings or str((run / "embeddings").resolve()))
-        credits = asyncio.Semaphore(max(config.rollout.max_unscored_units, 2 * config.rollout.actors))
-        self._rollout = Pool(
-            "rollout", _rollout_spawn(config), config.rollout.actors, config.rollout.max_restarts, credits
-        )
-        self._scorers = {name: _scorer(name, reward) for name, reward in config.all_rewards.items()}
-        self._pools = [self._rollout, *(scorer.pool for scorer in self._scorers.values())]
-        self.learner = LearnerGroup(config, checkpoint.path if checkpoint else None)
-        self.collector = Collector(config, self._embeddings, self._rollout, self._scorers, credits)
+        self._rollout = _rollout_pool(config)
+        self._scorers = {name: _scorer(name, reward, config) for name, reward in config.all_rewards.items()}
+        self._pools = {"rollout": self._rollout, **{name: scorer.pool for name, scorer in self._scorers.items()}}
+        self.learner = LearnerGroup(config)
+        self.collector = Collector(config, self._embeddings, self._rollout, self._scorers)
 
-    async def start(self, prompts: Sequence[str]) -> Literal[True]:
-        """Encode the prompts, then start all actors; returns when the learner and one actor of each kind can work."""
-        await self._embeddings.encode(prompts)  # first: it may need the GPU of an actor
-        timeout = self._config.startup_timeout_s
-        for pool in self._pools:
+    async def start(self, prompts: Sequence[str], checkpoint: Checkpoint | None, say: Say) -> Literal[True]:
+        """Encode the prompts, then start all actors; returns when the learner and enough of each kind can work."""
+        await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
+        for pool in self._pools.values():
             pool.start(self._group)
-        await asyncio.gather(self.learner.start(timeout), *(pool.wait_ready(timeout) for pool in self._pools))
+        self._control = self._group.create_task(follow_requests(self._config.name, self._pools, say))
+        await asyncio.gather(self.start_learner(checkpoint), *(pool.wait_ready() for pool in self._pools.values()))
         return True
+
+    async def start_learner(self, checkpoint: Checkpoint | None) -> None:
+        """Start the learner, or start it again, from a checkpoint or from the beginning."""
+        await self.learner.start(self._config.startup_timeout_s, checkpoint.path if checkpoint else None)
 
     async def publish(self, version: int) -> PublishedWeights:
         """The learner's LoRA, from now on what rollouts are made with."""
         return PublishedWeights(*await self.learner.publish(version))
+
+    async def publish_again(self, version: int) -> PublishedWeights:
+        """The version before it, for a rollout that is one behind."""
+        return PublishedWeights(*await self.learner.publish_again(version))
 
     def counts(self) -> dict[str, float]:
         """Actors now, and what went wrong since the last call."""
         return {
             "rollout/actors": len(self._rollout.pids),
             "rollout/units_retried": self._rollout.retried.take(),
-            "rollout/restarts": sum(pool.restarts.take() for pool in self._pools),
+            "rollout/restarts": sum(pool.restarts.take() for pool in self._pools.values()),
             **{f"reward/{name}/missing": scorer.missing.take() for name, scorer in self._scorers.items()},
         }
 
     def stop(self) -> None:
         """End all actors."""
-        for pool in self._pools:
+        if self._control:
+            self._control.cancel()
+        for pool in self._pools.values():
             pool.stop()
         self.learner.shutdown()
 
 
 @asynccontextmanager
-async def open_system(config: Config, run: Path, checkpoint: Checkpoint | None) -> AsyncIterator[System]:
+async def open_system(config: Config, run: Path) -> AsyncIterator[System]:
     """A system whose actors end with the context. What stops a pool for good is raised in the caller."""
     try:
         async with asyncio.TaskGroup() as group:
-            system = System(config, run, checkpoint, group)
+            system = System(config, run, group)
             try:
                 yield system
             finally:
@@ -78,15 +85,27 @@ async def open_system(config: Config, run: Path, checkpoint: Checkpoint | None) 
         raise errors.exceptions[0] from None
 
 
-def _rollout_spawn(config: Config) -> Spawn:
-    actor = RolloutActor.options(**ray_options(config.rollout.resources))  # type: ignore[attr-defined]
-    return lambda name: actor.remote(name, config)
+def _rollout_pool(config: Config) -> Pool:
+    rollout = config.rollout
+    actor = RolloutActor.options(**ray_options(rollout.resources))  # type: ignore[attr-defined]
+    return Pool(
+        "rollout",
+        lambda name: actor.remote(name, config),
+        rollout.max_actors,
+        minimum=rollout.min_actors,
+        max_restarts=rollout.max_restarts,
+        patience_s=config.startup_timeout_s,
+        max_unused=max(rollout.max_unscored_units, 2 * rollout.max_actors),
+    )
 
 
-def _scorer(name: str, config: RewardConfig) -> Scorer:
-    actor = RewardActor.options(**ray_options(config.resources))  # type: ignore[attr-defined]
-
-    def spawn(actor_name: str) -> ActorHandle:
-        return actor.remote(actor_name, config)
-
-    return Scorer(name, config, Pool(f"reward {name}", spawn, config.replicas, config.max_restarts))
+def _scorer(name: str, reward: RewardConfig, config: Config) -> Scorer:
+    actor = RewardActor.options(**ray_options(reward.resources))  # type: ignore[attr-defined]
+    pool = Pool(
+        f"reward {name}",
+        lambda actor_name: actor.remote(actor_name, reward),
+        reward.replicas,
+        max_restarts=reward.max_restarts,
+        patience_s=config.startup_timeout_s,
+    )
+    return Scorer(name, reward, pool)

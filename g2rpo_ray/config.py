@@ -93,23 +93,37 @@ class SamplerConfig(Section):
 
 
 class RolloutConfig(Section):
-    actors: int = Field(1, ge=1)
-    """Rollout actors. The result does not depend on it."""
+    min_actors: int = Field(1, ge=1)
+    """Rollout actors without which the run does not start. The result does not depend on their number."""
+    max_actors: int = Field(1, ge=1)
+    """Rollout actors asked for, all the time: they join as the cluster finds room, and autoscalers see the demand."""
     device: Device = "cuda"
     threads: int = Field(1, ge=1)
     """CPU threads of one actor."""
     micro_batch: int = Field(8, ge=1)
     """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise than
+    the learner does: watch actor/ratio_initial_max_dev."""
     members_per_unit: int | None = Field(None, ge=1)
     """Members of a group that one work unit holds; unset: the whole group."""
     decode_batch: int = Field(1, ge=1)
     """Most latents in one pass of the VAE, which takes gigabytes an image at 720 px."""
+    max_staleness: Literal[0, 1] = 0
+    """1: an iteration is sampled while the one before it updates, with weights one version old. The ratio is against
+    the policy that sampled; the result depends on this setting, not on timing."""
     max_unscored_units: int = Field(64, ge=1)
     """Units whose images may wait for their scores; beyond that rollout waits for the reward servers."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one actor; a custom resource pins it to its worker group."""
     max_restarts: int = Field(100, ge=0)
     """Deaths of actors (all together) that the run survives."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "RolloutConfig":
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors: {self.min_actors} given; may be at most max_actors={self.max_actors}")
+        return self
 
 
 class RewardConfig(Section):
@@ -158,14 +172,17 @@ class LearnerConfig(Section):
     kl_beta: float = Field(0.0, ge=0)
     """β of the KL to the model without LoRA."""
     advantage_clip: float = Field(5.0, gt=0)
+    max_restarts: int = Field(10, ge=0)
+    """Times that the run starts a lost learner again, from the latest checkpoint."""
     ratio_tolerance: float = Field(1e-6, gt=0)
     """Largest |ratio − 1| before the first optimizer step; a run that exceeds it stops. Loosen it for bfloat16."""
 
 
 class DataConfig(Section):
     train_prompts: str
-    """Text file, a prompt a line."""
+    """Text (a prompt a line), .jsonl, .json (HPDv2's, too) or .parquet; a pattern for several; see docs/evaluate.md."""
     heldout_prompts: str
+    """The same. What is held out is dropped from the training prompts."""
     prompts_per_iteration: int = Field(16, ge=1)
     embeddings: str | None = None
     """Folder of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class Interrupt:
         """Whether somebody asked to end."""
         return self._asked.is_set()
 
-    async def unless(self, work: Coroutine[None, None, T]) -> T | None:
+    async def unless(self, work: Awaitable[T]) -> T | None:
         """The result of `work`; None, and `work` cancelled, if somebody asks to end before it is done."""
         task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
         try:

@@ -14,7 +14,7 @@ from g2rpo_ray.checkpoint import replace_text
 from g2rpo_ray.config import Config, dump_config
 from g2rpo_ray.heldout import compare_all, picture_grid, table
 from g2rpo_ray.tracking import Metrics, Sink, Tracker, read_lines, to_json
-from g2rpo_ray.types import FloatArray, Images, Rollout, Samples
+from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, UnitReport
 
 
 class Journal:
@@ -43,6 +43,10 @@ class Journal:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def rewind(self, done: int) -> None:
+        """Forget what was written after `done` iterations: they will be done again."""
+        self._tracker.rewind(done)
 
     def say(self, line: str) -> None:
         self._tracker.say(line)
@@ -123,7 +127,8 @@ def rollout_metrics(rollout: Rollout, trained: Sequence[str]) -> dict[str, float
     metrics: dict[str, float] = {
         "rollout/evaluations": evaluations,
         "rollout/images": images,
-        "rollout/weights_version": max(report.weights_version for report in rollout.reports),
+        "rollout/weights_version": rollout.weights_version,
+        "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
         "perf/images_per_s": images / rollout.seconds,
         "perf/evaluations_per_s": evaluations / rollout.seconds,
     }
@@ -133,6 +138,12 @@ def rollout_metrics(rollout: Rollout, trained: Sequence[str]) -> dict[str, float
     for name, scores in rollout.anchor_scores.items():
         metrics[f"eval/{name}/mean"] = mean_of_present(scores)
     return metrics
+
+
+def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:
+    """Share of the time of the actors that took part which they spent computing, between first unit and last score."""
+    actors = {report.actor for report in reports}
+    return sum(report.seconds for report in reports) / (len(actors) * seconds)
 
 
 def mean_of_present(scores: FloatArray) -> float:

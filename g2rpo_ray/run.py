@@ -13,71 +13,117 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from g2rpo_ray.checkpoint import Checkpoint, find_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.data import iteration_prompts
+from g2rpo_ray.data import drawn_prompts, iteration_prompts
 from g2rpo_ray.interrupt import Interrupt
 from g2rpo_ray.journal import Journal, is_finished, summarize
 from g2rpo_ray.preflight import check_files, describe_plan, prompts_of
+from g2rpo_ray.types import Rollout
+
+if TYPE_CHECKING:  # Ray is loaded when there is something to run
+    from actors.system import System
+    from actors.weights import PublishedWeights
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
 
 async def train(config: Config, run: Path, checkpoint: Checkpoint | None) -> int:
-    """G²RPO (algorithm 1 of the paper) from the checkpoint, or the start, to the last iteration; the exit status."""
+    """Train from the checkpoint, or the start, to the last iteration; the exit status.
+
+    A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
+    """
     from actors.prometheus import prometheus_sink
     from actors.system import open_system
+    from learner.group import LearnerLost
 
     train_prompts, heldout_prompts = prompts_of(config)
-    done = saved = checkpoint.iteration if checkpoint else 0
+    used = drawn_prompts(train_prompts, config.data.prompts_per_iteration, config.seed, config.iterations)
+    done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
     with Journal(config, run, done, [prometheus_sink(config.name)]) as journal:
-        async with open_system(config, run, checkpoint) as system:
-            journal.say(f"{config.name}: encoding prompts and starting the actors")
-            if not await interrupt.unless(system.start([*train_prompts, *heldout_prompts])):
+        async with open_system(config, run) as system:
+            journal.say(f"{config.name}: starting the actors")
+            if not await interrupt.unless(system.start([*used, *heldout_prompts], checkpoint, journal.say)):
                 return INTERRUPTED
             journal.say(f"{config.name}: actors are ready")
-            weights = await system.publish(done)
-
-            async def evaluate() -> None:
-                with journal.timed("evaluation"):
-                    samples = await interrupt.unless(system.collector.samples(heldout_prompts, weights))
-                if samples:
-                    journal.heldout(done, samples)
-
-            if done in (0, config.iterations):
-                await evaluate()
-
-            for iteration in range(done, config.iterations):
-                prompts = iteration_prompts(train_prompts, config.data.prompts_per_iteration, config.seed, iteration)
-                with journal.timed("rollout"):
-                    rollout = await interrupt.unless(system.collector.rollout(iteration, prompts, weights))
-                if rollout is None:
+            restarts = 0
+            while True:
+                try:
+                    done = await iterate(config, run, system, journal, interrupt, done)
                     break
-                with journal.timed("update"):
-                    update = await system.learner.update(rollout.prompts)
-                with journal.timed("broadcast"):
-                    weights = await system.publish(iteration + 1)
-                done = iteration + 1
-                if _due(done, config.evaluation.every, config.iterations):
-                    await evaluate()
-                journal.iteration(done, rollout, update, system.counts())
-                if _due(done, config.checkpoint.every, config.iterations):
-                    with journal.timed("checkpoint"), new_checkpoint(run, done, config.checkpoint.keep) as folder:
-                        await system.learner.save(folder)
-                    saved = done
-                if interrupt:
-                    break
-
-            if done > saved:
-                with new_checkpoint(run, done, config.checkpoint.keep) as folder:
-                    await system.learner.save(folder)
+                except LearnerLost as error:
+                    restarts += 1
+                    if restarts > config.learner.max_restarts:
+                        raise
+                    checkpoint = find_checkpoint(run, "auto")
+                    done = checkpoint.iteration if checkpoint else 0
+                    journal.say(f"learner lost ({error}); going on from iteration {done}")
+                    journal.rewind(done)
+                    await system.start_learner(checkpoint)
         if not is_finished(config, run, done):
             journal.say(f"stopped after iteration {done}, which is saved: the same command goes on from there")
             return INTERRUPTED
         journal.say(summarize(config, run))
     return 0
+
+
+async def iterate(
+    config: Config, run: Path, system: "System", journal: Journal, interrupt: Interrupt, done: int
+) -> int:
+    """G²RPO (algorithm 1 of the paper): iterations from number `done` on; how many are done and saved at the end."""
+    train_prompts, heldout_prompts = prompts_of(config)
+    rollouts: dict[int, asyncio.Task[Rollout]] = {}
+    saved = done
+
+    def sample(iteration: int, weights: "PublishedWeights") -> None:
+        if iteration not in rollouts and iteration < config.iterations:
+            prompts = iteration_prompts(train_prompts, config.data.prompts_per_iteration, config.seed, iteration)
+            rollouts[iteration] = asyncio.create_task(system.collector.rollout(iteration, prompts, weights))
+
+    async def evaluate(weights: "PublishedWeights") -> None:
+        with journal.timed("evaluation"):
+            samples = await interrupt.unless(system.collector.samples(done, heldout_prompts, weights))
+        if samples:
+            journal.heldout(done, samples)
+
+    async def save() -> None:
+        with journal.timed("checkpoint"), new_checkpoint(run, done, config.checkpoint.keep) as folder:
+            await system.learner.save(folder)
+
+    try:
+        if config.rollout.max_staleness and 0 < done < config.iterations:
+            sample(done, await system.publish_again(done - 1))  # as when the run was not interrupted
+        weights = await system.publish(done)
+        if done in (0, config.iterations):
+            await evaluate(weights)
+        while done < config.iterations and not interrupt:
+            for ahead in range(config.rollout.max_staleness + 1):
+                sample(done + ahead, weights)
+            with journal.timed("rollout"):
+                rollout = await interrupt.unless(rollouts.pop(done))
+            if rollout is None:
+                break
+            with journal.timed("update"):
+                on_policy = rollout.weights_version == done
+                update = await system.learner.update(rollout.prompts, on_policy)
+            with journal.timed("broadcast"):
+                weights = await system.publish(done + 1)
+            done += 1
+            if _due(done, config.evaluation.every, config.iterations):
+                await evaluate(weights)
+            journal.iteration(done, rollout, update, system.counts())
+            if _due(done, config.checkpoint.every, config.iterations):
+                await save()
+                saved = done
+        if done > saved:
+            await save()
+        return done
+    finally:
+        for task in rollouts.values():
+            task.cancel()
 
 
 def _due(done: int, every: int, last: int) -> bool:

@@ -1,6 +1,8 @@
 """What a rollout worker does with a work unit: anchors, branches, held-out samples. No Ray here."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from g2rpo_ray.algo import Velocity, complete, run_anchor, transition
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import Conditioning, FluxModel, add_lora, load_lora
+from g2rpo_ray.models import FluxModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
 from g2rpo_ray.noise import generator
 from g2rpo_ray.plan import branch_plan, sigma_grid
 from g2rpo_ray.types import Anchor, AnchorUnit, Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit
@@ -21,11 +23,15 @@ class Sampler:
     for, and the batches are fixed by `rollout.micro_batch`.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, model: FluxModel | None = None):
+        """`model`: one that is loaded already, without LoRA."""
         self._config = config
         self._device = config.rollout.device
-        self._model = FluxModel.load(config.model, self._device, transformer=True, vae=True)
+        self._model = model or FluxModel.load(config.model, self._device, transformer=True, vae=True)
         add_lora(self._model.transformer, config.lora, config.seed)
+        fold_lora(self._model.transformer)
+        if config.rollout.compile:  # dynamic: the last batches of a unit are smaller than the others
+            self._model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
         self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
         self._plan = branch_plan(config.sampler)
         self.evaluations = 0
@@ -38,7 +44,8 @@ class Sampler:
     def anchor(self, unit: AnchorUnit, embedding: PromptEmbedding) -> tuple[Anchor, Images]:
         """The trajectory at the branch steps, and the image [1, H, W, 3] at its end: T evaluations."""
         x = self._initial("anchor", self._config.seed, unit.iteration, unit.slot, unit.prompt)
-        trajectory = run_anchor(self._velocity(embedding), x[None], self._sigmas, self._config.sampler.branch_steps)
+        with self._velocity(embedding) as velocity:
+            trajectory = run_anchor(velocity, x[None], self._sigmas, self._config.sampler.branch_steps)
         anchor = Anchor(_array(trajectory.latents[:, 0]), _array(trajectory.velocities[:, 0]))
         return anchor, self._decode(trajectory.final)
 
@@ -47,46 +54,63 @@ class Sampler:
         """One stochastic step from the anchor for each member, and the images [J · G', H, W, 3] by granularity."""
         sampler = self._config.sampler
         place = sampler.branch_steps.index(unit.branch_step)
-        x, velocity = (torch.tensor(a[place], device=self._device) for a in (anchor.latents, anchor.velocities))
+        x, v = (torch.tensor(a[place], device=self._device) for a in (anchor.latents, anchor.velocities))
         key = (self._config.seed, unit.iteration, unit.slot, unit.prompt, unit.branch_step)
         members = range(unit.first_member, unit.first_member + unit.members)
         noise = torch.stack([self._initial("branch", *key, member) for member in members])
-        step = transition(
-            sampler.kernel, x[None], velocity[None], self._sigmas, unit.branch_step, sampler.eta, noise=noise
-        )
+        step = transition(sampler.kernel, x[None], v[None], self._sigmas, unit.branch_step, sampler.eta, noise=noise)
         assert step.log_prob is not None
-        final = complete(
-            self._velocity(embedding),
-            step.next_x,
-            self._plan.paths(unit.branch_step),
-            self._sigmas,
-            self._config.rollout.micro_batch,
-        )
+        paths = self._plan.paths(unit.branch_step)
+        with self._velocity(embedding) as velocity:
+            final = complete(velocity, step.next_x, paths, self._sigmas, self._config.rollout.micro_batch)
         return Branches(_array(step.next_x), _array(step.log_prob)), self._decode(final.flatten(0, 1))
 
     @torch.inference_mode()
     def sample(self, unit: SampleUnit, embedding: PromptEmbedding) -> Images:
-        """Deterministic samples [seeds, H, W, 3]; the noise depends on prompt and seed alone."""
+        """Deterministic samples [seeds, H, W, 3]; the noise depends on prompt and seed alone, not on the steps."""
         x = torch.stack([self._initial("sample", seed, unit.prompt) for seed in unit.seeds])
         parts = x.split(self._config.rollout.micro_batch)
-        final = [run_anchor(self._velocity(embedding), part, self._sigmas).final for part in parts]
-        return self._decode(torch.cat(final))
+        return self._decode(torch.cat([self._integrate(unit, embedding, part) for part in parts]))
+
+    def _integrate(self, unit: SampleUnit, embedding: PromptEmbedding, x: Tensor) -> Tensor:
+        """The latents at the last step, of noise [seeds, L, D]."""
+        sigmas = self._sigmas
+        if unit.steps is not None:
+            sigmas = sigma_grid(self._config.sampler.model_copy(update={"steps": unit.steps}), self._model.image_tokens)
+        steps = len(sigmas) - 1
+        adapted = math.floor(unit.adapter_share * steps + 0.5)
+        with self._velocity(embedding) as velocity:
+            x = run_anchor(velocity, x, sigmas[: adapted + 1]).final
+        if adapted == steps:
+            return x
+        with lora_disabled(self._model.transformer), self._velocity(embedding) as velocity:
+            return run_anchor(velocity, x, sigmas[adapted:]).final
 
     def _initial(self, *key: int | str) -> Tensor:
         return self._model.initial_noise(generator(*key)).to(self._device)
 
-    def _velocity(self, embedding: PromptEmbedding) -> Velocity:
-        conditioning: Conditioning = self._model.condition([embedding])
+    @contextmanager
+    def _velocity(self, embedding: PromptEmbedding) -> Iterator[Velocity]:
+        """The velocity for one prompt; what depends on the prompt or the resolution alone is evaluated once."""
+        conditioning = self._model.condition([embedding])
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             self.evaluations += len(x)
             return self._model.velocity(x, sigma, conditioning)
 
-        return velocity
+        with one_prompt(self._model.transformer):
+            yield velocity
 
     def _decode(self, x: Tensor) -> Images:
-        parts = [self._model.decode(part) for part in x.split(self._config.rollout.decode_batch)]
-        return torch.cat(parts).numpy()
+        """Images [N, H, W, 3]; a device decodes the next batch while it sends the one before."""
+        height, width = self._config.model.height, self._config.model.width
+        images = torch.empty(len(x), height, width, 3, dtype=torch.uint8, pin_memory=self._device == "cuda")
+        size = self._config.rollout.decode_batch
+        for part, place in zip(x.split(size), images.split(size), strict=True):
+            place.copy_(self._model.decode(part), non_blocking=True)
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return images.numpy()
 
 
 def _array(tensor: Tensor) -> FloatArray:

@@ -19,7 +19,8 @@ class Tracker:
     """Hands an iteration's metrics to every sink. On resume, what a dead run wrote after its checkpoint is dropped."""
 
     def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = ()):
-        self._sinks: list[Sink] = [json_lines(run / "metrics.jsonl", done), *sinks]
+        self._lines = run / "metrics.jsonl"
+        self._sinks: list[Sink] = [json_lines(self._lines, done), *sinks]
         self._closers: list[Callable[[], None]] = []
         if config.tracking.tensorboard:
             self._add_tensorboard(run / "tensorboard", done)
@@ -31,6 +32,12 @@ class Tracker:
         """Hand the metrics of one iteration, counted from 1 (0: before the first), to every sink."""
         for sink in self._sinks:
             sink(iteration, metrics)
+
+    def rewind(self, done: int) -> None:
+        """Go back to `done` iterations; what charts already show is drawn over."""
+        self._sinks[0] = json_lines(self._lines, done)
+        self._bar.n = done
+        self._bar.refresh()
 
     def advance(self, metrics: Mapping[str, float]) -> None:
         """Move the progress bar on by an iteration, with these numbers beside it."""

@@ -60,6 +60,8 @@ class SampleUnit:
 
     prompt: str
     seeds: tuple[int, ...]
+    steps: int | None = None  # sampling steps; None: those of the configuration
+    adapter_share: float = 1.0  # of the steps, from the first on, that the adapter makes; the base makes the rest
 
     @property
     def name(self) -> str:
@@ -131,6 +133,7 @@ class Rollout:
     prompts: list[PromptRollout]
     anchor_scores: dict[str, FloatArray]  # [P] by reward, trained or not: the on-policy evaluation
     reports: list[UnitReport]
+    weights_version: int
     seconds: float  # from the first unit to the last score
     sampling_seconds: float  # from the first unit to the last image
 

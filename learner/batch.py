@@ -20,11 +20,12 @@ class BatchShape:
     """What a rank must know of the whole batch, so that its part of the loss does not depend on where the rest is."""
 
     members: tuple[int, ...]  # [M], over all prompts, those with all their scores: the denominators of the loss
+    on_policy: bool = True  # sampled with the weights that are updated: the ratio must begin at 1
 
     @classmethod
-    def of(cls, rollouts: Sequence[PromptRollout]) -> "BatchShape":
+    def of(cls, rollouts: Sequence[PromptRollout], on_policy: bool = True) -> "BatchShape":
         scored = [complete_members(torch.isfinite(torch.tensor(rollout.rewards))) for rollout in rollouts]  # P x [M, G]
-        return cls(tuple(torch.stack(scored).sum((0, 2)).tolist()))
+        return cls(tuple(torch.stack(scored).sum((0, 2)).tolist()), on_policy)
 
 
 def spread(rollouts: Sequence[PromptRollout], ranks: int) -> list[list[PromptRollout]]:

@@ -122,7 +122,8 @@ class LearnerEngine:
             metrics.largest("actor/ratio_max_dev", deviation)
             if number == 0:
                 metrics.largest("actor/ratio_initial_max_dev", deviation)
-                self._require_on_policy(deviation)
+                if batch.on_policy:
+                    self._require_on_policy(deviation)
             self._step(metrics)
         metrics.largest("actor/lr", self._learner.lr)
         return metrics

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
+
+BEHAVIOUR = "behaviour.safetensors"  # the LoRA version before the checkpoint's own
+PATIENCE_S = 10.0  # for the death of a rank to be known, after another rank failed for want of it
+
+
+class LearnerLost(RuntimeError):
+    """A rank is gone, and with it the state since the last checkpoint."""
 
 
 @ray.remote
@@ -21,6 +30,7 @@ class LearnerRank:
 
     def __init__(self, config: Config, rank: int) -> None:
         self._config, self._rank = config, rank
+        self._published: dict[int, dict[str, FloatArray]] = {}  # the newest two versions, by rank 0
 
     def endpoint(self) -> tuple[str, int]:
         """Where the ranks may meet: this node's address and a port that is free now."""
@@ -39,6 +49,7 @@ class LearnerRank:
         from learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
 
         self._engine = LearnerEngine(self._config, self._rank, self._config.learner.ranks, checkpoint)
+        self._published = _read_behaviour(checkpoint) if checkpoint else {}
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
         return self._engine.update([_fetch(rollout) for rollout in shard], batch)
@@ -47,7 +58,14 @@ class LearnerRank:
         from g2rpo_ray.models import describe
 
         state = self._engine.lora_state()
+        self._published = {**{v: s for v, s in self._published.items() if v == version - 1}, version: state}
         return describe(state, version), state
+
+    def publish_again(self, version: int) -> tuple[WeightsManifest, dict[str, FloatArray]]:
+        """The version before the current one, which a stale rollout is sampled with; known from the checkpoint, too."""
+        from g2rpo_ray.models import describe
+
+        return describe(self._published[version], version), self._published[version]
 
     def gather(self) -> None:
         """Take part in another rank's `publish`: under ZeRO-3 every rank holds a piece of the LoRA."""
@@ -55,6 +73,8 @@ class LearnerRank:
 
     def save(self, directory: str) -> None:
         self._engine.save(directory)
+        for version, state in list(self._published.items())[:-1]:
+            save_file(state, Path(directory) / BEHAVIOUR, {"version": str(version)})
 
 
 class LearnerGroup:
@@ -63,34 +83,39 @@ class LearnerGroup:
     After a failure the other ranks may wait in a collective for ever: `shutdown` is all that can be asked for then.
     """
 
-    def __init__(self, config: Config, checkpoint: str | Path | None = None) -> None:
-        """`checkpoint`: directory, seen by every rank, of a checkpoint to go on from."""
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._checkpoint = None if checkpoint is None else str(checkpoint)
         self._ranks: list[Any] = []
 
-    async def start(self, timeout: float) -> None:
-        """Start the ranks; returns when each has loaded the model and met the others.
+    async def start(self, timeout: float, checkpoint: str | Path | None = None) -> None:
+        """Start the ranks, anew if they ran; returns when each has loaded the model and met the others.
+
+        `checkpoint` is the directory, seen by every rank, of a checkpoint to go on from.
 
         Raises:
             TimeoutError: not all did within `timeout` seconds.
             Exception: what a rank failed with.
         """
+        self.shutdown()
         learner = self._config.learner
         actor = LearnerRank.options(max_restarts=0, **ray_options(learner.resources))  # type: ignore[attr-defined]
         self._ranks = [actor.remote(self._config, rank) for rank in range(learner.ranks)]
         endpoint = self._ranks[0].endpoint.remote()
+        folder = None if checkpoint is None else str(checkpoint)
         try:
-            await asyncio.wait_for(_all(rank.start.remote(endpoint, self._checkpoint) for rank in self._ranks), timeout)
+            await asyncio.wait_for(_all(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
         except TimeoutError:
             raise TimeoutError(
                 f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
                 "resources that learner.ranks and learner.resources ask for? `ray status` shows what is waiting"
             ) from None
 
-    async def update(self, rollouts: Sequence[PromptRollout]) -> dict[str, float]:
-        """One iteration's update; the metrics, by name, over all ranks."""
-        shards, batch = spread(rollouts, len(self._ranks)), BatchShape.of(rollouts)
+    async def update(self, rollouts: Sequence[PromptRollout], on_policy: bool = True) -> dict[str, float]:
+        """One iteration's update; the metrics, by name, over all ranks.
+
+        `on_policy`: the rollouts were sampled with the weights that are updated, so that the ratio must begin at 1.
+        """
+        shards, batch = spread(rollouts, len(self._ranks)), BatchShape.of(rollouts, on_policy)
         parts = await _all(rank.update.remote(shard, batch) for rank, shard in zip(self._ranks, shards, strict=True))
         return reduce_metrics(parts)
 
@@ -104,18 +129,59 @@ class LearnerGroup:
         found, *_ = await _all([manifest, *(rank.gather.remote() for rank in others)])
         return found, state
 
+    async def publish_again(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
+        """The version before the one that was published last, or that the checkpoint holds."""
+        manifest, state = self._ranks[0].publish_again.options(num_returns=2).remote(version)
+        (found,) = await _all([manifest])
+        return found, state
+
     async def save(self, directory: str | Path) -> None:
         """Write the checkpoint, readable with any number of ranks and any ZeRO stage, from rank 0's node."""
         await _all(rank.save.remote(str(directory)) for rank in self._ranks)
 
     def shutdown(self) -> None:
+        """End the ranks, also those that wait for a dead one."""
         for rank in self._ranks:
             ray.kill(rank)
+        self._ranks = []
 
 
 async def _all(refs: Iterable["ray.ObjectRef[Any]"]) -> list[Any]:
-    """What all ranks return. What one fails with is raised at once, though the others may still block."""
-    return await asyncio.gather(*refs)
+    """What all ranks return. What one fails with is raised at once, though the others may still block.
+
+    Raises:
+        LearnerLost: a rank died, or what it was to fetch was lost; the others may have failed because of that.
+    """
+    calls = [asyncio.ensure_future(_value(ref)) for ref in refs]
+    try:
+        return await asyncio.gather(*calls)
+    except ray.exceptions.RayError as first:
+        await asyncio.wait(calls, timeout=PATIENCE_S)
+        errors = [call.exception() for call in calls if call.done() and not call.cancelled()]
+        for error in errors:
+            if isinstance(error, ray.exceptions.RayActorError) or (error is not None and _lost_object(error)):
+                raise LearnerLost(str(error).splitlines()[0]) from None
+        raise first
+    finally:
+        for call in calls:
+            call.cancel()
+
+
+async def _value(ref: "ray.ObjectRef[Any]") -> Any:
+    return await ref
+
+
+def _lost_object(error: BaseException) -> bool:
+    return isinstance(getattr(error, "cause", error), ray.exceptions.ObjectLostError)
+
+
+def _read_behaviour(checkpoint: str) -> dict[int, dict[str, FloatArray]]:
+    file = Path(checkpoint) / BEHAVIOUR
+    if not file.exists():
+        return {}
+    with safe_open(file, framework="np") as content:
+        version = int(content.metadata()["version"])
+        return {version: {name: content.get_tensor(name) for name in content.keys()}}  # noqa: SIM118
 
 
 def _fetch(rollout: PromptRollout) -> PromptRollout:

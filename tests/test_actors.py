@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +41,10 @@ class Worker:
         self.done.append(value)
         return value
 
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
     def history(self):
         return list(self.done)
 
@@ -75,20 +80,20 @@ def use(pool, body):
 
 
 def workers(size=1, max_restarts=3, **options):
-    return Pool("worker", lambda name: Worker.remote(**options), size, max_restarts)
+    return Pool("worker", lambda name: Worker.remote(**options), size, minimum=size, max_restarts=max_restarts)
 
 
 def test_the_most_urgent_call_goes_first_and_the_oldest_of_equals():
     pool = workers()
 
     async def body():
-        await pool.wait_ready(60)
+        await pool.wait_ready()
         calls = [pool.call("work", n, priority=p) for n, p in enumerate([(2,), (1,), (0, 5), (1,), (0, 3)])]
         await asyncio.gather(*calls)
         return (await pool.call("history", priority=(9,)))[1]
 
-    first, *rest = use(pool, body)  # the idle actor took the first call before the others were there
-    assert [first, *rest] in ([4, 2, 1, 3, 0], [0, 4, 2, 1, 3])
+    # the idle actor took the first call when it was alone, and one ahead, (0, 5), as soon as several were waiting
+    assert use(pool, body) == [0, 2, 4, 1, 3]
 
 
 def test_a_dead_actor_is_replaced_and_its_call_sent_again(tmp_path):
@@ -102,6 +107,53 @@ def test_a_dead_actor_is_replaced_and_its_call_sent_again(tmp_path):
     assert (pool.restarts.take(), pool.restarts.take()) == (1, 0)
 
 
+def test_nothing_waits_behind_another_call_when_there_are_few(tmp_path):
+    pool = workers(size=2)
+
+    async def body():
+        await pool.wait_ready()
+        start = time.monotonic()
+        await asyncio.gather(*(pool.call("sleep", 1.0, priority=(0,)) for _ in range(2)))
+        return time.monotonic() - start
+
+    assert use(pool, body) < 1.9
+
+
+def test_calls_wait_while_too_much_is_unused():
+    pool = Pool("worker", lambda name: Worker.remote(), 2, max_unused=3)
+
+    async def body():
+        calls = [asyncio.ensure_future(pool.call("work", n, priority=(n,))) for n in range(5)]
+        await asyncio.wait(calls[:3])
+        await asyncio.sleep(0.3)
+        before = [call.done() for call in calls]
+        pool.used()
+        await asyncio.wait_for(calls[3], 30)
+        return before, calls[4].done()
+
+    assert use(pool, body) == ([True, True, True, False, False], False)
+
+
+def test_a_pool_grows_and_shrinks_while_it_works():
+    pool = workers(size=1)
+
+    async def body():
+        await pool.wait_ready()
+        pool.resize(3)
+        while len(pool.pids) < 3:
+            await asyncio.sleep(0.05)
+        busy = [asyncio.ensure_future(pool.call("sleep", 1.0, priority=(0,))) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        pool.resize(1)  # all are busy: two leave when they are done
+        answers = await asyncio.gather(*busy)
+        await asyncio.sleep(0.1)
+        return len(pool.pids), [answer for _, answer in answers], (await pool.call("work", 1, priority=(0,)))[1]
+
+    left, answers, later = use(pool, body)
+    assert (left, answers, later) == (1, [1.0] * 3, 1)
+    assert pool.restarts.total == pool.retried.total == 0
+
+
 def test_too_many_deaths_stop_the_pool():
     pool = workers(max_restarts=1)
     with pytest.raises(PoolStopped, match="more deaths than max_restarts=1"):
@@ -111,14 +163,14 @@ def test_too_many_deaths_stop_the_pool():
 def test_an_actor_that_cannot_start_stops_the_pool_with_its_reason():
     pool = workers(fails=True)
     with pytest.raises(PoolStopped, match="worker-0 failed to start: ValueError: no model here"):
-        use(pool, lambda: pool.wait_ready(60))
+        use(pool, lambda: pool.wait_ready())
 
 
 def test_an_actor_that_finds_no_place_is_named_in_time():
     nowhere = Worker.options(resources={"nowhere": 1})
-    pool = Pool("worker", lambda name: nowhere.remote(), 1, 3)
-    with pytest.raises(PoolStopped, match=r"no actor started within startup_timeout_s=0\.5"):
-        use(pool, lambda: pool.wait_ready(0.5))
+    pool = Pool("worker", lambda name: nowhere.remote(), 1, patience_s=0.5)
+    with pytest.raises(PoolStopped, match=r"0 of 1 actors ready after 1 s, longer than startup_timeout_s"):
+        use(pool, lambda: pool.wait_ready())
 
 
 def test_a_mistake_in_a_call_reaches_who_made_it_and_the_actor_lives_on():
@@ -135,7 +187,7 @@ def test_a_mistake_in_a_call_reaches_who_made_it_and_the_actor_lives_on():
 
 def scorer(retries=2, **options):
     config = RewardConfig(kind="tests.faulty:build", options=options, retries=retries, batch_size=4)
-    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1, 1))
+    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1))
 
 
 IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)

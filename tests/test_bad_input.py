@@ -65,7 +65,7 @@ def test_bad_input_is_one_line_and_status_2(case, files, tmp_path, capsys):
             ["--set", "learner.resources={GPU: 8}"],
             ["learner.resources: the run asks for 8 GPU in all", "the cluster has 0"],
         ),
-        (["--set", "rollout.resources={CPU: 1000}"], ["rollout.resources: the run asks for 2000 CPU in all"]),
+        (["--set", "rollout.resources={CPU: 1000}"], ["rollout.resources: the run asks for 1000 CPU in all"]),
         (["--address", "127.0.0.1:1"], ["--address: no Ray cluster at 127.0.0.1:1"]),
     ],
     ids=["more GPUs than there are", "more CPUs than there are", "no cluster there"],

@@ -1,6 +1,7 @@
 """Prompts, their order, and the store of embeddings."""
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,24 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g2rpo_ray.config import ModelConfig
-from g2rpo_ray.data import EmbeddingStore, fingerprint, iteration_prompts, read_prompts
+from g2rpo_ray.config import ModelConfig, load_config
+from g2rpo_ray.data import (
+    EmbeddingStore,
+    drawn_prompts,
+    embedding_shape,
+    fingerprint,
+    iteration_prompts,
+    read_prompts,
+    without_heldout,
+)
+from g2rpo_ray.data.embeddings import FIRST_PART, PART
+from g2rpo_ray.models import FluxModel
 from g2rpo_ray.types import PromptEmbedding
 from tests.tiny_flux import write_tiny_flux
 
@@ -22,6 +35,83 @@ def test_prompts_are_read_in_order_once_each(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeff a red cat \r\n\n\tein grüner Hund\na red cat\nA red cat\u2028two\n".encode())
     assert read_prompts(str(file), "data.x") == ("a red cat", "ein grüner Hund", "A red cat\u2028two")
+
+
+HPDV2 = [
+    {"human_preference": [1, 0], "prompt": "a red cat", "file_path": ["a.jpg", "b.jpg"]},
+    {"human_preference": [0, 1], "prompt": "a red cat", "file_path": ["a.jpg", "c.jpg"]},
+    {"human_preference": [1, 0], "prompt": " ein grüner Hund ", "file_path": []},
+]
+
+
+def write_prompt_files(folder: Path) -> None:
+    """The formats, all with the prompts "a red cat" and "ein grüner Hund"."""
+    (folder / "train.json").write_text(json.dumps(HPDV2))
+    (folder / "anime.json").write_text(json.dumps(["a red cat", "ein grüner Hund", "a red cat"]))
+    lines = [*HPDV2, "a red cat", {"prompt": None}]
+    (folder / "lines.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    (folder / "captions.jsonl").write_text('{"caption": "a red cat", "text": "no"}\n{"caption": "ein grüner Hund"}')
+    columns = {"caption": ["a red cat", None, "ein grüner Hund", "a red cat"], "TEXT": ["a", "b", "c", "d"]}
+    pq.write_table(pa.table(columns), folder / "table.parquet")
+    (folder / "style-a.txt").write_text("a red cat\n")
+    (folder / "style-b.json").write_text('["ein grüner Hund", "a red cat"]')
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train.json", "anime.json", "lines.jsonl", "captions.jsonl", "table.parquet", "style-*", "train.json#prompt"],
+)
+def test_the_ending_decides_the_format(tmp_path: Path, name: str) -> None:
+    write_prompt_files(tmp_path)
+    assert read_prompts(str(tmp_path / name), "data.x") == ("a red cat", "ein grüner Hund")
+
+
+def test_another_key_or_column_is_named_after_the_file(tmp_path: Path) -> None:
+    write_prompt_files(tmp_path)
+    assert read_prompts(str(tmp_path / "table.parquet#TEXT"), "data.x") == tuple("abcd")
+    (tmp_path / "odd#name.txt").write_text("a\n")
+    assert read_prompts(str(tmp_path / "odd#name.txt"), "data.x") == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", '{"prompt": "a"}', "it holds one dict"),
+        ("a.json", '["a", 3]', "entry 2 is 3, not text"),
+        ("a.json", '[{"title": "a", "id": 1}]', "entry 1 has no prompt or caption or text, only title, id"),
+        ("a.json", "[half", "expected a list of objects"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": ["a"]}', 'line 2 is ["a"], not text'),
+        ("a.jsonl#name", '{"prompt": "a"}', "line 1 has no name"),
+        ("a.parquet", "not parquet", "expected a string column with the prompt as prompt or caption or text"),
+    ],
+)
+def test_entries_without_a_prompt_are_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name.partition("#")[0]).write_text(content)
+    with pytest.raises(ValueError, match=r"^data.x: .*/a\.") as error:
+        read_prompts(str(tmp_path / name), "data.x")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_without_such_a_column_is_named_with_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1], "title": ["a"]}), tmp_path / "a.parquet")
+    for name, words in (("a.parquet", "its columns are id, title"), ("a.parquet#id", "column id holds int64")):
+        with pytest.raises(ValueError, match=words):
+            read_prompts(str(tmp_path / name), "data.x")
+
+
+def test_held_out_prompts_are_not_trained_on() -> None:
+    train = ("a cat", "A  Red cat", "a red  CAT", "a red car")
+    assert without_heldout(train, ["a red cat", "a dog"]) == ("a cat", "a red car")
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 25), st.data(), st.integers(0, 2**40), st.integers(0, 40))
+def test_the_drawn_prompts_are_those_that_the_iterations_use(n: int, data: st.DataObject, seed: int, used: int) -> None:
+    prompts = [f"prompt {i}" for i in range(n)]
+    per_iteration = data.draw(st.integers(1, n))
+    stream = itertools.chain.from_iterable(iteration_prompts(prompts, per_iteration, seed, i) for i in range(used))
+    assert drawn_prompts(prompts, per_iteration, seed, used) == tuple(dict.fromkeys(stream))
 
 
 def test_prompt_files_that_cannot_be_used_are_named_with_their_key(tmp_path: Path) -> None:
@@ -124,6 +214,49 @@ def test_a_kill_while_writing_leaves_no_part(tmp_path: Path, monkeypatch: pytest
 
 def interrupt(_: int) -> None:
     raise KeyboardInterrupt
+
+
+ENCODE = """
+import sys
+from g2rpo_ray.config import load_config
+from g2rpo_ray.data import EmbeddingStore, encode_missing
+from g2rpo_ray.models import FluxModel
+directory, number = sys.argv[1], int(sys.argv[2])
+store = EmbeddingStore(directory, "f")
+missing = store.missing([f"a red circle {i}" for i in range(number)])
+model = FluxModel.load(load_config().model, "cpu", text_encoders=True)
+print("missing", len(missing), flush=True)
+for done, _ in encode_missing(store, missing, model.encode):
+    print(done, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_encoding_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    number = FIRST_PART + PART + 3
+
+    def encode(folder: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", ENCODE, str(tmp_path / folder), str(number)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    killed = encode("a")
+    assert killed.stdout is not None
+    assert [killed.stdout.readline() for _ in range(2)] == [f"missing {number}\n", f"{FIRST_PART}\n"]
+    killed.kill()  # SIGKILL, between two parts
+    killed.wait()
+    printed, _ = encode("a").communicate("\n" * 9)
+    assert printed.split() == ["missing", str(number - FIRST_PART), str(FIRST_PART), str(number - FIRST_PART)]
+    encode("b").communicate("\n" * 9)
+    prompts = [f"a red circle {i}" for i in range(number)]
+    stores = [EmbeddingStore(tmp_path / folder, "f").get(prompts) for folder in "ab"]
+    for a, b in zip(*stores, strict=True):
+        assert_same(a, b)
+
+
+def test_the_shape_is_told_before_anything_is_encoded() -> None:
+    model = load_config().model
+    (encoded,) = FluxModel.load(model, "cpu", text_encoders=True).encode(["a red circle"])
+    assert embedding_shape(model) == (*encoded.sequence.shape, *encoded.pooled.shape)
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
 from safetensors.torch import load_file, save_file
 
 from g2rpo_ray.algo import integrate_advantages, run_anchor, shifted_sigmas, transition
@@ -34,7 +33,7 @@ from g2rpo_ray.models import (
 )
 from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
 from learner.batch import BatchShape, reduce_metrics, spread
-from learner.group import LearnerGroup
+from learner.group import LearnerGroup, LearnerLost
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
 STAGES, SCHEDULES, WORLDS = (1, 2, 3), ("per_step", "accumulate"), (1, 2)
@@ -438,8 +437,8 @@ def test_group(cluster, pipeline, rollouts, results, tmp_path):
         return metrics, *published
 
     async def publish_again(checkpoint, config):
-        group = LearnerGroup(config, checkpoint)
-        await group.start(120)
+        group = LearnerGroup(config)
+        await group.start(120, checkpoint)
         manifest, _ = await group.publish(2)
         group.shutdown()
         return manifest
@@ -458,9 +457,9 @@ def test_group(cluster, pipeline, rollouts, results, tmp_path):
 
 @pytest.mark.cluster
 def test_group_that_cannot_start(cluster, pipeline, tmp_path):
-    group = LearnerGroup(settings(pipeline), tmp_path)
+    group = LearnerGroup(settings(pipeline))
     with pytest.raises(ValueError, match=r"learner\.safetensors: cannot be read"):
-        asyncio.run(group.start(120))
+        asyncio.run(group.start(120, tmp_path))
     group.shutdown()
     group = LearnerGroup(settings(pipeline, resources={"CPU": 1, "nowhere": 1}))
     with pytest.raises(TimeoutError, match=r"learner\.resources"):
@@ -483,12 +482,10 @@ def test_death_of_a_rank(cluster, pipeline, rollouts):
         published = await group.publish(0)
         deadly = replace(by_reference(rollouts[1]), anchor=ray.put(Bomb()))
         start = time.monotonic()
-        with pytest.raises(RayError):  # the death, or what rank 0's collective makes of it
+        with pytest.raises(LearnerLost):  # whatever rank 0's collective made of it
             await group.update([by_reference(rollouts[0]), deadly])
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 40
         group.shutdown()
-        with pytest.raises(RayActorError):
-            await group.publish(1)
         return published
 
     manifest, ref = asyncio.run(die())

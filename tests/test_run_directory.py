@@ -118,7 +118,7 @@ def rollout(scores):
         UnitReport("anchor/0/0", "rollout-0", 0, 10, 1, 2.0, 0.5),
         UnitReport("b", "rollout-1", 0, 90, 2, 3.0, 0),
     ]
-    return Rollout([prompt], {"preference": np.array([0.5], np.float32)}, reports, 4.0, 3.5)
+    return Rollout([prompt], {"preference": np.array([0.5], np.float32)}, reports, 0, 4.0, 3.5)
 
 
 def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):

@@ -65,7 +65,7 @@ def test_a_run_leaves_what_the_documentation_promises(reference):
 
 
 def test_the_number_of_actors_changes_no_bit(reference, tmp_path):
-    run(tmp_path, "one", rollout__actors=1, rewards__preference__replicas=2)
+    run(tmp_path, "one", rollout__max_actors=1, rewards__preference__replicas=2)
     same_lora(lora(tmp_path, "one"), lora(reference[0], "reference"))
 
 
@@ -138,7 +138,7 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
     """On a cluster that is there, with the checkout as working directory."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "HOME": str(tmp_path)}
     ray = str(Path(sys.executable).parent / "ray")
-    port, dashboard = 16379, 18265
+    port, dashboard = 6399, 8299
 
     def call(*arguments):
         return subprocess.run(arguments, env=environment, text=True, capture_output=True, timeout=PATIENCE, check=True)

@@ -1,6 +1,15 @@
 """Prompts, the order in which they are used, and their embeddings in Parquet. No Ray here."""
 
-from g2rpo_ray.data.embeddings import EmbeddingStore, fingerprint
-from g2rpo_ray.data.prompts import iteration_prompts, read_prompts
+from g2rpo_ray.data.embeddings import EmbeddingStore, embedding_shape, encode_missing, fingerprint
+from g2rpo_ray.data.prompts import drawn_prompts, iteration_prompts, read_prompts, without_heldout
 
-__all__ = ["EmbeddingStore", "fingerprint", "iteration_prompts", "read_prompts"]
+__all__ = [
+    "EmbeddingStore",
+    "drawn_prompts",
+    "embedding_shape",
+    "encode_missing",
+    "fingerprint",
+    "iteration_prompts",
+    "read_prompts",
+    "without_heldout",
+]

@@ -7,8 +7,9 @@ pooled and sequence (binary, little-endian), sequence_length (S; D_text follows 
 
 import hashlib
 import os
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.files import resolve
 from g2rpo_ray.types import PromptEmbedding
 
+PART = 64  # prompts a Parquet file: what a kill in the middle loses at most
+FIRST_PART = 8  # soon done, and long enough to tell how long all will take
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 STORED_AS: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -92,6 +95,30 @@ class EmbeddingStore:
 
     def _note(self, file: Path, prompts: Sequence[str]) -> None:
         self._places.update({prompt: (file, row) for row, prompt in enumerate(prompts)})
+
+
+def embedding_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """(S, D_text, D_pooled) of this model's embeddings, from the configuration of its transformer alone."""
+    from diffusers import FluxTransformer2DModel  # heavy, and not needed to read what is stored
+
+    path, revision = resolve(config.path), config.revision
+    network = FluxTransformer2DModel.load_config(path, subfolder="transformer", revision=revision)
+    return config.max_sequence_length, network["joint_attention_dim"], network["pooled_projection_dim"]
+
+
+def encode_missing(
+    store: EmbeddingStore, missing: Sequence[str], encode: Callable[[Sequence[str]], list[PromptEmbedding]]
+) -> Iterator[tuple[int, float]]:
+    """Encode and store prompts part by part; after each part (prompts done, seconds since the start).
+
+    A part is kept as soon as it is whole: who is killed goes on with what the store then misses.
+    """
+    start, done = time.perf_counter(), 0
+    while done < len(missing):
+        part = missing[done : done + (PART if done else FIRST_PART)]
+        store.add(encode(part))
+        done += len(part)
+        yield done, time.perf_counter() - start
 
 
 def _open(file: Path) -> pq.ParquetFile:

@@ -1,31 +1,118 @@
-"""Prompts: read from a text file, and drawn in an order that the seed and the iteration decide."""
+"""Prompts: read from files of several formats, and drawn in an order that the seed and the iteration decide."""
 
+import glob
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from g2rpo_ray.files import resolve
 
+KEYS = ("prompt", "caption", "text")
+"""What a prompt is called in an object or a column; the first of them that is there counts."""
+
 
 def read_prompts(path: str, key: str) -> tuple[str, ...]:
-    """The prompts of a text file, one a line, stripped; blank lines and repetitions are left out.
+    """The prompts of a file, stripped, in order; blank ones and exact repetitions are left out.
 
-    `key` is the configuration key that names the file.
+    The ending decides the format: `.jsonl` an object or a string a line, `.json` one list of objects or strings (as
+    HPDv2 publishes both), `.parquet` a column, any other text with a prompt a line. KEYS says what is read of an object
+    or a table; `FILE#NAME` says otherwise. A pattern such as `benchmark/*.json` stands for all files that match, in
+    alphabetical order. `key` is the configuration key that names the file.
 
     Raises:
         ValueError: one line that names the key, the file and what to do.
     """
-    try:
-        text = Path(resolve(path)).read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except OSError as error:
-        raise ValueError(f"{key}: cannot read {path} ({error.strerror}); give a text file, a prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{key}: {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    prompts = dict.fromkeys(line.strip() for line in text.split("\n"))
+    found, keys = _files(path)
+    prompts = dict.fromkeys(prompt.strip() for file in found for prompt in _read(file, keys, key))
     prompts.pop("", None)
     if not prompts:
         raise ValueError(f"{key}: {path} holds no prompt; write one a line")
     return tuple(prompts)
+
+
+def _files(path: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files that a path or pattern stands for, and what a prompt is called in them."""
+    name, separator, chosen = path.rpartition("#")
+    if not separator or Path(resolve(path)).exists():
+        name, chosen = path, ""
+    file = Path(resolve(name))
+    matching = [] if file.exists() else sorted(glob.glob(str(file)))
+    return [Path(match) for match in matching] or [file], (chosen,) if chosen else KEYS
+
+
+def _read(file: Path, keys: tuple[str, ...], key: str) -> Iterator[str]:
+    try:
+        if file.suffix == ".parquet":
+            yield from _column(file, keys)
+            return
+        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        if file.suffix == ".jsonl":
+            lines = enumerate(text.split("\n"), 1)
+            yield from (_prompt(json.loads(line), keys, f"line {at}") for at, line in lines if line.strip())
+        elif file.suffix == ".json":
+            entries = json.loads(text)
+            if not isinstance(entries, list):
+                raise ValueError(f"it holds one {type(entries).__name__}")
+            yield from (_prompt(entry, keys, f"entry {at}") for at, entry in enumerate(entries, 1))
+        else:
+            yield from text.split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}: {file} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise ValueError(
+            f"{key}: cannot read {file} ({reason}); give a text file, a prompt a line, or .jsonl, .json or .parquet"
+        ) from None
+    except (ValueError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        expected = {".parquet": "a string column", ".jsonl": "an object a line", ".json": "a list of objects"}
+        wanted = f"{expected.get(file.suffix)} with the prompt as {' or '.join(keys)}"
+        raise ValueError(f"{key}: {file}: {reason}; expected {wanted}: another name is given as FILE#NAME") from None
+
+
+def _prompt(entry: Any, keys: tuple[str, ...], place: str) -> str:
+    """The prompt of one entry of a JSON file: a string, or an object that has it; null counts as blank."""
+    found = entry
+    if isinstance(entry, dict):
+        name = next((name for name in keys if name in entry), None)
+        if name is None:
+            raise ValueError(f"{place} has no {' or '.join(keys)}, only {', '.join(entry) or 'nothing'}")
+        found = entry[name] if entry[name] is not None else ""
+    if not isinstance(found, str):
+        raise ValueError(f"{place} is {json.dumps(found)[:40]}, not text")
+    return found
+
+
+def _column(file: Path, keys: tuple[str, ...]) -> Iterator[str]:
+    """The prompts of a Parquet file, which is read in parts: beside them it may hold pictures."""
+    table = pq.ParquetFile(file)
+    name = next((name for name in keys if name in table.schema_arrow.names), None)
+    if name is None:
+        raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}")
+    kind = table.schema_arrow.field(name).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"column {name} holds {kind}, not text")
+    for batch in table.iter_batches(columns=[name]):
+        yield from (prompt or "" for prompt in batch.column(0).to_pylist())
+
+
+def without_heldout(train: Sequence[str], heldout: Sequence[str]) -> tuple[str, ...]:
+    """The training prompts that are no held-out ones, whatever their capitals and spaces.
+
+    They are dropped from training, and not from what is held out: a comparison must mean the same for every run, and a
+    prompt that was trained on would flatter this one.
+    """
+    held = {_alike(prompt) for prompt in heldout}
+    return tuple(prompt for prompt in train if _alike(prompt) not in held)
+
+
+def _alike(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 def iteration_prompts(prompts: Sequence[str], per_iteration: int, seed: int, iteration: int) -> tuple[str, ...]:
@@ -43,6 +130,25 @@ def iteration_prompts(prompts: Sequence[str], per_iteration: int, seed: int, ite
             "lower it or add lines to data.train_prompts"
         )
     epoch, place = divmod(iteration, len(prompts) // per_iteration)
+    return _epoch_order(prompts, seed, epoch)[place * per_iteration : (place + 1) * per_iteration]
+
+
+def drawn_prompts(prompts: Sequence[str], per_iteration: int, seed: int, iterations: int) -> tuple[str, ...]:
+    """The prompts that `iterations` iterations from the first draw, each once, in the order of their first use.
+
+    A run over a big file uses few of its prompts, and an embedding takes megabytes: these alone need encoding.
+    """
+    an_epoch = len(prompts) // per_iteration
+    drawn: dict[str, None] = {}
+    for epoch, first in enumerate(range(0, iterations, an_epoch)):
+        used = min(an_epoch, iterations - first) * per_iteration
+        drawn.update(dict.fromkeys(_epoch_order(prompts, seed, epoch)[:used]))
+        if len(drawn) == len(prompts):
+            break
+    return tuple(drawn)
+
+
+def _epoch_order(prompts: Sequence[str], seed: int, epoch: int) -> tuple[str, ...]:
     order = list(prompts)
     random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a string: the same on every platform
-    return tuple(order[place * per_iteration : (place + 1) * per_iteration])
+    return tuple(order)

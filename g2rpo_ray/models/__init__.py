@@ -1,6 +1,7 @@
 """Diffusers pipelines as flow models, and the LoRA that is trained on them. No Ray here."""
 
 from g2rpo_ray.models.flux import Conditioning, FluxModel
+from g2rpo_ray.models.inference import fold_lora, one_prompt
 from g2rpo_ray.models.lora import (
     WeightsMismatch,
     add_lora,
@@ -24,11 +25,13 @@ __all__ = [
     "check_lora",
     "describe",
     "export_lora",
+    "fold_lora",
     "load_lora",
     "lora_disabled",
     "lora_parameters",
     "lora_shapes",
     "lora_state",
+    "one_prompt",
     "read_lora",
     "verify",
 ]

@@ -138,7 +138,7 @@ class FluxModel:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Images [N, H, W, 3] uint8 on the CPU, of latents [N, L, D] float32, in one pass of the VAE.
+        """Images [N, H, W, 3] uint8 on the model's device, of latents [N, L, D] float32, in one pass of the VAE.
 
         At 720 px that takes gigabytes an image: the caller decides how many go together.
         """
@@ -147,7 +147,7 @@ class FluxModel:
         latent = latent / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(latent.to(self._device, self._dtype), return_dict=False)[0]
         unit: Tensor = self._pipeline.image_processor.postprocess(image.float(), output_type="pt")  # [N, 3, H, W] 0..1
-        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _geometry(config: ModelConfig) -> tuple[int, int]:

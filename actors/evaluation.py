@@ -1,0 +1,67 @@
+"""What works for an evaluation on the cluster: rollout actors and reward servers, no learner."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+import ray
+
+from actors.encoder import Say
+from actors.system import System
+from actors.weights import PublishedWeights
+from g2rpo_ray.config import Config
+from g2rpo_ray.models import describe
+from g2rpo_ray.scorebook import Cell
+from g2rpo_ray.types import FloatArray, Images
+
+Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]
+
+
+class Evaluator(System):
+    """A system that samples and scores with weights that are there already: its learner is never started."""
+
+    def __init__(self, config: Config, folder: Path, group: asyncio.TaskGroup):
+        super().__init__(config, folder, group)
+        self._weights: dict[int, PublishedWeights] = {}
+
+    async def start_evaluation(
+        self, prompts: Sequence[str], states: Mapping[int, Mapping[str, FloatArray]], say: Say
+    ) -> Literal[True]:
+        """Encode the prompts, start the actors, put the adapters' weights into the object store, by version."""
+        await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
+        for pool in self._pools.values():
+            pool.start(self._group)
+        for version, state in states.items():
+            self._weights[version] = PublishedWeights(describe(state, version), ray.put(dict(state)))
+        await asyncio.gather(*(pool.wait_ready() for pool in self._pools.values()))
+        return True
+
+    async def score(self, cells: Sequence[Cell], keep: Keep) -> Literal[True]:
+        """Sample and score the cells; each is handed to `keep` as soon as it is done."""
+        prompts = list(dict.fromkeys(cell.unit.prompt for cell in cells))
+        embeddings = dict(zip(prompts, self._embeddings.refs(prompts), strict=True))
+        await asyncio.gather(*(self._score_one(cell, embeddings[cell.unit.prompt], keep) for cell in cells))
+        return True
+
+    async def _score_one(self, cell: Cell, embedding: ray.ObjectRef, keep: Keep) -> None:
+        images, scores = await self.collector.sample(cell.unit, self._weights[cell.version], embedding)
+        keep(cell, scores, (await images)[0] if cell.shown else None)
+
+
+@asynccontextmanager
+async def open_evaluator(config: Config, folder: Path) -> AsyncIterator[Evaluator]:
+    """An evaluator whose actors end with the context; `folder` holds embeddings unless `data.embeddings` does.
+
+    What stops a pool for good is raised in the caller.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            evaluator = Evaluator(config, folder, group)
+            try:
+                yield evaluator
+            finally:
+                evaluator.stop()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -1,0 +1,88 @@
+"""What rollout needs of its device, by the configuration files of the model alone: reads no weights, uses no device."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from g2rpo_ray.config import Config
+from g2rpo_ray.files import resolve
+from g2rpo_ray.models.inference import fold_lora
+from g2rpo_ray.models.lora import add_lora
+
+
+def rollout_memory(config: Config) -> dict[str, int]:
+    """Bytes on a rollout actor's device: `weights`, and the peak of the tensors of a `velocity` and of a `decode`.
+
+    A velocity of `rollout.micro_batch` latents and a VAE pass of `rollout.decode_batch` are run without data, and what
+    is alive is added up: attention as a fused kernel, without the workspaces of libraries (about 1 GB on a GPU).
+    """
+    path, revision = resolve(config.model.path), config.model.revision
+    network = FluxTransformer2DModel.load_config(path, subfolder="transformer", revision=revision)
+    autoencoder = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+    dtype = getattr(torch, config.model.dtype)
+    with torch.device("meta"), torch.inference_mode():
+        transformer: Any = nn.Module.to(FluxTransformer2DModel.from_config(network), dtype)  # diffusers' own warns
+        add_lora(transformer, config.lora, seed=0)
+        fold_lora(transformer)
+        vae: Any = nn.Module.to(AutoencoderKL.from_config(autoencoder), dtype)
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        rows, columns = config.model.height // scale, config.model.width // scale
+        text = config.model.max_sequence_length
+        inputs = velocity_inputs(transformer, config.rollout.micro_batch, rows * columns // 4, text, dtype)
+        latent = torch.empty(config.rollout.decode_batch, vae.config.latent_channels, rows, columns, dtype=dtype)
+        return {
+            "weights": _bytes(transformer) + _bytes(vae.decoder),
+            "velocity": peak_bytes(lambda: transformer(**inputs)),
+            "decode": peak_bytes(lambda: vae.decode(latent)),
+        }
+
+
+def velocity_inputs(transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of one evaluation of n latents, of the right shapes and dtypes, on the default device."""
+    return {
+        "hidden_states": torch.zeros(n, image_tokens, transformer.config.in_channels, dtype=dtype),
+        "timestep": torch.full((n,), 0.5),
+        "guidance": torch.full((n,), 3.5) if transformer.config.guidance_embeds else None,
+        "pooled_projections": torch.zeros(n, transformer.config.pooled_projection_dim, dtype=dtype),
+        "encoder_hidden_states": torch.zeros(n, text_tokens, transformer.config.joint_attention_dim, dtype=dtype),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "img_ids": torch.zeros(image_tokens, 3),
+        "return_dict": False,
+    }
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes alive at once of what `run` allocates."""
+    with _Allocations() as allocations:
+        run()
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -1,0 +1,108 @@
+"""Faults done for real to a small run, which ends with the LoRA of an undisturbed one, bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.runs import actors_of, finish, kill_all, lora, metrics, run, start, wait_for, wait_for_iteration
+from tests.test_system import reference, same_lora  # noqa: F401  (reference is a fixture)
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize("title", ["LearnerRank", "RewardActor"])
+def test_a_killed_learner_or_reward_server_changes_no_bit(title, reference, tmp_path):  # noqa: F811
+    process = start(tmp_path, "faulty")
+    wait_for_iteration(process, tmp_path, "faulty", 1)
+    actors_of(process, title)[0].kill()
+    printed = finish(process)
+    assert ("learner lost" in printed) == (title == "LearnerRank")
+    same_lora(lora(tmp_path, "faulty"), lora(reference[0], "reference"))
+    assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
+
+
+def test_sigterm_saves_and_ends(reference, tmp_path):  # noqa: F811
+    """What `ray job stop` and a drained node send."""
+    process = start(tmp_path, "stopped", checkpoint__every=100)
+    wait_for_iteration(process, tmp_path, "stopped", 1)
+    process.send_signal(signal.SIGTERM)
+    assert "is saved" in finish(process, status=130)
+    done = int((tmp_path / "stopped" / "checkpoints" / "LATEST").read_text())
+    assert done >= 1
+    run(tmp_path, "stopped", "--resume", "auto")
+    same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
+
+
+def test_stale_rollouts_depend_on_no_timing_and_survive_a_dead_driver(tmp_path):
+    run(tmp_path, "stale", rollout__max_staleness=1)
+    lines = metrics(tmp_path, "stale")[1:]
+    assert [line["rollout/weights_version"] for line in lines] == [0, 0, 1]
+    assert lines[0]["actor/ratio_initial_max_dev"] <= 1e-6 < lines[1]["actor/ratio_initial_max_dev"]
+    process = start(tmp_path, "killed", rollout__max_staleness=1, rollout__max_actors=1)
+    wait_for(process, lambda: (tmp_path / "killed" / "checkpoints" / "LATEST").exists())
+    kill_all(process)
+    run(tmp_path, "killed", rollout__max_staleness=1, rollout__max_actors=1)
+    same_lora(lora(tmp_path, "killed"), lora(tmp_path, "stale"))
+
+
+@pytest.fixture
+def cluster():
+    """A head without room for actors and two nodes for rollout, the second to be killed."""
+    system = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3,
+              "health_check_initial_delay_ms": 0}  # fmt: skip
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000, "_system_config": system,
+                        "resources": {"head": 1}},
+    )  # fmt: skip
+    yield nodes
+    nodes.shutdown()
+
+
+def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):  # noqa: F811
+    """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
+    pinned = {"rollout__resources": "{rollout: 1}", "rollout__max_actors": 2, "learner__resources": "{head: 0.1}",
+              "rewards__preference__resources": "{head: 0.1}", "data__encoder_resources": "{head: 0.1}"}  # fmt: skip
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1}) for _ in range(2)]
+    process = start(tmp_path, "nodes", "--address", cluster.address, **pinned, iterations=4)
+    wait_for_iteration(process, tmp_path, "nodes", 1)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 2})
+    scale = [sys.executable, "-m", "g2rpo_ray.scale", "--address", cluster.address, "--name", "nodes", "--rollout", "3"]
+    asked = subprocess.run(scale, capture_output=True, text=True, timeout=120, check=False)
+    assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
+    finish(process)
+    run(tmp_path, "plain", iterations=4)
+    same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
+
+
+@pytest.mark.slow
+def test_chaos(tmp_path):
+    """Something random is killed every few seconds for 30 iterations, the driver included."""
+    settings = {"iterations": 30, "rollout__max_restarts": 1000, "rewards__preference__max_restarts": 1000,
+                "learner__max_restarts": 1000}  # fmt: skip
+    run(tmp_path, "calm", **settings)
+    dice, kills = random.Random(0), {}
+    process = start(tmp_path, "chaos", **settings)
+    deadline = time.monotonic() + 1500
+    while process.poll() != 0:
+        assert time.monotonic() < deadline, kills
+        if process.poll() is not None:
+            process = start(tmp_path, "chaos", **settings)
+        time.sleep(dice.uniform(4, 12))
+        victim = dice.choices(["RolloutActor", "RewardActor", "LearnerRank", "driver"], [6, 3, 1, 1])[0]
+        found = [] if victim == "driver" or process.poll() is not None else actors_of(process, victim)
+        if victim == "driver" and process.poll() is None:
+            kill_all(process)
+        elif found:
+            dice.choice(found).kill()
+        kills[victim] = kills.get(victim, 0) + 1
+    print(json.dumps(kills))
+    assert len(kills) == 4
+    same_lora(lora(tmp_path, "chaos"), lora(tmp_path, "calm"))
