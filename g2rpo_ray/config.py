@@ -103,8 +103,8 @@ class RolloutConfig(Section):
     micro_batch: int = Field(8, ge=1)
     """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise than
-    the learner does: watch actor/ratio_initial_max_dev."""
+    """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise
+    than the learner does: watch actor/ratio_initial_max_dev."""
     members_per_unit: int | None = Field(None, ge=1)
     """Members of a group that one work unit holds; unset: the whole group."""
     decode_batch: int = Field(1, ge=1)
@@ -128,7 +128,7 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     kind: str
-    """`hpsv2`, `colour_accuracy`, `shape_accuracy`, or `module:factory` for your own."""
+    """One of the kinds in docs/rewards.md, or `module:factory` for your own."""
     weight: float = Field(1.0, gt=0)
     """w_r in the advantage; not used in `eval_rewards`."""
     options: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
@@ -59,6 +60,12 @@ def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -
 def lora(output: Path, name: str):
     """The final adapter's tensors."""
     return load_file(output / name / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def same_lora(a, b) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def metrics(output: Path, name: str) -> list[dict]:

@@ -10,14 +10,13 @@ import time
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.runs import actors_of, finish, kill_all, lora, metrics, run, start, wait_for, wait_for_iteration
-from tests.test_system import reference, same_lora  # noqa: F401  (reference is a fixture)
+from tests.runs import actors_of, finish, kill_all, lora, metrics, run, same_lora, start, wait_for, wait_for_iteration
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.mark.parametrize("title", ["LearnerRank", "RewardActor"])
-def test_a_killed_learner_or_reward_server_changes_no_bit(title, reference, tmp_path):  # noqa: F811
+def test_a_killed_learner_or_reward_server_changes_no_bit(title, reference, tmp_path):
     process = start(tmp_path, "faulty")
     wait_for_iteration(process, tmp_path, "faulty", 1)
     actors_of(process, title)[0].kill()
@@ -27,7 +26,7 @@ def test_a_killed_learner_or_reward_server_changes_no_bit(title, reference, tmp_
     assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
 
 
-def test_sigterm_saves_and_ends(reference, tmp_path):  # noqa: F811
+def test_sigterm_saves_and_ends(reference, tmp_path):
     """What `ray job stop` and a drained node send."""
     process = start(tmp_path, "stopped", checkpoint__every=100)
     wait_for_iteration(process, tmp_path, "stopped", 1)
@@ -65,7 +64,7 @@ def cluster():
     nodes.shutdown()
 
 
-def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):  # noqa: F811
+def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
     pinned = {"rollout__resources": "{rollout: 1}", "rollout__max_actors": 2, "learner__resources": "{head: 0.1}",
               "rewards__preference__resources": "{head: 0.1}", "data__encoder_resources": "{head: 0.1}"}  # fmt: skip

@@ -21,24 +21,13 @@ from tests.runs import (
     lora,
     metrics,
     run,
+    same_lora,
     start,
     wait_for,
     wait_for_iteration,
 )
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """A run that nothing disturbs, with two rollout actors: its output folder and what it printed."""
-    output = tmp_path_factory.mktemp("reference")
-    return output, run(output, "reference")
-
-
-def same_lora(a, b):
-    assert a.keys() == b.keys()
-    assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_leaves_what_the_documentation_promises(reference):

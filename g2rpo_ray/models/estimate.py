@@ -43,7 +43,9 @@ def rollout_memory(config: Config) -> dict[str, int]:
         }
 
 
-def velocity_inputs(transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+def velocity_inputs(
+    transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """Arguments of one evaluation of n latents, of the right shapes and dtypes, on the default device."""
     return {
         "hidden_states": torch.zeros(n, image_tokens, transformer.config.in_channels, dtype=dtype),
@@ -71,6 +73,8 @@ class _Allocations(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor))
+        self._known.update(tensor.untyped_storage() for tensor in given)  # weights: not allocated here
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:

@@ -5,7 +5,6 @@ Network and checkpoint format are the `hpsv2` package's own; the default archite
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +14,24 @@ from typing import Any
 import numpy as np
 import open_clip.tokenizer
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from g2rpo_ray.rewards.features import CLIP_MEAN, CLIP_STD, cosines
+from g2rpo_ray.rewards.files import locate, one_line, read_json
+from g2rpo_ray.rewards.images import check_images
+from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
+
+CHECKPOINT = "xswu/HPSv2:HPS_v2.1_compressed.pt"
 
 
 class HPSv2:
     """A CLIP-type preference model; `score` is one forward pass over what it is given."""
 
     def __init__(self, network: Any, architecture: dict[str, Any], device: str, dtype: torch.dtype) -> None:
-        self._network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._network = place(network, device, dtype)
         self._tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=_context_length(architecture))
         self._image_size: int = architecture["vision_cfg"]["image_size"]
         self._device, self._dtype = device, dtype
@@ -39,16 +39,14 @@ class HPSv2:
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
         """Cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        check_images("hpsv2", images, prompts)
         pixels = preprocess(images, self._image_size).to(device=self._device, dtype=self._dtype)
         tokens = self._tokenizer(list(prompts)).to(self._device)
-        image_features = F.normalize(self._network.encode_image(pixels).float(), dim=-1)
-        text_features = F.normalize(self._network.encode_text(tokens).float(), dim=-1)
-        scores = (image_features * text_features).sum(dim=-1)
-        return scores.where(scores.isfinite(), torch.nan).cpu().numpy()
+        return cosines(self._network.encode_image(pixels), self._network.encode_text(tokens))
 
 
 def build(
-    checkpoint: str = "xswu/HPSv2:HPS_v2.1_compressed.pt",
+    checkpoint: str = CHECKPOINT,
     architecture: str = "ViT-H-14",
     device: str = "cpu",
     dtype: str = "float32",
@@ -58,16 +56,15 @@ def build(
     `architecture` names one of open_clip's or is the path of a JSON file in open_clip's format; `dtype` is the one
     that the network computes in. ValueError in one line where any of them can't be used.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; float32 reproduces published scores")
-    _check_device(device)
+    torch_dtype = check_placement(device, dtype)
     shape = load_architecture(architecture)
     try:
         network = new_network(shape)
     except TypeError as error:
-        raise ValueError(f"architecture: {architecture} is not open_clip's format: {_line(error)}") from error
-    _load_weights(network, _locate(checkpoint), architecture)
-    return HPSv2(network, shape, device, DTYPES[dtype])
+        raise ValueError(f"architecture: {architecture} is not open_clip's format: {one_line(error)}") from error
+    path = locate("checkpoint", checkpoint, CHECKPOINT)
+    fit_weights(network, read_weights(path, "state_dict"), path, f"architecture {architecture}")
+    return HPSv2(network, shape, device, torch_dtype)
 
 
 def preprocess(images: NDArray[np.uint8], size: int) -> Tensor:
@@ -92,61 +89,17 @@ def load_architecture(architecture: str) -> dict[str, Any]:
     known: dict[str, Any] | None = bundled.get_model_config(architecture)
     if known is not None:
         return known
-    path = Path(architecture)
-    if not path.is_file():
+    if not Path(architecture).is_file():
         raise ValueError(
             f"architecture: {architecture!r} is neither a file nor an open_clip model; "
             "give ViT-H-14 for HPSv2.1 or the path of a JSON file with embed_dim, vision_cfg, text_cfg"
         )
-    try:
-        described: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"architecture: {architecture} is not JSON: {error}; it must be open_clip's format") from error
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in described]
-    if missing:
-        raise ValueError(f"architecture: {architecture} lacks {', '.join(missing)}; it must be open_clip's format")
-    return described
+    return read_json("architecture", architecture, ("embed_dim", "vision_cfg", "text_cfg"), "open_clip's format")
 
 
 def new_network(architecture: dict[str, Any]) -> Any:
     """The `hpsv2` package's untyped CLIP module of this architecture, its weights still random."""
     return _bundled_open_clip().CLIP(**architecture)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it is built without that kind of device
-        raise ValueError(f"device: {device!r} can't be used ({_line(error)}); cpu always can") from error
-
-
-def _load_weights(network: nn.Module, path: Path, architecture: str) -> None:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what its unpickler, its zip reader or the disk happen to raise
-        raise ValueError(f"checkpoint: torch.load(weights_only=True) can't read {path}: {_line(error)}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"checkpoint: {path} has no key 'state_dict'; give a checkpoint as HPSv2 publishes them")
-    try:
-        network.load_state_dict(checkpoint["state_dict"], strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint: {path} does not fit architecture {architecture}; give both of one model: {_line(error)}"
-        ) from error
-
-
-def _locate(checkpoint: str) -> Path:
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
-    repository, separator, name = checkpoint.partition(":")
-    remedy = "give the path of a file, or a hub file as repo:file, e.g. xswu/HPSv2:HPS_v2.1_compressed.pt"
-    if not separator:
-        raise ValueError(f"checkpoint: no file {checkpoint!r}; {remedy}")
-    try:
-        return Path(hf_hub_download(repository, name))
-    except Exception as error:  # network, authentication, offline mode or name: the hub client has a class for each
-        raise ValueError(f"checkpoint: {checkpoint!r} can't be fetched ({_line(error)}); {remedy}") from error
 
 
 def _bundled_open_clip() -> ModuleType:
@@ -170,9 +123,3 @@ def _bundled_open_clip() -> ModuleType:
 def _context_length(architecture: dict[str, Any]) -> int:
     length: int = architecture["text_cfg"].get("context_length", 77)
     return length
-
-
-def _line(error: Exception) -> str:
-    """The error's text on one line, cut where a state dict would list hundreds of keys."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " …"

@@ -2,14 +2,14 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from g2rpo_ray.files import EMBEDDED, resolve
+from g2rpo_ray.files import resolve
+from g2rpo_ray.rewards.files import one_line
 
 
 @runtime_checkable
@@ -28,6 +28,13 @@ KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
     "colour_accuracy": "g2rpo_ray.rewards.shapes:colour_accuracy",
     "shape_accuracy": "g2rpo_ray.rewards.shapes:shape_accuracy",
+    "clip": "g2rpo_ray.rewards.clip:build",
+    "pickscore": "g2rpo_ray.rewards.pickscore:build",
+    "imagereward": "g2rpo_ray.rewards.imagereward:build",
+    "aesthetic": "g2rpo_ray.rewards.aesthetic:build",
+    "unified_reward": "g2rpo_ray.rewards.unified_reward:build",
+    "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "g2rpo_ray.rewards.jpeg:incompressibility",
 }
 
 
@@ -44,24 +51,15 @@ def build_reward(kind: str, **options: Any) -> Reward:
     except TypeError as error:
         allowed = ", ".join(inspect.signature(factory).parameters) or "none"
         raise ValueError(f"reward {kind}: {error}; its options: {allowed}") from error
-    reward: Reward = factory(**options)
+    try:
+        reward = factory(**options)
+    except ValueError:
+        raise  # it names the option
+    except Exception as error:  # a factory of the user's: whatever it raises, the message names the reward
+        raise ValueError(f"reward {kind}: its factory raised {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(reward, Reward):
+        raise ValueError(f"reward {kind}: its factory gave a {type(reward).__name__}; expected score(images, prompts)")
     return reward
-
-
-def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
-    """What can be told of a reward without loading its model; a line for what could not.
-
-    Raises:
-        ValueError: one line that names the key in the configuration, what was given and what is allowed.
-    """
-    if kind not in KINDS and ":" not in kind:
-        raise ValueError(f"{key}.kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory as module:factory")
-    checkpoint = str(options.get("checkpoint", ""))
-    if kind not in KINDS or not checkpoint or Path(resolve(checkpoint)).is_file():
-        return []
-    if checkpoint.count(":") == 1 and not checkpoint.startswith(EMBEDDED):
-        return [f"{key}.options.checkpoint: {checkpoint} is taken for a file on the hub, looked for at start"]
-    raise ValueError(f"{key}.options.checkpoint: no file {checkpoint}; give a path, or a hub file as repo:file")
 
 
 def _factory(kind: str) -> Callable[..., Reward]:

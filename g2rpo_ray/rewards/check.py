@@ -1,0 +1,65 @@
+"""What can be told of a reward before anything starts, without importing its model's packages."""
+
+import ast
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from g2rpo_ray.files import resolve
+from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
+from g2rpo_ray.rewards.registry import KINDS
+
+FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
+FOLDER_OPTIONS = ("model", "processor", "backbone")  # a directory, or a repository on the hub
+
+
+def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
+    """Check kind, option names and files; a line for each file that could not be looked at.
+
+    Raises:
+        ValueError: one line that names the key in the configuration, what was given and what is allowed.
+    """
+    if kind not in KINDS and ":" not in kind:
+        raise ValueError(f"{key}.kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory as module:factory")
+    if kind not in KINDS:
+        return []
+    defaults = option_names(kind)
+    for name in options:
+        if name not in defaults:
+            allowed = ", ".join(defaults) or "none"
+            raise ValueError(f"{key}.options.{name}: {kind} has no such option; allowed are {allowed}")
+    for name, required in defaults.items():
+        if required and name not in options:
+            raise ValueError(f"{key}.options.{name}: not given; {kind} needs it")
+    checked = (_check_file(f"{key}.options.{name}", name, str(value)) for name, value in options.items())
+    return [line for line in checked if line]
+
+
+def option_names(kind: str) -> dict[str, bool]:
+    """The options of a kind of KINDS, and whether each is required: read from the source, which is not run."""
+    module_name, _, name = KINDS[kind].partition(":")
+    spec = find_spec(module_name)
+    assert spec is not None, f"{module_name} is a module of this package"
+    assert spec.origin is not None, f"{module_name} has a source file"
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            required = len(node.args.args) - len(node.args.defaults)
+            return {argument.arg: at < required for at, argument in enumerate(node.args.args)}
+    raise AssertionError(f"{KINDS[kind]} is no function")
+
+
+def _check_file(key: str, name: str, given: str) -> str:
+    """A line if `given` is looked for at start only, else ""; ValueError if it can be neither a file nor a hub name."""
+    path = Path(resolve(given))
+    if name in FILE_OPTIONS and not path.is_file():
+        if is_hub_file(given):
+            return f"{key}: {given} is taken for a file on the hub, looked for at start"
+        raise ValueError(f"{key}: no file {given}; give a path, or a hub file as repo:file")
+    if name in FOLDER_OPTIONS and not path.is_dir():
+        if is_hub_id(given):
+            return f"{key}: {given} is taken for a hub id, looked for at start"
+        raise ValueError(f"{key}: no directory {given}; give one as transformers saves it, or a hub id like org/name")
+    if name == "architecture" and given.endswith(".json") and not path.is_file():
+        raise ValueError(f"{key}: no file {given}; give the path of a JSON file")
+    return ""

@@ -1,0 +1,35 @@
+"""CLIP's way with pictures and features, as rewards share it. Legend: N images, S network's size, D features."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(images: NDArray[np.uint8], size: int, squash: bool = False) -> Tensor:
+    """uint8 [N, H, W, 3] to normalised float32 [N, 3, S, S] as OpenAI's CLIP does: bicubic, by Pillow, on 8 bits.
+
+    The shortest side becomes `size` and the centre is cut out; or, `squash`, both sides become `size`.
+    """
+    new_size = [size, size] if squash else [size]
+    resized = [TF.resize(Image.fromarray(image), new_size, InterpolationMode.BICUBIC) for image in images]
+    pixels = torch.stack([TF.to_tensor(TF.center_crop(image, [size, size])) for image in resized])
+    return TF.normalize(pixels, CLIP_MEAN, CLIP_STD)
+
+
+def cosines(image_features: Tensor, text_features: Tensor) -> NDArray[np.float32]:
+    """Cosines float32 [N] of features [N, D] of any dtype, row by row; NaN where one is not finite."""
+    images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+    return finite((images * texts).sum(dim=-1))
+
+
+def finite(scores: Tensor) -> NDArray[np.float32]:
+    """Scores [N] as float32 on the host, NaN (missing) where one is not finite."""
+    return scores.float().where(scores.isfinite(), torch.nan).cpu().numpy()

@@ -1,0 +1,54 @@
+"""Files of reward models, by path or hub name. Light: the check before the start uses it as well as the loaders."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from g2rpo_ray.files import EMBEDDED
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILE = re.compile(HUB_ID.pattern + r":\S+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a hub repository: org/name."""
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(EMBEDDED)
+
+
+def is_hub_file(name: str) -> bool:
+    """Whether `name` can be a file on the hub: org/name:file."""
+    return HUB_FILE.fullmatch(name) is not None and not name.startswith(EMBEDDED)
+
+
+def locate(option: str, name: str, example: str) -> Path:
+    """The file at path `name`, or the hub file org/name:file, fetched where it is not cached yet."""
+    if Path(name).is_file():
+        return Path(name)
+    remedy = f"give the path of a file, or a hub file as repo:file, e.g. {example}"
+    if not is_hub_file(name):
+        raise ValueError(f"{option}: no file {name!r}; {remedy}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(*name.split(":", 1)))
+    except Exception as error:  # network, authentication, offline mode or name: the hub client has a class for each
+        raise ValueError(f"{option}: {name!r} can't be fetched ({one_line(error)}); {remedy}") from error
+
+
+def read_json(option: str, path: str, keys: tuple[str, ...], meaning: str) -> dict[str, Any]:
+    """The object in the JSON file at `path`, which must have all `keys`; `meaning` says what they describe."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {path} is not JSON that can be read: {error}; it must be {meaning}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{option}: {path} lacks {', '.join(missing)}; it must be {meaning}")
+    return dict(content)
+
+
+def one_line(error: object) -> str:
+    """The error's text on one line, cut where a state dict would list hundreds of keys."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " …"

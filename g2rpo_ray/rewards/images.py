@@ -1,0 +1,30 @@
+"""Pictures on their way into a reward: checked, encoded. Legend: N images and prompts, H, W pixels."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+QUALITY = 95  # of every JPEG: DDPO's, and close enough to lossless to be judged by a model
+
+
+def check_images(reward: str, images: NDArray[np.uint8], prompts: Sequence[str]) -> None:
+    """ValueError in one line that names the reward unless images are uint8 [N, H, W, 3] and prompts are N."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"reward {reward}: images are {_given(images)}; expected a numpy array uint8 [N, H, W, 3]")
+    if len(prompts) != len(images):
+        raise ValueError(f"reward {reward}: {len(prompts)} prompts for {len(images)} images; give one for each")
+
+
+def encoded(image: NDArray[np.uint8], image_format: str) -> bytes:
+    """The file of image uint8 [H, W, 3], `image_format` "png" or "jpeg"."""
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, image_format, **({"quality": QUALITY} if image_format == "jpeg" else {}))
+    return buffer.getvalue()
+
+
+def _given(images: Any) -> str:
+    return f"{images.dtype} {list(images.shape)}" if hasattr(images, "shape") else f"a {type(images).__name__}"

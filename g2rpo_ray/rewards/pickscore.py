@@ -1,0 +1,57 @@
+"""PickScore (arXiv 2305.01569): the cosine under a CLIP ViT-H/14 tuned on the choices of users. Legend: N images.
+
+The paper's table reports the cosine, about .22 to .24; the logit scale that PickScore's own examples multiply by is
+left out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from g2rpo_ray.rewards.features import cosines
+from g2rpo_ray.rewards.images import check_images
+from g2rpo_ray.rewards.weights import check_placement, place, pretrained
+
+
+class PickScore:
+    """A CLIP of transformers with its processor; `score` is one forward pass over what it is given."""
+
+    def __init__(self, network: Any, image_processor: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> None:
+        self._network = place(network, device, dtype)
+        self._image_processor, self._tokenizer = image_processor, tokenizer
+        self._text_length: int = network.config.text_config.max_position_embeddings
+        self._device, self._dtype = device, dtype
+
+    @torch.no_grad()
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        check_images("pickscore", images, prompts)
+        pixels = self._image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
+        # padded to one length whatever the other prompts are: the batch must not change a score
+        padding = {"padding": "max_length", "truncation": True, "max_length": self._text_length}
+        tokens = self._tokenizer(list(prompts), **padding, return_tensors="pt").to(self._device)
+        pixel_values = pixels["pixel_values"].to(device=self._device, dtype=self._dtype)
+        image_features = self._network.get_image_features(pixel_values=pixel_values).pooler_output
+        return cosines(image_features, self._network.get_text_features(**tokens).pooler_output)
+
+
+def build(
+    model: str = "yuvalkirstain/PickScore_v1",
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> PickScore:
+    """The reward from `model` and `processor`, each a directory in transformers' format or a hub id.
+
+    Pictures are resized by Pillow, as when PickScore was published; transformers' default is another resize by now.
+    ValueError in one line where any of them can't be used.
+    """
+    torch_dtype = check_placement(device, dtype)
+    image_processor = pretrained(CLIPImageProcessorPil, "processor", processor)
+    tokenizer = pretrained(CLIPTokenizer, "processor", processor)
+    network = pretrained(CLIPModel, "model", model, dtype=torch_dtype)
+    return PickScore(network, image_processor, tokenizer, device, torch_dtype)

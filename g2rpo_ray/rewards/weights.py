@@ -1,0 +1,73 @@
+"""From a checkpoint to a network on its device: what the loaders of reward models share. Errors are one line."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from g2rpo_ray.rewards.files import is_hub_id, one_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_placement(device: str, dtype: str) -> torch.dtype:
+    """The torch dtype of that name. ValueError where torch knows no such dtype or can't use the device."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; float32 reproduces published scores")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it is built without that kind of device
+        raise ValueError(f"device: {device!r} can't be used ({one_line(error)}); cpu always can") from error
+    return DTYPES[dtype]
+
+
+def place(network: nn.Module, device: str, dtype: torch.dtype) -> Any:
+    """The network ready to score: on its device, in its dtype, no gradients. Any: modules have no typed methods."""
+    return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def read_weights(path: Path, key: str = "") -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or in one of torch.save, there under `key` if that is given."""
+    reader = "safetensors" if path.suffix == ".safetensors" else "torch.load(weights_only=True)"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise what their parser, the zip reader or the disk happen to raise
+        raise ValueError(f"checkpoint: {reader} can't read {path}: {one_line(error)}") from error
+    weights = content.get(key) if key and isinstance(content, dict) else content
+    if not isinstance(weights, dict):
+        expected = f"a state dict under the key {key!r}" if key else "a state dict"
+        raise ValueError(f"checkpoint: {path} does not hold {expected}; give the file as its authors publish it")
+    return weights
+
+
+def fit_weights(network: nn.Module, weights: dict[str, Tensor], path: Path, expected: str) -> None:
+    """Load every weight; ValueError where keys or shapes are not those of the network that `expected` describes."""
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint: {path} does not fit {expected}; give both of one model: {one_line(error)}"
+        ) from error
+
+
+def pretrained(factory: Any, option: str, name: str, **options: Any) -> Any:
+    """`factory.from_pretrained` (of transformers) of a directory or hub id; a model must find all its weights."""
+    remedy = "give a directory as transformers saves it, or a hub id like org/name"
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise ValueError(f"{option}: no directory {name!r}; {remedy}")
+    is_model = issubclass(factory, nn.Module)
+    try:
+        loaded = factory.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
+    except Exception as error:  # OSError, ValueError, RuntimeError or the hub client's, depending on what is wrong
+        raise ValueError(f"{option}: {factory.__name__} can't load {name}; {remedy}: {one_line(error)}") from error
+    if not is_model:
+        return loaded
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(f"{option}: {name} is no complete {factory.__name__}; its weights lack {one_line(missing)}")
+    return model
