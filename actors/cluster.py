@@ -1,5 +1,6 @@
 """The Ray cluster that a run works on: one that is there, or a private one on this machine."""
 
+import logging
 import os
 import secrets
 import socket
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from g2rpo_ray.config import Config, Resources
+
+logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray would take 30 % of the machine's memory
 
@@ -71,7 +74,7 @@ def check_resources(config: Config) -> None:
     """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once."""
     import ray
 
-    there = ray.cluster_resources()
+    there, free = ray.cluster_resources(), ray.available_resources()
     asked = demands(config)
     encoder = config.data.encoder_resources
     for resource in sorted({kind for _, _, resources in asked for kind in resources} | set(encoder)):
@@ -84,3 +87,5 @@ def check_resources(config: Config) -> None:
                 f"{largest}: the run asks for {total:g} {resource} in all ({wanted}); the cluster has "
                 f"{there.get(resource, 0):g}: lower the number of actors or their resources, or add nodes"
             )
+        if total > free.get(resource, 0):
+            logger.warning("the run waits for %g %s, of which %g are free now", total, resource, free.get(resource, 0))

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.data import EmbeddingStore, embedding_shape, encode_missing, fingerprint
@@ -99,7 +100,9 @@ class Embeddings:
 
     def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:
         """References to the embeddings, in the order of the prompts."""
-        refs: Any = _read.options(num_returns=len(prompts)).remote(self._directory, self._key, prompts)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # not on a bare head
+        read = _read.options(num_returns=len(prompts), scheduling_strategy=here)
+        refs: Any = read.remote(self._directory, self._key, prompts)
         return refs if len(prompts) > 1 else [refs]
 
 

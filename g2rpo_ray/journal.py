@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from g2rpo_ray.heldout import compare_all, picture_grid, table
 from g2rpo_ray.tracking import Metrics, Sink, Tracker, read_lines, to_json
 from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, UnitReport
 
+HACKING_WINDOW = 20  # iterations over which trained and judging rewards are compared
+
 
 class Journal:
     """Writes down what happens in a run, iteration by iteration; a run that goes on finds what it had written."""
@@ -26,6 +29,7 @@ class Journal:
         replace_text(run / "config.yaml", dump_config(config))
         self._tracker = Tracker(config, run, done, sinks)
         self._means: dict[str, float] = {}
+        self._window: deque[Metrics] = deque(maxlen=HACKING_WINDOW)
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
@@ -72,6 +76,14 @@ class Journal:
         reward = {"timing_s/reward": rollout.seconds - rollout.sampling_seconds}
         self._write(done, {**metrics, **update, **counts, **reward})
         self._tracker.advance({name: metrics[f"reward/{name}/mean"] for name in self._config.rewards})
+        self._window.append(metrics)
+        if done % HACKING_WINDOW == 0 and hacked(
+            self._window, list(self._config.rewards), list(self._config.eval_rewards)
+        ):
+            self.say(
+                f"WARNING: over the last {HACKING_WINDOW} iterations the trained rewards rose on deterministic samples "
+                "while every reward of eval_rewards fell: look at samples/, the policy may exploit what it is trained on"
+            )
 
     def _write(self, done: int, metrics: Metrics) -> None:
         seconds = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
@@ -138,6 +150,19 @@ def rollout_metrics(rollout: Rollout, trained: Sequence[str]) -> dict[str, float
     for name, scores in rollout.anchor_scores.items():
         metrics[f"eval/{name}/mean"] = mean_of_present(scores)
     return metrics
+
+
+def hacked(window: Sequence[Metrics], trained: Sequence[str], judges: Sequence[str]) -> bool:
+    """Whether every trained reward rose and every judge fell, from the first half of the window to the second.
+
+    Both are means over the anchors: on-policy samples without noise.
+    """
+
+    def rise(name: str) -> float:
+        scores = np.array([line[f"eval/{name}/mean"] for line in window])
+        return float(scores[len(scores) // 2 :].mean() - scores[: len(scores) // 2].mean())
+
+    return bool(judges) and all(rise(name) > 0 for name in trained) and all(rise(name) < 0 for name in judges)
 
 
 def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:

@@ -1,14 +1,42 @@
 """Settings: what is read, what is refused, and that the refusal names the key, the value and what is allowed."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from g2rpo_ray.config import dump_config, load_config
+from g2rpo_ray.preflight import check_files
 
 
 def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the_same():
     assert load_config() == load_config("configs/quickstart.yaml")
     assert load_config().model.path == "embedded:pipeline"
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_passes_the_check_of_its_files(path):
+    config = load_config(str(path))
+    unchecked = check_files(config, None)
+    assert all("hub" in line for line in unchecked)
+    if path.stem != "quickstart":
+        assert config.name == path.stem
+
+
+def test_the_paper_s_rows_differ_in_rewards_and_granularities_alone():
+    base = load_config("configs/flux_hps.yaml").model_dump()
+    strides = {}
+    for path in Path("configs").glob("flux_hps*.yaml"):
+        config = load_config(str(path)).model_dump()
+        strides[path.stem] = (tuple(config["rewards"]), config["sampler"]["strides"])
+        for section in ("model", "lora", "learner", "data", "evaluation"):
+            assert config[section] == base[section]
+    both = ("hpsv2", "clip")
+    assert strides == {
+        f"flux_hps{clip}{row}": (both if clip else ("hpsv2",), granularities)
+        for clip in ("", "_clip")
+        for row, granularities in {"": (1, 2, 3), "_1": (1,), "_1_2": (1, 2), "_1_3": (1, 3)}.items()
+    }
 
 
 def test_overrides_are_yaml_values_at_dotted_keys():

@@ -218,6 +218,8 @@ def interrupt(_: int) -> None:
 
 ENCODE = """
 import sys
+import torch
+torch.set_num_threads(1)
 from g2rpo_ray.config import load_config
 from g2rpo_ray.data import EmbeddingStore, encode_missing
 from g2rpo_ray.models import FluxModel

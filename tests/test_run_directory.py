@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,18 @@ def test_metrics_after_the_checkpoint_of_a_killed_run_are_dropped(tmp_path):
         {"iteration": 2, "loss": 1.0},
         {"iteration": 3, "loss": 9.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("judge", "warned"), [(lambda i: 1 - i / 100, True), (lambda i: i / 100, False), (lambda i: np.nan, False)]
+)
+def test_a_trained_reward_that_rises_while_every_judge_falls_is_called_out(tmp_path, capsys, judge, warned):
+    config = load_config(None, ["eval_rewards={judge: {kind: jpeg_compressibility}}", "iterations=20"])
+    with Journal(config, tmp_path, 0) as journal:
+        for i in range(20):
+            anchors = {"preference": np.array([i / 100], np.float32), "judge": np.array([judge(i)], np.float32)}
+            journal.iteration(i + 1, replace(rollout([0.1, 0.2]), anchor_scores=anchors), {}, {})
+    assert ("may exploit" in capsys.readouterr().out) == warned
 
 
 def test_comparison_by_hand():
