@@ -82,7 +82,7 @@ class Journal:
         ):
             self.say(
                 f"WARNING: over the last {HACKING_WINDOW} iterations the trained rewards rose on deterministic samples "
-                "while every reward of eval_rewards fell: look at samples/, the policy may exploit what it is trained on"
+                "and all of eval_rewards fell: look at samples/, the policy may exploit what it is trained on"
             )
 
     def _write(self, done: int, metrics: Metrics) -> None:
