@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import sys
-import textwrap
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,8 +26,8 @@ from g2rpo_ray.data import read_prompts
 from g2rpo_ray.files import resolve
 from g2rpo_ray.heldout import picture_grid
 from g2rpo_ray.interrupt import Interrupt
-from g2rpo_ray.preflight import check_files
-from g2rpo_ray.run import FAILED, INTERRUPTED, INVALID
+from g2rpo_ray.preflight import check_models
+from g2rpo_ray.run import INTERRUPTED, INVALID, fail
 from g2rpo_ray.scorebook import Cell, ScoreBook
 from g2rpo_ray.tracking import to_json
 from g2rpo_ray.types import FloatArray, Images, SampleUnit
@@ -81,7 +79,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     given = load_config(options.config, options.set)
     config = _without_training(given)
-    check_files(config, None)
+    check_models(config)
     prompts = read_prompts(
         options.prompts or given.data.heldout_prompts, "--prompts" if options.prompts else "data.heldout_prompts"
     )
@@ -105,13 +103,11 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def _without_training(config: Config) -> Config:
-    """The configuration without what an evaluation has no use for, so that nothing of it is asked for or checked."""
-    data = {"train_prompts": "embedded:prompts_train.txt", "heldout_prompts": "embedded:prompts_heldout.txt"}
+    """The configuration without what an evaluation has no use for, so that nothing of it is asked for."""
     run = (Path(config.output).expanduser() / config.name / "embeddings").resolve()
-    if config.data.embeddings is None and run.is_dir():
-        data["embeddings"] = str(run)  # what a run has encoded already
+    embeddings = str(run) if config.data.embeddings is None and run.is_dir() else config.data.embeddings
     changes = {
-        "data": config.data.model_copy(update={**data, "prompts_per_iteration": 1}),
+        "data": config.data.model_copy(update={"embeddings": embeddings}),  # what a run has encoded already
         "lora": config.lora.model_copy(update={"initial": None}),
         "learner": config.learner.model_copy(update={"resources": {}}),
     }
@@ -247,18 +243,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
         except Exception as error:
-            return _fail(plan.folder, error)
+            return fail(plan.folder, error)
     if not status:
         print(write_results(plan, book))
     return status
-
-
-def _fail(folder: Path, error: Exception) -> int:
-    log = folder / "error.log"
-    log.write_text("".join(traceback.format_exception(error)))
-    reason = textwrap.shorten(str(getattr(error, "cause", None) or error), 500)
-    print(f"error: {type(error).__name__}: {reason} (the whole trace is in {log})", file=sys.stderr)
-    return FAILED
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,43 +1,59 @@
 """What can be found wrong before anything starts: files, model, adapter, checkpoint; and the plan in words."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config
-from g2rpo_ray.data import iteration_prompts, read_prompts
+from g2rpo_ray.data import iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.plan import branch_plan
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
-def prompts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(training prompts, held-out prompts).
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a run trains on and is judged by."""
+
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+    dropped: int  # training prompts that are held out too, and not trained on
+
+
+def read_run_prompts(config: Config) -> Prompts:
+    """The prompts that the configuration names.
 
     Raises:
         ValueError: one line; a file is missing or empty, or too short for an iteration.
     """
-    train = read_prompts(config.data.train_prompts, "data.train_prompts")
     heldout = read_prompts(config.data.heldout_prompts, "data.heldout_prompts")
+    given = read_prompts(config.data.train_prompts, "data.train_prompts")
+    train = without_heldout(given, heldout)
     iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
-    return train, heldout
+    return Prompts(train, heldout, len(given) - len(train))
 
 
-def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
-    """Check what the configuration names on this machine; what could not be checked here, a line each.
+def check_models(config: Config) -> list[str]:
+    """Check the model and the rewards that the configuration names; what could not be checked here, a line each.
 
     Raises:
         ValueError: one line that names the key, what was given and what is expected.
     """
     from g2rpo_ray.rewards import check_reward
 
-    prompts_of(config)
     unchecked = _check_model(config)
     for section in ("rewards", "eval_rewards"):
         for name, reward in getattr(config, section).items():
             unchecked += check_reward(f"{section}.{name}", reward.kind, reward.options)
+    return unchecked
+
+
+def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
+    """`check_models`, and that the adapters which the run starts from are of this model."""
+    unchecked = check_models(config)
     if config.lora.initial or checkpoint:
-        unchecked += _check_adapters(config, checkpoint, model_is_here=not unchecked)
+        unchecked += _check_adapters(config, checkpoint, model_is_here=not _check_model(config))
     return unchecked
 
 

@@ -20,7 +20,7 @@ from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import drawn_prompts, iteration_prompts
 from g2rpo_ray.interrupt import Interrupt
 from g2rpo_ray.journal import Journal, is_finished, summarize
-from g2rpo_ray.preflight import check_files, describe_plan, prompts_of
+from g2rpo_ray.preflight import Prompts, check_files, describe_plan, read_run_prompts
 from g2rpo_ray.types import Rollout
 
 if TYPE_CHECKING:  # Ray is loaded when there is something to run
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # Ray is loaded when there is something to run
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
 
-async def train(config: Config, run: Path, checkpoint: Checkpoint | None) -> int:
+async def train(config: Config, prompts: Prompts, run: Path, checkpoint: Checkpoint | None) -> int:
     """Train from the checkpoint, or the start, to the last iteration; the exit status.
 
     A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
@@ -39,20 +39,21 @@ async def train(config: Config, run: Path, checkpoint: Checkpoint | None) -> int
     from actors.system import open_system
     from learner.group import LearnerLost
 
-    train_prompts, heldout_prompts = prompts_of(config)
-    used = drawn_prompts(train_prompts, config.data.prompts_per_iteration, config.seed, config.iterations)
+    used = drawn_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, config.iterations)
     done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
     with Journal(config, run, done, [prometheus_sink(config.name)]) as journal:
         async with open_system(config, run) as system:
             journal.say(f"{config.name}: starting the actors")
-            if not await interrupt.unless(system.start([*used, *heldout_prompts], checkpoint, journal.say)):
+            if prompts.dropped:
+                journal.say(f"{prompts.dropped} training prompts are held out too and are not trained on")
+            if not await interrupt.unless(system.start([*used, *prompts.heldout], checkpoint, journal.say)):
                 return INTERRUPTED
             journal.say(f"{config.name}: actors are ready")
             restarts = 0
             while True:
                 try:
-                    done = await iterate(config, run, system, journal, interrupt, done)
+                    done = await iterate(config, prompts, run, system, journal, interrupt, done)
                     break
                 except LearnerLost as error:
                     restarts += 1
@@ -71,21 +72,20 @@ async def train(config: Config, run: Path, checkpoint: Checkpoint | None) -> int
 
 
 async def iterate(
-    config: Config, run: Path, system: "System", journal: Journal, interrupt: Interrupt, done: int
+    config: Config, prompts: Prompts, run: Path, system: "System", journal: Journal, interrupt: Interrupt, done: int
 ) -> int:
     """G²RPO (algorithm 1 of the paper): iterations from number `done` on; how many are done and saved at the end."""
-    train_prompts, heldout_prompts = prompts_of(config)
     rollouts: dict[int, asyncio.Task[Rollout]] = {}
     saved = done
 
     def sample(iteration: int, weights: "PublishedWeights") -> None:
         if iteration not in rollouts and iteration < config.iterations:
-            prompts = iteration_prompts(train_prompts, config.data.prompts_per_iteration, config.seed, iteration)
-            rollouts[iteration] = asyncio.create_task(system.collector.rollout(iteration, prompts, weights))
+            drawn = iteration_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, iteration)
+            rollouts[iteration] = asyncio.create_task(system.collector.rollout(iteration, drawn, weights))
 
     async def evaluate(weights: "PublishedWeights") -> None:
         with journal.timed("evaluation"):
-            samples = await interrupt.unless(system.collector.samples(done, heldout_prompts, weights))
+            samples = await interrupt.unless(system.collector.samples(done, prompts.heldout, weights))
         if samples:
             journal.heldout(done, samples)
 
@@ -145,6 +145,7 @@ def _main(options: argparse.Namespace) -> int:
         config = load_config(options.config, [*options.set, *name])
         run = Path(config.output).expanduser() / config.name
         checkpoint = find_checkpoint(run, options.resume)
+        prompts = read_run_prompts(config)
         unchecked = check_files(config, checkpoint)
     except ValueError as error:
         return _refuse(error)
@@ -166,11 +167,11 @@ def _main(options: argparse.Namespace) -> int:
         if checkpoint is None:
             set_aside(run)
         try:
-            return asyncio.run(train(config, run, checkpoint))
+            return asyncio.run(train(config, prompts, run, checkpoint))
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
         except Exception as error:
-            return _fail(run, error)
+            return fail(run, error)
 
 
 def _refuse(error: ValueError) -> int:
@@ -178,7 +179,7 @@ def _refuse(error: ValueError) -> int:
     return INVALID
 
 
-def _fail(run: Path, error: Exception) -> int:
+def fail(run: Path, error: Exception) -> int:
     """One line for the user; the traces, those of actors included, go to a file of the run."""
     log = run / "error.log"
     log.write_text("".join(traceback.format_exception(error)))

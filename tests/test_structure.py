@@ -21,7 +21,23 @@ def test_the_algorithm_needs_torch_alone():
 
 @pytest.mark.parametrize(
     "module",
-    ["sampler", "models", "rewards", "data", "journal", "heldout", "checkpoint", "tracking", "preflight", "config"],
+    [
+        "sampler",
+        "models",
+        "rewards",
+        "data",
+        "journal",
+        "heldout",
+        "checkpoint",
+        "tracking",
+        "preflight",
+        "config",
+        "evaluate",
+        "adapters",
+        "comparison",
+        "scorebook",
+        "scale",
+    ],
 )
 def test_only_the_shells_know_ray(module):
     assert "ray" not in modules_after(f"import g2rpo_ray.{module}")
