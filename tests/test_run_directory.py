@@ -55,6 +55,17 @@ def test_an_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    file = tmp_path / "checkpoints" / "000002" / "lora" / "weights"
+    file.write_text("y")
+    assert find_checkpoint(tmp_path, "auto").iteration == 1
+    assert "000002 is not a readable checkpoint (ValueError: lora/weights is not as it was written)" in caplog.text
+    file.unlink()
+    assert find_checkpoint(tmp_path, "auto").iteration == 1
+
+
 def test_an_earlier_run_is_set_aside_and_not_lost(tmp_path):
     run = tmp_path / "run"
     set_aside(run)
