@@ -125,13 +125,11 @@ def test_only_the_loopback_interface_is_needed():
 
 def test_ray_job_submit_does_the_same(reference, tmp_path):
     """On a cluster that is there, with the checkout as working directory."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "HOME": str(tmp_path)}
-    ray = str(Path(sys.executable).parent / "ray")
-    port, dashboard = 6399, 8299
-
-    def call(*arguments):
-        return subprocess.run(arguments, env=environment, text=True, capture_output=True, timeout=PATIENCE, check=True)
-
+    binaries = Path(sys.executable).parent  # on the path, as in an activated environment
+    environment = {
+        **os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "PATH": f"{binaries}:{os.environ['PATH']}",
+    }  # fmt: skip
+    ray, port, dashboard = str(binaries / "ray"), 6399, 8299
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
          "--dashboard-host=127.0.0.1", "--object-store-memory=200000000"],
@@ -139,11 +137,12 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
     )  # fmt: skip
     try:
         wait_for(head, lambda: listens(dashboard))
-        entry = command(tmp_path / "runs", "submitted")
-        entry[0] = "python"
-        address = f"http://127.0.0.1:{dashboard}"
-        printed = call(ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *entry).stdout
-        assert "succeeded" in printed
+        entry = ["python", *command(tmp_path / "runs", "submitted")[1:]]
+        submit = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
+        done = subprocess.run(
+            [*submit, *entry], env=environment, text=True, capture_output=True, timeout=PATIENCE, check=False
+        )
+        assert "succeeded" in done.stdout, done.stdout + done.stderr
         same_lora(lora(tmp_path / "runs", "submitted"), lora(reference[0], "reference"))
     finally:
         kill_all(head)
