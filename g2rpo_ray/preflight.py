@@ -85,6 +85,16 @@ def _check_adapters(config: Config, checkpoint: Checkpoint | None, model_is_here
     return []
 
 
+def _memory(config: Config) -> str:
+    if not Path(resolve(config.model.path)).is_dir():
+        return "its memory is known when the model's files are on this machine"
+    from g2rpo_ray.models.estimate import rollout_memory
+
+    needed = {part: size / 2**30 for part, size in rollout_memory(config).items()}
+    work = max(needed["velocity"], needed["decode"])
+    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work, beside what libraries take"
+
+
 def describe_plan(config: Config) -> str:
     """What an iteration evaluates, in how many units, and what it leaves in memory."""
     plan, prompts, group = branch_plan(config.sampler), config.data.prompts_per_iteration, config.sampler.group_size
@@ -102,6 +112,7 @@ def describe_plan(config: Config) -> str:
             f"{config.iterations * prompts * plan.evaluations} evaluations",
             f"largest unit:  {max(map(plan.branch_evaluations, plan.branch_steps)) * members} evaluations, "
             f"in batches of at most {config.rollout.micro_batch}",
+            f"rollout actor: {_memory(config)}",
             f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
             f"{config.rollout.max_unscored_units} units wait",
         ]

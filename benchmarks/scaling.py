@@ -1,0 +1,216 @@
+"""Scaling of rollout: the real pool and collector over Ray, with devices that wait a unit's cost instead of computing.
+
+    tests/isolated python benchmarks/scaling.py
+    python benchmarks/scaling.py --model      only the model on paper, to 1,000 devices: no Ray
+
+The devices are coroutines in a few Ray actors (`--hosts`), so that 64 of them fit on two cores. Real is every call
+through Ray, every object, the pool's dispatch and the collector's planning; not real is one process a device.
+"""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from common import Row, median, parser, report
+
+from g2rpo_ray.algo import BranchPlan  # isort: skip  # common makes the packages importable
+from g2rpo_ray.config import load_config
+from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.types import AnchorUnit, Branches, UnitReport, WeightsManifest
+
+PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
+
+
+def unit_costs(plan: BranchPlan, members: int) -> list[int]:
+    """Evaluations of each branch unit of a prompt."""
+    parts = [min(members, plan.group_size - first) for first in range(0, plan.group_size, members)]
+    return [part * plan.branch_evaluations(step) for step in plan.branch_steps for part in parts]
+
+
+def on_paper(plan: BranchPlan, prompts: int, actors: int, members: int) -> float:
+    """Utilisation by list scheduling: anchors first, then the dearest unit whose anchor is done."""
+    free = [0.0] * actors
+    heapq.heapify(free)
+    anchors_done: list[float] = []
+    for _ in range(prompts):
+        done = heapq.heappop(free) + plan.steps
+        heapq.heappush(free, done)
+        anchors_done.append(done)
+    coming = deque(sorted(anchors_done))
+    costs, ready, now = unit_costs(plan, members), list[int](), 0.0
+    while ready or coming:
+        now = max(now, heapq.heappop(free))  # who was idle before waited for what came since
+        while coming and (coming[0] <= now or not ready):
+            now = max(now, coming.popleft())
+            for cost in costs:
+                heapq.heappush(ready, -cost)
+        heapq.heappush(free, now - heapq.heappop(ready))
+    return prompts * plan.evaluations / (actors * max(free))
+
+
+class _Scores:
+    """A reward whose servers are never the bound."""
+
+    async def score(self, images: Any, count: int, prompt: str) -> np.ndarray:
+        return np.zeros(count, np.float32)
+
+
+class _Embeddings:
+    def __init__(self, ref: Any):
+        self._ref = ref
+
+    def refs(self, prompts: list[str]) -> list[Any]:
+        return [self._ref] * len(prompts)
+
+
+class _Device:
+    """What the pool takes for an actor: one of the devices of a host."""
+
+    def __init__(self, host: Any, name: str):
+        self._host, self._name, self._returns = host, name, 1
+        self.ready = self.compute = self
+
+    def options(self, num_returns: int) -> "_Device":
+        self._returns = num_returns
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        if not args:
+            return self._host.ready.remote()
+        return self._host.compute.options(num_returns=self._returns).remote(self._name, *args)
+
+
+def _host(plan: BranchPlan, seconds: float) -> Any:
+    import ray
+
+    class Host:
+        def __init__(self) -> None:
+            self._busy: dict[str, asyncio.Lock] = {}
+
+        async def ready(self) -> int:
+            return 1
+
+        async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, anchor: Any = None) -> Any:
+            is_anchor = isinstance(unit, AnchorUnit)
+            cost = plan.steps if is_anchor else unit.members * plan.branch_evaluations(unit.branch_step)
+            async with self._busy.setdefault(name, asyncio.Lock()):  # one unit at a time, as a device does
+                await asyncio.sleep(cost * seconds)
+            images = np.zeros((1 if is_anchor else unit.members * len(plan.strides), 8, 8, 3), np.uint8)
+            told = UnitReport(unit.name, name, weights.manifest.version, cost, len(images), cost * seconds, 0.0)
+            return Branches(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)), images, told
+
+    return ray.remote(max_concurrency=1000, num_cpus=0)(Host).remote()
+
+
+def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int, repeats: int) -> Row:
+    """Iterations of `prompts` prompts on simulated devices that take `seconds` an evaluation."""
+    import ray
+
+    from actors.collector import Collector
+    from actors.pool import Pool
+    from actors.weights import PublishedWeights
+
+    config = load_config(None, [*(f"sampler.{s}" for s in PAPER), f"rollout.members_per_unit={members}"])
+    plan = branch_plan(config.sampler)
+    machines = [_host(plan, seconds) for _ in range(hosts)]
+    round_robin = itertools.cycle(machines)
+    weights = PublishedWeights(WeightsManifest(1, 0, 0, ""), ray.put({}))
+    names = [f"prompt {number}" for number in range(prompts)]
+    taken, cpu, loop = [], [], []
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as group:
+            pool = Pool("rollout", lambda name: _Device(next(round_robin), name), actors, minimum=actors)  # type: ignore[arg-type,return-value]
+            scores: Any = {name: _Scores() for name in config.all_rewards}
+            embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
+            collector = Collector(config, embeddings, pool, scores)
+            pool.start(group)
+            await pool.wait_ready()
+            for iteration in range(repeats + 1):
+                process, thread = time.process_time(), time.thread_time()
+                rollout = await collector.rollout(iteration, names, weights)
+                cpu.append((time.process_time() - process) / len(rollout.reports))
+                loop.append((time.thread_time() - thread) / len(rollout.reports))
+                taken.append(rollout.sampling_seconds)
+            raise _Done  # the devices are no actors of their own: not pool.stop(), which would kill them one by one
+
+    try:
+        asyncio.run(run())
+    except* _Done:
+        pass
+    for machine in machines:
+        ray.kill(machine)
+    iteration = median(taken[1:])  # the first one warms up
+    ideal = prompts * plan.evaluations * seconds / actors
+    return {
+        "devices": actors, "prompts": prompts, "members a unit": members,
+        "units": prompts * (1 + len(unit_costs(plan, members))),
+        "ideal s": ideal, "iteration s": iteration,
+        "utilisation": ideal / iteration, "on paper": on_paper(plan, prompts, actors, members),
+        "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
+    }  # fmt: skip
+
+
+class _Done(Exception):
+    pass
+
+
+def model_rows() -> list[Row]:
+    config = load_config(None, [f"sampler.{setting}" for setting in PAPER])
+    plan, rows = branch_plan(config.sampler), list[Row]()
+    for actors, prompts in (
+        (64, 16),
+        (64, 64),
+        (128, 16),
+        (256, 64),
+        (1000, 16),
+        (1000, 64),
+        (1000, 256),
+        (1000, 1024),
+    ):
+        row: Row = {"devices": actors, "prompts": prompts}
+        row |= {f"{members} a unit": on_paper(plan, prompts, actors, members) for members in (12, 6, 3, 1)}
+        # the longest chain that no number of devices shortens: an anchor, then one unit of the dearest branch step
+        chain = plan.steps + 3 * max(map(plan.branch_evaluations, plan.branch_steps))
+        row["most devices kept busy, units of 3"] = prompts * plan.evaluations // chain
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__ or "", repeats=3)
+    options.add_argument("--model", action="store_true", help="only the model on paper")
+    options.add_argument(
+        "--evaluation-ms", type=float, default=4.0, help="what a simulated evaluation takes (FLUX: 100)"
+    )
+    options.add_argument("--hosts", type=int, default=2, help="Ray actors that the devices live in")
+    options.add_argument("--cases", nargs="+", metavar="DEVICESxPROMPTS", default=["1x1", "8x8", "64x16", "64x64"])
+    options.add_argument("--members", type=int, nargs="+", default=[12, 6, 3], help="of a unit")
+    given = options.parse_args()
+    if not given.model:
+        import ray
+
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False
+        )
+        cases = [tuple(map(int, case.split("x"))) for case in given.cases]
+        sizes, repeats = given.members, given.repeats
+        if given.quick:
+            cases, sizes, repeats = [(8, 2)], [12], 1
+        seconds = given.evaluation_ms / 1e3
+        rows = [measure(*case, size, seconds, given.hosts, repeats) for case in cases for size in sizes]
+        note = (
+            f"{given.evaluation_ms:g} ms an evaluation, {given.hosts} host processes, median of {repeats} iterations."
+        )
+        report("Scaling, simulated devices over Ray", rows, given.json, [note])
+        ray.shutdown()
+    else:
+        report("Scaling, on paper: utilisation by list scheduling", model_rows(), given.json)
+
+
+if __name__ == "__main__":
+    main()

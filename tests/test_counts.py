@@ -1,0 +1,185 @@
+"""What a rollout at the paper's setting evaluates, in which batches, and what it copies: counts, not seconds."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from g2rpo_ray.config import load_config
+from g2rpo_ray.models import FluxModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
+from g2rpo_ray.models.estimate import peak_bytes, rollout_memory
+from g2rpo_ray.noise import generator
+from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.sampler import Sampler
+from g2rpo_ray.types import AnchorUnit, BranchUnit, PromptEmbedding
+
+PAPER = ["steps=16", "branch_steps=[0,1,2,3,4,5,6,7]", "strides=[1,2,3]", "group_size=12", "layout=paper"]
+EMBEDDING = PromptEmbedding("x", np.ones(64, np.float32), np.ones((16, 64), np.float32), "float32")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FluxModel.load(load_config().model, "cpu", transformer=True, vae=True)
+
+
+def paper(**rollout):
+    return load_config(None, [f"sampler.{s}" for s in PAPER] + [f"rollout.{k}={v}" for k, v in rollout.items()])
+
+
+class CountingModel(FluxModel):
+    """Velocities and pictures that cost nothing, and how many were asked for at a time."""
+
+    def __init__(self, model):
+        vars(self).update(vars(model))
+        self.batches, self.decoded = [], []
+
+    def velocity(self, x, sigma, conditioning):
+        self.batches.append(len(x))
+        return 0.1 * x
+
+    def decode(self, x):
+        self.decoded.append(len(x))
+        return torch.zeros(len(x), 32, 32, 3, dtype=torch.uint8)
+
+
+def counting(model, **rollout):
+    counted = CountingModel(model)
+    counted.transformer = FluxModel.load(load_config().model, "cpu", transformer=True).transformer
+    return counted, Sampler(paper(**rollout), counted)
+
+
+def compute(sampler, size=12, steps=range(8)):
+    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
+    for step in steps:
+        for first in range(0, 12, size):
+            sampler.branch(BranchUnit(0, 0, "x", step, first, size), EMBEDDING, anchor)
+
+
+@pytest.mark.parametrize("size", [12, 6, 3])
+@pytest.mark.parametrize("micro_batch", [5, 12, 36])
+def test_every_needed_velocity_is_evaluated_once(model, size, micro_batch):
+    counted, sampler = counting(model, micro_batch=micro_batch)
+    compute(sampler, size)
+    assert sampler.evaluations == sum(counted.batches) == 2020
+    assert max(counted.batches) == min(micro_batch, 3 * size)
+
+
+def test_batches_are_full_until_the_last_trajectories_end(model):
+    counted, sampler = counting(model, micro_batch=12)
+    compute(sampler, steps=[0])
+    # 12 members from index 1: 15 evaluations at stride 1, 8 at stride 2, 5 + 1 at stride 3; the first one shared
+    assert counted.batches[:16] == [1] * 16
+    assert counted.batches[16:] == [12] * (1 + 14 + 7 + 5)
+    assert branch_plan(paper().sampler).branch_evaluations(0) == 27
+
+
+def test_a_prompt_takes_few_batches(model):
+    found = {}
+    for micro_batch in (12, 36):
+        counted, sampler = counting(model, micro_batch=micro_batch)
+        compute(sampler)
+        found[micro_batch] = len(counted.batches)
+    assert found == {12: 16 + 2004 // 12, 36: 16 + 8 + sum(range(7, 15))}  # 36: as many as the longest path takes
+
+
+def test_pictures_are_decoded_in_batches(model):
+    counted, sampler = counting(model, micro_batch=36, decode_batch=16)
+    compute(sampler, steps=[3])
+    assert counted.decoded == [1, 16, 16, 4]
+
+
+class Copies(TorchFunctionMode):
+    """Counts the calls that would move data between host and device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("cpu", "tensor", "copy_"):
+            self.found[name] += 1
+        if name == "to" and isinstance(args[1], str):
+            self.found["to device"] += 1
+        if name in ("__getitem__", "__setitem__") and isinstance(args[1], list):
+            self.found["index"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_unit_copies_does_not_depend_on_how_long_its_paths_are(model):
+    counted, sampler = counting(model, micro_batch=36, decode_batch=12)
+    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
+    for step in (0, 7):
+        counted.batches.clear()
+        with Copies() as copies:
+            sampler.branch(BranchUnit(0, 0, "x", step, 0, 12), EMBEDDING, anchor)
+        in_batches = copies.found.pop("index")
+        # in: latents and velocity of the anchor, noise of 12 members, prompt; out: latents, log-probabilities, pictures
+        assert copies.found == {"tensor": 2, "to device": 12 + 2, "cpu": 2, "copy_": 3}
+        assert in_batches <= 5 * len(counted.batches)  # row numbers and noise levels
+
+
+def noise_lora(transformer, seed):
+    with torch.no_grad():
+        for number, parameter in enumerate(lora_parameters(transformer).values()):
+            parameter.normal_(0, 0.1, generator=generator(seed, number))
+
+
+def test_what_rollout_saves_does_not_change_its_velocities():
+    config = load_config(None, ["lora.alpha=24"])  # all-linear: the prompt's projections have a LoRA too
+    model = FluxModel.load(config.model, "cpu", transformer=True)
+    add_lora(model.transformer, config.lora, seed=0)
+    x = torch.stack([model.initial_noise(generator("x", n)) for n in range(5)])
+    sigma, conditioning = torch.linspace(0.1, 1, 5), model.condition([EMBEDDING])
+    names = [name for name, _ in model.transformer.named_modules()]
+    expected = []
+    with torch.inference_mode():
+        for seed in (1, 2):
+            noise_lora(model.transformer, seed)
+            expected.append(model.velocity(x, sigma, conditioning))
+        fold_lora(model.transformer)
+        for seed, reference in zip((1, 2), expected, strict=True):
+            noise_lora(model.transformer, seed)  # new weights: nothing of the old ones may be left
+            with one_prompt(model.transformer):
+                parts = [model.velocity(x[rows], sigma[rows], conditioning) for rows in (slice(0, 1), slice(1, 5))]
+            torch.testing.assert_close(torch.cat(parts), reference, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    assert [name for name, _ in model.transformer.named_modules()] == names
+
+
+def test_what_the_prompt_decides_is_evaluated_once_a_unit():
+    config = paper(micro_batch=6)
+    sampler = Sampler(config)
+    transformer, calls = sampler._model.transformer, Counter()
+    time_text = transformer.time_text_embed
+    once = [transformer.context_embedder, transformer.pos_embed, time_text.text_embedder, time_text.guidance_embedder]
+    for module in [*once, transformer.x_embedder]:
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
+    assert [calls[module] for module in once] == [1] * 4
+    assert calls[transformer.x_embedder] == 16
+    sampler.branch(BranchUnit(0, 0, "x", 7, 0, 2), EMBEDDING, anchor)
+    assert [calls[module] for module in once] == [2] * 4
+
+
+def test_memory_is_estimated_without_weights(model):
+    def run():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        return b + 1
+
+    assert peak_bytes(run) == 2 * 4000
+    config = load_config()
+    transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    base = sum(p.numel() for p in transformer.parameters()) + sum(
+        p.numel() for p in model._pipeline.vae.decoder.parameters()
+    )
+    add_lora(transformer, config.lora, seed=0)
+    adapter = sum(array.nbytes for array in lora_state(transformer).values())
+    small, large = (rollout_memory(load_config(None, [f"rollout.micro_batch={n}"])) for n in (4, 8))
+    assert small["weights"] == 4 * base + adapter
+    assert large["velocity"] == pytest.approx(2 * small["velocity"], rel=0.05)
+    assert large["decode"] == small["decode"] > 16 * 32 * 32 * 3 * 4
