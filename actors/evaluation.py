@@ -1,8 +1,7 @@
 """What works for an evaluation on the cluster: rollout actors and reward servers, no learner."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -48,20 +47,3 @@ class Evaluator(System):
     async def _score_one(self, cell: Cell, embedding: ray.ObjectRef, keep: Keep) -> None:
         images, scores = await self.collector.sample(cell.unit, self._weights[cell.version], embedding)
         keep(cell, scores, (await images)[0] if cell.shown else None)
-
-
-@asynccontextmanager
-async def open_evaluator(config: Config, folder: Path) -> AsyncIterator[Evaluator]:
-    """An evaluator whose actors end with the context; `folder` holds embeddings unless `data.embeddings` does.
-
-    What stops a pool for good is raised in the caller.
-    """
-    try:
-        async with asyncio.TaskGroup() as group:
-            evaluator = Evaluator(config, folder, group)
-            try:
-                yield evaluator
-            finally:
-                evaluator.stop()
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from actors.collector import Collector
 from actors.control import follow_requests
@@ -71,12 +71,15 @@ class System:
         self.learner.shutdown()
 
 
+S = TypeVar("S", bound=System)
+
+
 @asynccontextmanager
-async def open_system(config: Config, run: Path) -> AsyncIterator[System]:
+async def open_system(kind: type[S], config: Config, folder: Path) -> AsyncIterator[S]:
     """A system whose actors end with the context. What stops a pool for good is raised in the caller."""
     try:
         async with asyncio.TaskGroup() as group:
-            system = System(config, run, group)
+            system = kind(config, folder, group)
             try:
                 yield system
             finally:

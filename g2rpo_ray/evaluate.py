@@ -152,7 +152,8 @@ def _column(version: int, adapter: Adapter, config: Config, settings: Mapping[st
 
 async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]]) -> int:
     """Sample and score what the book lacks, block by block; the exit status."""
-    from actors.evaluation import open_evaluator
+    from actors.evaluation import Evaluator
+    from actors.system import open_system
 
     total, left = len(plan.prompts) * len(plan.places()), sum(map(len, missing))
     states = {column.version: column.adapter.state for column in plan.columns}
@@ -163,7 +164,7 @@ async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]])
             book.add(cell, scores, picture)
             bar.update()
 
-        async with open_evaluator(plan.config, plan.folder.resolve()) as evaluator:
+        async with open_system(Evaluator, plan.config, plan.folder.resolve()) as evaluator:
             bar.write(f"{left} of {total} units to sample, each one policy on one prompt at one number of steps")
             going = await interrupt.unless(evaluator.start_evaluation(plan.prompts, states, bar.write))
             for block in missing:

@@ -36,18 +36,19 @@ async def train(config: Config, prompts: Prompts, run: Path, checkpoint: Checkpo
     A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
     """
     from actors.prometheus import prometheus_sink
-    from actors.system import open_system
+    from actors.system import System, open_system
     from learner.group import LearnerLost
 
     used = drawn_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, config.iterations)
     done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
     with Journal(config, run, done, [prometheus_sink(config.name)]) as journal:
-        async with open_system(config, run) as system:
+        async with open_system(System, config, run) as system:
             journal.say(f"{config.name}: starting the actors")
             if prompts.dropped:
                 journal.say(f"{prompts.dropped} training prompts are held out too and are not trained on")
             if not await interrupt.unless(system.start([*used, *prompts.heldout], checkpoint, journal.say)):
+                journal.say(f"stopped before anything was computed; {done} iterations are saved")
                 return INTERRUPTED
             journal.say(f"{config.name}: actors are ready")
             restarts = 0

@@ -411,7 +411,7 @@ def test_foreign_checkpoint(damage, results, jobs, tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200_000_000)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200_000_000)
     yield
     ray.shutdown()
 

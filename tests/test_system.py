@@ -84,7 +84,7 @@ def test_ctrl_c_saves_and_leaves_nothing_running_and_the_same_command_goes_on(re
     process = start(tmp_path, "stopped", checkpoint__every=100)
     wait_for_iteration(process, tmp_path, "stopped", 1)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes, too
     printed = finish(process, status=130)
     assert "Traceback" not in printed
     assert "is saved: the same command goes on from there" in printed
@@ -136,7 +136,7 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        wait_for(head, lambda: listens(dashboard))
+        wait_for(head, lambda: listens(dashboard) and takes_jobs(ray, dashboard, environment))
         entry = ["python", *command(tmp_path / "runs", "submitted")[1:]]
         submit = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
         done = subprocess.run(
@@ -146,6 +146,12 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
         same_lora(lora(tmp_path / "runs", "submitted"), lora(reference[0], "reference"))
     finally:
         kill_all(head)
+
+
+def takes_jobs(ray, dashboard, environment):
+    """The dashboard answers before it has an agent to run a job."""
+    probe = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--", "true"]
+    return not subprocess.run(probe, env=environment, capture_output=True, timeout=PATIENCE, check=False).returncode
 
 
 def listens(port):
