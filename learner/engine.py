@@ -278,7 +278,7 @@ def _join_process_group(device: str, rank: int, world_size: int) -> None:
     if device == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce (50 s, a compiler needed) that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.setdefault("LOCAL_SIZE", "1")  # or DeepSpeed would ask numactl, and raise where it may not run it
+        os.environ.setdefault("LOCAL_SIZE", "1")  # else DeepSpeed asks numactl, and raises where it may not
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 warns of, at every call
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = "gloo" if device == "cpu" else "nccl"
