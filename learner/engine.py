@@ -9,6 +9,7 @@ is float32, so that it is its own master copy and a learning rate of 1e-6 is not
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
