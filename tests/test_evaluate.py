@@ -218,7 +218,6 @@ def whole(files, tmp_path_factory):
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 def test_an_evaluation_leaves_what_the_documentation_promises(files, whole):
     output, printed = whole
     assert "| base | " in printed
@@ -238,7 +237,6 @@ def test_an_evaluation_leaves_what_the_documentation_promises(files, whole):
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 @pytest.mark.timeout(1200)  # Ray starts three times
 def test_killed_then_interrupted_then_finished_is_as_if_never_stopped(files, whole, tmp_path):
     """With another number of actors, too."""
