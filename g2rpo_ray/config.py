@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from g2rpo_ray.files import resolve
 
@@ -231,12 +231,17 @@ class Config(Section):
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Trained on, by name."""
     eval_rewards: dict[str, RewardConfig] = {}
-    """Logged and never trained on."""
+    """Logged and never trained on. Here and in `rewards`, null takes out one that `extends` brought in."""
     learner: LearnerConfig = LearnerConfig()
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("rewards", "eval_rewards", mode="before")
+    @classmethod
+    def _without_null(cls, rewards: Any) -> Any:
+        return {k: v for k, v in rewards.items() if v is not None} if isinstance(rewards, dict) else rewards
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":

@@ -118,3 +118,10 @@ def test_a_reward_has_one_role():
     override = "eval_rewards.preference={kind: colour_accuracy}"
     with pytest.raises(ValueError, match="eval_rewards: preference is in `rewards` too"):
         load_config(None, [override])
+
+
+def test_null_takes_a_reward_out():
+    config = load_config(None, ["eval_rewards.shape=null"])
+    assert list(config.eval_rewards) == ["colour"]
+    with pytest.raises(ValueError, match="rewards"):
+        load_config(None, ["rewards.preference=null"])
