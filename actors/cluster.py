@@ -31,15 +31,15 @@ def cluster(address: str | None) -> Iterator[None]:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     if address:
         _require_answer(address)
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts, of 40 s each; Ray would make 20
     import ray  # reads those variables now
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address:
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--address: no Ray cluster at {address} ({reason}); start one, or leave it out") from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+            raise ValueError(_refusal(address, error)) from None
     else:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
     try:
@@ -56,6 +56,19 @@ def _require_answer(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise ValueError(f"--address: no Ray cluster at {address} ({error}); start one, or leave it out") from None
+
+
+def _refusal(address: str, error: Exception) -> str:
+    """Why there is no connection, in one line. Ray hides what its server said in the text of the cause."""
+    import ray
+
+    if isinstance(error, ray.exceptions.AuthenticationError) or "AuthenticationError" in str(error.__cause__):
+        return (
+            f"--address: the Ray cluster at {address} asks for a token that is missing or wrong here; set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token or its file"
+        )
+    reason = str(error).strip().splitlines()[0]
+    return f"--address: no Ray cluster at {address} ({reason}); start one, or leave it out"
 
 
 def demands(config: Config) -> list[tuple[str, int, Resources]]:

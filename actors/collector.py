@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from g2rpo_ray.types import (
     Rollout,
     Samples,
     SampleUnit,
+    Span,
     Unit,
     UnitReport,
 )
@@ -38,7 +39,7 @@ from g2rpo_ray.types import (
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_ATTEMPTS = 5  # at the work of one prompt; each is lost only with a node
+MAX_ATTEMPTS = 5  # at the work of a unit, and of a prompt; each is lost only with a node
 
 
 @dataclass(slots=True)
@@ -53,22 +54,23 @@ class _Job:
 
 
 def _again_if_lost(work: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Coroutine[Any, Any, T]]:
-    """Do a prompt's work again if what it left in the object store went with its node; it comes out the same."""
+    """Do work again if what it left in the object store went with its node; it comes out the same."""
 
     @functools.wraps(work)
-    async def persistent(collector: "Collector", job: _Job, unit: Unit) -> T:
+    async def persistent(collector: "Collector", job: _Job, unit: Unit, *args: Any) -> T:
         for _ in range(MAX_ATTEMPTS - 1):
             attempt = _Job(job.weights, job.iteration, job.embedding)
             try:
-                result = await work(collector, attempt, unit)
+                result = await work(collector, attempt, unit, *args)
             except ray.exceptions.RayError as error:
                 if not is_lost_object(error):
                     raise
                 logger.warning("%s: computed again, an object was lost (%s)", unit.name, type(error).__name__)
             else:
-                job.reports, job.last_image = attempt.reports, attempt.last_image
+                job.reports += attempt.reports
+                job.last_image = max(job.last_image, attempt.last_image)
                 return result
-        return await work(collector, job, unit)
+        return await work(collector, job, unit, *args)
 
     return persistent
 
@@ -82,12 +84,21 @@ class Collector:
         embeddings: Embeddings,
         rollout: Pool,
         scorers: Mapping[str, Scorer],
+        keep: Callable[[ray.ObjectRef], Awaitable[None]],
+        timeline: list[Span],
     ):
+        """
+        Args:
+            keep: has the learner fetch a unit's result at once, so that it outlives the node that computed it.
+            timeline: takes a span for everything that was done.
+        """
         self._config = config
         self._plan = branch_plan(config.sampler)
         self._embeddings = embeddings
         self._rollout = rollout
         self._scorers = scorers
+        self._keep = keep
+        self._timeline = timeline
 
     async def rollout(self, iteration: int, prompts: Sequence[str], weights: PublishedWeights) -> Rollout:
         """Sample and score the group of every prompt at every branch step and granularity."""
@@ -123,8 +134,9 @@ class Collector:
     @_again_if_lost
     async def _prompt(self, job: "_Job", unit: AnchorUnit) -> tuple[PromptRollout, dict[str, FloatArray]]:
         anchor, image = await self._compute(job, unit, cost=self._plan.steps)
-        scores, *branches = await asyncio.gather(
-            self._score(image, 1, unit.prompt, list(self._scorers)),
+        scores, _, *branches = await asyncio.gather(
+            self._score(job, unit, image, 1, list(self._scorers)),
+            self._keep(anchor),
             *(self._branch(job, branch, anchor) for branch in self._branch_units(unit)),
         )
         slices = len(branches) // len(self._plan.branch_steps)
@@ -142,34 +154,45 @@ class Collector:
             for first in range(0, group, size)
         ]
 
+    @_again_if_lost
     async def _branch(self, job: "_Job", unit: BranchUnit, anchor: ray.ObjectRef) -> tuple[ray.ObjectRef, FloatArray]:
         """The transitions, and the scores [R, J, G'] of the images."""
         cost = unit.members * self._plan.branch_evaluations(unit.branch_step)
         branches, images = await self._compute(job, unit, anchor, cost=cost)
         shape = (len(self._plan.strides), unit.members)
-        scores = await self._score(images, shape[0] * shape[1], unit.prompt, list(self._config.rewards))
+        scores, _ = await asyncio.gather(
+            self._score(job, unit, images, shape[0] * shape[1], list(self._config.rewards)), self._keep(branches)
+        )
         return branches, np.stack([scores[name].reshape(shape) for name in self._config.rewards])
 
     @_again_if_lost
     async def _sample(self, job: "_Job", unit: SampleUnit) -> tuple[ray.ObjectRef, dict[str, FloatArray]]:
         _, images = await self._compute(job, unit, cost=len(unit.seeds) * (unit.steps or self._plan.steps))
-        return images, await self._score(images, len(unit.seeds), unit.prompt, list(self._scorers))
+        return images, await self._score(job, unit, images, len(unit.seeds), list(self._scorers))
 
     async def _compute(self, job: "_Job", unit: Unit, *args: Any, cost: int) -> list[ray.ObjectRef]:
         """The unit's result and images; anchors first, since branches wait for them, then the dearest first."""
         urgency = (job.iteration, 0) if isinstance(unit, AnchorUnit) else (job.iteration, 1, -cost)
+        what = f"{unit.name} with weights {job.weights.manifest.version}"
+        report: UnitReport
         refs, report = await self._rollout.call(
-            "compute", unit, job.weights, job.embedding, *args, priority=urgency, returns=3
+            "compute", unit, job.weights, job.embedding, *args, priority=urgency, returns=3, what=what
         )
         assert report.evaluations == cost, f"{unit.name}: {report.evaluations} evaluations, {cost} planned"
+        logger.info("%s: done by %s on %s in %.2f s", what, report.actor, report.place.address, report.seconds)
+        self._timeline += report.spans()
         job.reports.append(report)
         job.last_image = time.perf_counter()
         return refs
 
-    async def _score(self, images: ray.ObjectRef, count: int, prompt: str, names: list[str]) -> dict[str, FloatArray]:
+    async def _score(
+        self, job: "_Job", unit: Unit, images: ray.ObjectRef, count: int, names: list[str]
+    ) -> dict[str, FloatArray]:
         """Scores [count] by reward; with them the images are used up."""
         try:
-            scores = await asyncio.gather(*(self._scorers[name].score(images, count, prompt) for name in names))
+            scores = await asyncio.gather(
+                *(self._scorers[name].score(images, count, unit.prompt, unit.name) for name in names)
+            )
         finally:
             self._rollout.used()
         return dict(zip(names, scores, strict=True))

@@ -1,13 +1,18 @@
-"""Changing a run while it goes on: the sizes of its pools, asked for from another process."""
+"""What changes a run from outside while it goes on: sizes that somebody asks for, nodes that are about to go."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 
 import ray
+from ray._private.state import state  # what Ray Train asks, too: there is no public way to hear of a drain
 from ray.exceptions import RayActorError
 
 from actors.pool import Pool
 
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0  # for nodes that are about to go
 NAMESPACE = "g2rpo_ray"
 
 
@@ -49,3 +54,18 @@ async def follow_requests(run: str, pools: Mapping[str, Pool], say: Callable[[st
             continue
         finally:
             ray.kill(control)
+
+
+async def follow_drains(leave: Callable[[set[str]], None]) -> None:
+    """Call `leave` with the ids of nodes that Ray is about to drain: preempted, idle, or asked to."""
+    known: set[str] = set()
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        try:
+            draining = set(await asyncio.to_thread(state.get_draining_nodes))
+        except Exception as error:  # the head restarts: it will be asked again
+            logger.warning("cannot see which nodes are about to go: %s", str(error).split("\n")[0])
+            continue
+        if draining - known:
+            leave(draining - known)
+        known = draining

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import ray
@@ -13,6 +12,7 @@ from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import describe
 from g2rpo_ray.scorebook import Cell
+from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import FloatArray, Images
 
 Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]
@@ -21,7 +21,7 @@ Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]
 class Evaluator(System):
     """A system that samples and scores with weights that are there already: its learner is never started."""
 
-    def __init__(self, config: Config, folder: Path, group: asyncio.TaskGroup):
+    def __init__(self, config: Config, folder: Folder, group: asyncio.TaskGroup):
         super().__init__(config, folder, group)
         self._weights: dict[int, PublishedWeights] = {}
 
@@ -30,8 +30,7 @@ class Evaluator(System):
     ) -> Literal[True]:
         """Encode the prompts, start the actors, put the adapters' weights into the object store, by version."""
         await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
-        for pool in self._pools.values():
-            pool.start(self._group)
+        self._start_pools()
         for version, state in states.items():
             self._weights[version] = PublishedWeights(describe(state, version), ray.put(dict(state)))
         await asyncio.gather(*(pool.wait_ready() for pool in self._pools.values()))

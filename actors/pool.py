@@ -4,14 +4,18 @@ import asyncio
 import heapq
 import itertools
 import logging
+import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError
+
+from g2rpo_ray.config import Resources
+from g2rpo_ray.types import Place
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +33,22 @@ def is_lost_object(error: BaseException) -> bool:
     return isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError)
 
 
+def here() -> Place:
+    """The place of the process that asks: what an actor's `ready` returns."""
+    return Place(os.getpid(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+
+
 class Counter:
-    """Counts events, in all and since they were last reported."""
+    """Counts events, or seconds, in all and since they were last reported."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._reported = 0
+        self.total = 0.0
+        self._reported = 0.0
 
-    def add(self, events: int = 1) -> None:
+    def add(self, events: float = 1) -> None:
         self.total += events
 
-    def take(self) -> int:
+    def take(self) -> float:
         """Events since the last call of `take`."""
         new, self._reported = self.total - self._reported, self.total
         return new
@@ -50,6 +59,7 @@ class _Call:
     priority: tuple[float, ...]  # the smallest goes first
     order: int  # then the oldest
     method: str = field(compare=False)
+    what: str = field(compare=False)  # for people
     args: tuple[Any, ...] = field(compare=False)
     returns: int = field(compare=False)
     done: asyncio.Future = field(compare=False)
@@ -59,9 +69,13 @@ class _Call:
 class _Member:
     name: str
     handle: ActorHandle
-    pid: int | None = None  # once it is ready
-    in_flight: int = 0
+    place: Place | None = None  # once it is ready
+    calls: list[_Call] = field(default_factory=list)  # in flight
+    since: float = 0.0  # when it began with the first of them
     retiring: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.place.address} (pid {self.place.pid})" if self.place else self.name
 
 
 class Pool:
@@ -84,6 +98,7 @@ class Pool:
         max_restarts: int = 0,
         patience_s: float = 600.0,
         max_unused: int | None = None,
+        resources: Resources | None = None,
     ):
         """
         Args:
@@ -92,10 +107,12 @@ class Pool:
             max_restarts: deaths, all together, that the pool survives.
             patience_s: seconds with too few actors after which the pool stops.
             max_unused: most calls that may be done or under way before `used` is called for one of them.
+            resources: what an actor needs, to tell it where too few find a place.
         """
         self.name = name
         self.restarts = Counter()
         self.retried = Counter()
+        self.lost_seconds = Counter()  # of actors, in calls that are done again
         self._spawn = spawn
         self.size = size
         """Actors asked for."""
@@ -103,6 +120,7 @@ class Pool:
         self._max_restarts = max_restarts
         self._patience_s = patience_s
         self._max_unused = max_unused
+        self._resources = resources or {}
         self._unused = 0
         self._calls: list[_Call] = []  # a heap
         self._order = itertools.count()
@@ -124,9 +142,17 @@ class Pool:
         staying = [member for member in self._members.values() if not member.retiring]
         for _ in range(size - len(staying)):
             self._spawn_member()
-        idlest = sorted(staying, key=lambda member: (member.pid is not None, member.in_flight))
+        idlest = sorted(staying, key=lambda member: (member.place is not None, len(member.calls)))
         for member in idlest[: max(0, len(staying) - size)]:
             self._retire(member)
+
+    def leave(self, nodes: Collection[str]) -> None:
+        """Move the actors off nodes that are about to go: others do at once what these had begun."""
+        for member in [m for m in self._members.values() if m.place and m.place.node in nodes]:
+            logger.warning("%s moves, its node is about to go", member)
+            self._end(member)
+            if not member.retiring:
+                self._spawn_member()
 
     def stop(self) -> None:
         """Serve no more, and end the actors."""
@@ -139,7 +165,7 @@ class Pool:
     @property
     def pids(self) -> dict[str, int]:
         """Process id of each actor that is ready, by name."""
-        return {member.name: member.pid for member in self._members.values() if member.pid is not None}
+        return {member.name: member.place.pid for member in self._members.values() if member.place}
 
     async def wait_ready(self) -> None:
         """Return as soon as `minimum` actors are ready to work."""
@@ -147,13 +173,17 @@ class Pool:
             await self._changed.wait_for(lambda: len(self.pids) >= self._minimum)
         self._minimum = 1
 
-    async def call(self, method: str, *args: Any, priority: tuple[float, ...], returns: int = 1) -> tuple[list, Any]:
+    async def call(
+        self, method: str, *args: Any, priority: tuple[float, ...], returns: int = 1, what: str = ""
+    ) -> tuple[list, Any]:
         """Have an actor do `method`: the references of all returns but the last, and the value of the last.
+
+        `what` names the work in the log.
 
         The last return must be small: it alone comes to this process, and tells that the call is done.
         """
         done: asyncio.Future[tuple[list, Any]] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._calls, _Call(priority, next(self._order), method, args, returns, done))
+        heapq.heappush(self._calls, _Call(priority, next(self._order), method, what or method, args, returns, done))
         self._dispatch()
         return await done
 
@@ -163,16 +193,18 @@ class Pool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        ready = [member for member in self._members.values() if member.pid is not None and not member.retiring]
+        ready = [member for member in self._members.values() if member.place and not member.retiring]
         for in_flight in (0, 1):
             for member in ready:
                 self._drop_cancelled()
                 enough = len(self._calls) > (len(ready) if in_flight else 0)
                 room = self._max_unused is None or self._unused < self._max_unused
-                if member.in_flight == in_flight and enough and room:
-                    member.in_flight += 1
+                if len(member.calls) == in_flight and enough and room:
                     self._unused += 1
-                    self._task(self._follow(member, heapq.heappop(self._calls)))
+                    call = heapq.heappop(self._calls)
+                    member.since = member.since if member.calls else time.monotonic()
+                    member.calls.append(call)
+                    self._task(self._follow(member, call))
 
     def _drop_cancelled(self) -> None:
         while self._calls and self._calls[0].done.cancelled():
@@ -186,17 +218,20 @@ class Pool:
         except RayActorError as error:
             self._unused -= 1
             self.retried.add()
+            logger.warning("%s: was on %s, is sent again", call.what, member)
             heapq.heappush(self._calls, call)
             self._lost(member, error)
         except Exception as error:
             self._unused -= 1
+            logger.info("%s: failed on %s: %s", call.what, member, getattr(error, "cause", error))
             if not call.done.cancelled():
                 call.done.set_exception(error)
         else:
             if not call.done.cancelled():
                 call.done.set_result((refs[:-1], answer))
-        member.in_flight -= 1
-        if member.retiring and not member.in_flight:
+        member.calls.remove(call)
+        member.since = time.monotonic()
+        if member.retiring and not member.calls:
             self._end(member)
         self._dispatch()
 
@@ -208,7 +243,8 @@ class Pool:
 
     async def _await_ready(self, member: _Member) -> None:
         try:
-            member.pid = await member.handle.ready.remote()
+            member.place = await member.handle.ready.remote()
+            logger.info("%s is ready", member)
         except RayActorError as error:
             self._lost(member, error)
         async with self._changed:
@@ -224,23 +260,33 @@ class Pool:
             if len(self.pids) >= self._minimum:
                 enough_at = told_at = now
                 continue
-            state = f"{self.name}: {len(self.pids)} of {self._minimum} actors ready after {now - enough_at:.0f} s"
-            if now - enough_at > self._patience_s:
-                raise PoolStopped(
-                    f"{state}, longer than startup_timeout_s; does the cluster have what `resources` asks for? "
-                    "`ray status` shows what is waiting"
-                )
-            if now - told_at > TELL_EVERY_S:
+            late = now - enough_at > self._patience_s
+            if late or now - told_at > TELL_EVERY_S:
                 told_at = now
-                logger.warning("%s; `ray status` shows what the cluster lacks", state)
+                state = f"{len(self.pids)} of {self._minimum} actors ready after {now - enough_at:.0f} s"
+                if late:
+                    raise PoolStopped(f"{self.name}: {state}, longer than startup_timeout_s; {self._wanted()}")
+                logger.warning("%s: %s; %s", self.name, state, self._wanted())
+
+    def _wanted(self) -> str:
+        """What an actor needs beside what there is."""
+        there, free = ray.cluster_resources(), ray.available_resources()
+        parts = [
+            f"{amount:g} {kind} ({free.get(kind, 0):g} free of {there.get(kind, 0):g})"
+            for kind, amount in self._resources.items()
+            if amount
+        ]
+        return f"each needs {', '.join(parts) or 'nothing special'}; `ray status` shows what is waiting"
 
     def _retire(self, member: _Member) -> None:
         member.retiring = True
-        if not member.in_flight:
+        if not member.calls:
             self._end(member)
 
     def _end(self, member: _Member) -> None:
         if self._members.pop(member.name, None):
+            if member.calls:
+                self.lost_seconds.add(time.monotonic() - member.since)
             ray.kill(member.handle)
 
     def _lost(self, member: _Member, error: RayActorError) -> None:
@@ -254,7 +300,7 @@ class Pool:
         if error.actor_init_failed:
             raise PoolStopped(f"{member.name} failed to start: {reason}")
         self.restarts.add()
-        logger.warning("%s died: %s", member.name, reason)
+        logger.warning("%s died: %s", member, reason)
         if self.restarts.total > self._max_restarts:
             raise PoolStopped(f"{self.name}: more deaths than max_restarts={self._max_restarts}; the last: {reason}")
         self._spawn_member()

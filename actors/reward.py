@@ -1,14 +1,15 @@
 """Reward servers: an actor for each replica of each reward model, and the scorer that spreads images over them."""
 
 import logging
-import os
+import time
+from dataclasses import replace
 
 import numpy as np
 import ray
 
-from actors.pool import Counter, Pool, is_lost_object
+from actors.pool import Counter, Pool, here, is_lost_object
 from g2rpo_ray.config import RewardConfig
-from g2rpo_ray.types import FloatArray, Images
+from g2rpo_ray.types import FloatArray, Images, Place, Span
 
 logger = logging.getLogger(__name__)
 
@@ -23,43 +24,50 @@ class RewardActor:
         from g2rpo_ray.rewards import build_reward
 
         torch.set_num_threads(config.threads)
+        self._name, self._place = name, here()
         self._batch_size = config.batch_size
         self._reward = build_reward(config.kind, **config.options)
 
-    def ready(self) -> int:
-        """Process id, once the model is loaded."""
-        return os.getpid()
+    def ready(self) -> Place:
+        """Where it is, once the model is loaded."""
+        return self._place
 
-    def score(self, images: Images, prompt: str) -> FloatArray:
-        """Scores [N] of images [N, H, W, 3] of one unit, NaN where one is missing.
+    def score(self, images: Images, prompt: str) -> tuple[FloatArray, Span]:
+        """Scores [N] of images [N, H, W, 3] of one unit, NaN where one is missing; and when that was.
 
         A forward pass holds images of this unit alone, in chunks of a fixed size: the last bits of a matrix product
         depend on its batch, and a score must not depend on what else was waiting.
         """
+        started, start = time.time(), time.perf_counter()
         chunks = [images[at : at + self._batch_size] for at in range(0, len(images), self._batch_size)]
         scores = [self._reward.score(chunk, [prompt] * len(chunk)) for chunk in chunks]
         for chunk, part in zip(chunks, scores, strict=True):
             if part.shape != (len(chunk),):
                 raise ValueError(f"{len(chunk)} images gave scores of shape {part.shape}; expected ({len(chunk)},)")
-        return np.concatenate(scores).astype(np.float32)
+        span = Span(self._name, self._place.address, "score", started, time.perf_counter() - start)
+        return np.concatenate(scores).astype(np.float32), span
 
 
 class Scorer:
     """One reward: its servers, the retries, and the count of what stayed missing."""
 
-    def __init__(self, name: str, config: RewardConfig, pool: Pool):
+    def __init__(self, name: str, config: RewardConfig, pool: Pool, timeline: list[Span]):
         self.name = name
         self.pool = pool
         self.missing = Counter()
+        self._timeline = timeline
         self._retries = config.retries
 
-    async def score(self, images: ray.ObjectRef, count: int, prompt: str) -> FloatArray:
+    async def score(self, images: ray.ObjectRef, count: int, prompt: str, what: str = "") -> FloatArray:
         """Scores [count]; what failed or is not finite is asked for again, and NaN if it stays so: missing, never 0."""
         scores = np.full(count, np.nan, dtype=np.float32)
         for _ in range(1 + self._retries):
             reason = "not a finite number"
             try:
-                _, answer = await self.pool.call("score", images, prompt, priority=(0,))
+                _, (answer, span) = await self.pool.call(
+                    "score", images, prompt, priority=(0,), what=f"score of {what}"
+                )
+                self._timeline.append(replace(span, what=what))
                 scores = np.where(np.isfinite(scores), scores, answer)
             except ray.exceptions.RayTaskError as error:
                 if is_lost_object(error):
@@ -67,7 +75,9 @@ class Scorer:
                 reason = repr(error.cause)
             if np.isfinite(scores).all():
                 return scores
-            logger.warning("reward %s: %d scores missing for %r: %s", self.name, _missing(scores), prompt, reason)
+            logger.warning(
+                "reward %s: %d scores missing for %s, %r: %s", self.name, _missing(scores), what, prompt, reason
+            )
         self.missing.add(_missing(scores))
         return np.where(np.isfinite(scores), scores, np.float32(np.nan))
 

@@ -1,14 +1,14 @@
 """The rollout actor: holds the frozen model and one version of the LoRA, computes work units."""
 
-import os
 import time
 from typing import Any
 
 import ray
 
+from actors.pool import here
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
-from g2rpo_ray.types import Anchor, AnchorUnit, BranchUnit, Images, PromptEmbedding, Unit, UnitReport
+from g2rpo_ray.types import Anchor, AnchorUnit, BranchUnit, Images, Place, PromptEmbedding, Unit, UnitReport
 
 
 @ray.remote
@@ -21,19 +21,19 @@ class RolloutActor:
         from g2rpo_ray.sampler import Sampler
 
         torch.set_num_threads(config.rollout.threads)
-        self._name = name
+        self._name, self._place = name, here()
         self._sampler = Sampler(config)
         self._version: int | None = None
 
-    def ready(self) -> int:
-        """Process id, once the model is loaded."""
-        return os.getpid()
+    def ready(self) -> Place:
+        """Where it is, once the model is loaded."""
+        return self._place
 
     def compute(
         self, unit: Unit, weights: PublishedWeights, embedding: PromptEmbedding, anchor: Anchor | None = None
     ) -> tuple[Any, Images, UnitReport]:
         """What the unit leaves for the learner (None for a sample), its images, and the report for the driver."""
-        start = time.perf_counter()
+        started, start = time.time(), time.perf_counter()
         self._use(weights)
         fetched = time.perf_counter()
         before = self._sampler.evaluations
@@ -48,6 +48,8 @@ class RolloutActor:
         report = UnitReport(
             unit=unit.name,
             actor=self._name,
+            place=self._place,
+            started=started,
             weights_version=weights.manifest.version,
             evaluations=self._sampler.evaluations - before,
             images=len(images),

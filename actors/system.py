@@ -1,13 +1,12 @@
 """All that works for a run on the cluster: started together, watched together, ended together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from actors.collector import Collector
-from actors.control import follow_requests
+from actors.control import follow_drains, follow_requests
 from actors.encoder import Embeddings, Say
 from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
@@ -15,35 +14,50 @@ from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
 from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config, RewardConfig, ray_options
+from g2rpo_ray.storage import Folder
+from g2rpo_ray.types import Span
 from learner.group import LearnerGroup
 
 
 class System:
     """The stations of an iteration, and the pools that keep them staffed."""
 
-    def __init__(self, config: Config, run: Path, group: asyncio.TaskGroup):
+    def __init__(self, config: Config, run: Folder, group: asyncio.TaskGroup):
         self._config = config
         self._group = group
-        self._control: asyncio.Task[None] | None = None
-        self._embeddings = Embeddings(config, config.data.embeddings or str((run / "embeddings").resolve()))
+        self._watchers: list[asyncio.Task[None]] = []
+        self._leaving: set[str] = set()
+        self._embeddings = Embeddings(config, config.data.embeddings or str(run / "embeddings"))
         self._rollout = _rollout_pool(config)
-        self._scorers = {name: _scorer(name, reward, config) for name, reward in config.all_rewards.items()}
+        self._timeline: list[Span] = []
+        self._scorers = {
+            name: _scorer(name, reward, config, self._timeline) for name, reward in config.all_rewards.items()
+        }
         self._pools = {"rollout": self._rollout, **{name: scorer.pool for name, scorer in self._scorers.items()}}
         self.learner = LearnerGroup(config)
-        self.collector = Collector(config, self._embeddings, self._rollout, self._scorers)
+        self.collector = Collector(
+            config, self._embeddings, self._rollout, self._scorers, self.learner.keep, self._timeline
+        )
 
     async def start(self, prompts: Sequence[str], checkpoint: Checkpoint | None, say: Say) -> Literal[True]:
         """Encode the prompts, then start all actors; returns when the learner and enough of each kind can work."""
         await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
-        for pool in self._pools.values():
-            pool.start(self._group)
-        self._control = self._group.create_task(follow_requests(self._config.name, self._pools, say))
+        self._start_pools()
+        self._watch(follow_requests(self._config.name, self._pools, say))
         await asyncio.gather(self.start_learner(checkpoint), *(pool.wait_ready() for pool in self._pools.values()))
         return True
 
+    def _start_pools(self) -> None:
+        for pool in self._pools.values():
+            pool.start(self._group)
+        self._watch(follow_drains(self._leave))
+
+    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
+        self._watchers.append(self._group.create_task(watch))
+
     async def start_learner(self, checkpoint: Checkpoint | None) -> None:
         """Start the learner, or start it again, from a checkpoint or from the beginning."""
-        await self.learner.start(self._config.startup_timeout_s, checkpoint.path if checkpoint else None)
+        await self.learner.start(self._config.startup_timeout_s, checkpoint.folder if checkpoint else None)
 
     async def publish(self, version: int) -> PublishedWeights:
         """The learner's LoRA, from now on what rollouts are made with."""
@@ -59,13 +73,31 @@ class System:
             "rollout/actors": len(self._rollout.pids),
             "rollout/units_retried": self._rollout.retried.take(),
             "rollout/restarts": sum(pool.restarts.take() for pool in self._pools.values()),
+            "perf/lost_s": sum(pool.lost_seconds.take() for pool in self._pools.values()),
             **{f"reward/{name}/missing": scorer.missing.take() for name, scorer in self._scorers.items()},
         }
 
+    def take_spans(self) -> list[Span]:
+        """What the actors did since the last call."""
+        spans = list(self._timeline)
+        self._timeline.clear()
+        return spans
+
+    @property
+    def learner_leaves(self) -> bool:
+        """Whether the learner's node is about to go."""
+        return self.learner.node in self._leaving
+
+    def _leave(self, nodes: set[str]) -> None:
+        """Move off nodes that are about to go."""
+        self._leaving |= nodes
+        for pool in self._pools.values():
+            pool.leave(nodes)
+
     def stop(self) -> None:
         """End all actors."""
-        if self._control:
-            self._control.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         for pool in self._pools.values():
             pool.stop()
         self.learner.shutdown()
@@ -75,7 +107,7 @@ S = TypeVar("S", bound=System)
 
 
 @asynccontextmanager
-async def open_system(kind: type[S], config: Config, folder: Path) -> AsyncIterator[S]:
+async def open_system(kind: type[S], config: Config, folder: Folder) -> AsyncIterator[S]:
     """A system whose actors end with the context. What stops a pool for good is raised in the caller."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -99,10 +131,11 @@ def _rollout_pool(config: Config) -> Pool:
         max_restarts=rollout.max_restarts,
         patience_s=config.startup_timeout_s,
         max_unused=max(rollout.max_unscored_units, 2 * rollout.max_actors),
+        resources=rollout.resources,
     )
 
 
-def _scorer(name: str, reward: RewardConfig, config: Config) -> Scorer:
+def _scorer(name: str, reward: RewardConfig, config: Config, timeline: list[Span]) -> Scorer:
     actor = RewardActor.options(**ray_options(reward.resources))  # type: ignore[attr-defined]
     pool = Pool(
         f"reward {name}",
@@ -110,5 +143,6 @@ def _scorer(name: str, reward: RewardConfig, config: Config) -> Scorer:
         reward.replicas,
         max_restarts=reward.max_restarts,
         patience_s=config.startup_timeout_s,
+        resources=reward.resources,
     )
-    return Scorer(name, reward, pool)
+    return Scorer(name, reward, pool, timeline)

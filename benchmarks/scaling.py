@@ -11,7 +11,6 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from common import Row, median, parser, report
 from g2rpo_ray.algo import BranchPlan  # isort: skip  # common makes the packages importable
 from g2rpo_ray.config import load_config
 from g2rpo_ray.plan import branch_plan
-from g2rpo_ray.types import AnchorUnit, Branches, UnitReport, WeightsManifest
+from g2rpo_ray.types import AnchorUnit, Branches, Place, UnitReport, WeightsManifest
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
 
@@ -32,30 +31,28 @@ def unit_costs(plan: BranchPlan, members: int) -> list[int]:
 
 
 def on_paper(plan: BranchPlan, prompts: int, actors: int, members: int) -> float:
-    """Utilisation by list scheduling: anchors first, then the dearest unit whose anchor is done."""
-    free = [0.0] * actors
-    heapq.heapify(free)
-    anchors_done: list[float] = []
-    for _ in range(prompts):
-        done = heapq.heappop(free) + plan.steps
-        heapq.heappush(free, done)
-        anchors_done.append(done)
-    coming = deque(sorted(anchors_done))
-    costs, ready, now = unit_costs(plan, members), list[int](), 0.0
-    while ready or coming:
-        now = max(now, heapq.heappop(free))  # who was idle before waited for what came since
-        while coming and (coming[0] <= now or not ready):
-            now = max(now, coming.popleft())
+    """Utilisation by list scheduling: anchors first, then the dearest unit whose anchor is done, to whoever is idle."""
+    costs, now, idle = unit_costs(plan, members), 0, actors
+    anchor = -plan.evaluations  # more urgent than any branch unit, whose urgency is its cost negated
+    waiting = [(anchor, plan.steps)] * prompts  # (urgency, cost), a heap
+    running: list[tuple[int, int]] = []  # (end, urgency), a heap
+    while waiting or running:
+        while waiting and idle:
+            urgency, cost = heapq.heappop(waiting)
+            heapq.heappush(running, (now + cost, urgency))
+            idle -= 1
+        now, urgency = heapq.heappop(running)
+        idle += 1
+        if urgency == anchor:  # its branches go out at once, those of one that ends in the same moment after them
             for cost in costs:
-                heapq.heappush(ready, -cost)
-        heapq.heappush(free, now - heapq.heappop(ready))
-    return prompts * plan.evaluations / (actors * max(free))
+                heapq.heappush(waiting, (-cost, cost))
+    return prompts * plan.evaluations / (actors * now)
 
 
 class _Scores:
     """A reward whose servers are never the bound."""
 
-    async def score(self, images: Any, count: int, prompt: str) -> np.ndarray:
+    async def score(self, images: Any, count: int, prompt: str, what: str) -> np.ndarray:
         return np.zeros(count, np.float32)
 
 
@@ -87,12 +84,14 @@ class _Device:
 def _host(plan: BranchPlan, seconds: float) -> Any:
     import ray
 
+    place = Place(1, "", "")
+
     class Host:
         def __init__(self) -> None:
             self._busy: dict[str, asyncio.Lock] = {}
 
-        async def ready(self) -> int:
-            return 1
+        async def ready(self) -> Place:
+            return place
 
         async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, anchor: Any = None) -> Any:
             is_anchor = isinstance(unit, AnchorUnit)
@@ -100,7 +99,8 @@ def _host(plan: BranchPlan, seconds: float) -> Any:
             async with self._busy.setdefault(name, asyncio.Lock()):  # one unit at a time, as a device does
                 await asyncio.sleep(cost * seconds)
             images = np.zeros((1 if is_anchor else unit.members * len(plan.strides), 8, 8, 3), np.uint8)
-            told = UnitReport(unit.name, name, weights.manifest.version, cost, len(images), cost * seconds, 0.0)
+            work = (weights.manifest.version, cost, len(images), cost * seconds, 0.0)
+            told = UnitReport(unit.name, name, place, time.time() - cost * seconds, *work)
             return Branches(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)), images, told
 
     return ray.remote(max_concurrency=1000, num_cpus=0)(Host).remote()
@@ -122,12 +122,17 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     names = [f"prompt {number}" for number in range(prompts)]
     taken, cpu, loop = [], [], []
 
+    keeper = ray.remote(num_cpus=0)(_Keeper).remote()
+
+    async def keep(result: Any) -> None:
+        await keeper.keep.remote([result])
+
     async def run() -> None:
         async with asyncio.TaskGroup() as group:
             pool = Pool("rollout", lambda name: _Device(next(round_robin), name), actors, minimum=actors)  # type: ignore[arg-type,return-value]
             scores: Any = {name: _Scores() for name in config.all_rewards}
             embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
-            collector = Collector(config, embeddings, pool, scores)
+            collector = Collector(config, embeddings, pool, scores, keep, [])
             pool.start(group)
             await pool.wait_ready()
             for iteration in range(repeats + 1):
@@ -153,6 +158,15 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
         "utilisation": ideal / iteration, "on paper": on_paper(plan, prompts, actors, members),
         "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
     }  # fmt: skip
+
+
+class _Keeper:
+    """As learner.group.Keeper, which needs the learner's node."""
+
+    def keep(self, refs: list[Any]) -> None:
+        import ray
+
+        ray.get(refs)
 
 
 class _Done(Exception):

@@ -1,24 +1,23 @@
 """Checkpoints that are there whole or not at all, and exact resume.
 
 A checkpoint is a folder `checkpoints/<iteration>/` with the learner's state and the adapter (`lora/`), written by the
-learner, and `state.json` with the checksum of every file. Nothing else needs keeping: prompts and noise follow from the
-seed and the iteration.
+learner. `state.json`, written last, has the checksum of every file: without it, it is no checkpoint. That holds on
+object storage, too, where folders can't be renamed. Nothing else needs keeping: prompts and noise follow from the seed
+and the iteration.
 """
 
-import hashlib
 import itertools
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from g2rpo_ray.storage import Folder
 
 logger = logging.getLogger(__name__)
 
-LATEST = "LATEST"
+LATEST, BEST = "LATEST", "BEST"  # name the newest checkpoint, and the one with the best held-out scores
 STATE = "state.json"
 
 
@@ -26,46 +25,55 @@ STATE = "state.json"
 class Checkpoint:
     """A finished checkpoint: `iteration` iterations are done."""
 
-    path: Path
+    folder: Folder
     iteration: int
 
 
-@contextmanager
-def new_checkpoint(run: Path, iteration: int, keep: int) -> Iterator[str]:
-    """A folder to fill, aside; at the end it is named, then named the latest, and all but the newest `keep` go."""
-    folder = run / "checkpoints"
-    aside, final = folder / f".{iteration:06d}.partial", folder / f"{iteration:06d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield str(aside.resolve())
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    digests = {path.relative_to(aside).as_posix(): _digest(path) for path in files}
-    (aside / STATE).write_text(json.dumps({"iteration": iteration, "files": digests}) + "\n")
-    shutil.rmtree(final, ignore_errors=True)  # of a run that went on from before it
-    os.replace(aside, final)
-    replace_text(folder / LATEST, final.name + "\n")
-    for old in _finished(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    _publish_adapter(final / "lora", run / "lora")
+def new_checkpoint(run: Folder, iteration: int) -> Folder:
+    """An empty folder for the checkpoint after `iteration` iterations."""
+    folder = run / "checkpoints" / f"{iteration:06d}"
+    folder.delete(STATE)  # first: from now on it is none
+    folder.delete()
+    return folder
 
 
-def _publish_adapter(source: Path, target: Path) -> None:
-    aside = target.with_name(".lora.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+def finish_checkpoint(
+    run: Folder, iteration: int, files: Mapping[str, str], keep: int, score: float | None = None
+) -> None:
+    """Make the folder that was filled a checkpoint; all but the newest `keep` and the best go.
+
+    Args:
+        files: SHA-256 of every file, by name, as they were written.
+        score: the higher the better; None where nothing was evaluated.
+    """
+    checkpoints = run / "checkpoints"
+    folder = checkpoints / f"{iteration:06d}"
+    state = {"iteration": iteration, "score": score, "files": dict(files)}
+    folder.write(STATE, (json.dumps(state) + "\n").encode())
+    checkpoints.write(LATEST, f"{iteration:06d}\n".encode())
+    finished = _finished(checkpoints)
+    scores = {name: _score(checkpoints / name) for name in finished}
+    best = max(reversed(finished), key=lambda name: scores[name])  # of equals the newest
+    if scores[best] > -math.inf:
+        checkpoints.write(BEST, f"{best}\n".encode())
+    for name in set(finished[:-keep]) - {best}:
+        (checkpoints / name).delete(STATE)
+        (checkpoints / name).delete()
+    adapter, published = folder / "lora", run / "lora"
+    for name in adapter.names():
+        published.write(name, adapter.read(name))
 
 
-def set_aside(run: Path) -> None:
+def set_aside(run: Folder) -> None:
     """Rename the folder of an earlier run with checkpoints to the first free <name>.1, <name>.2 ..."""
-    if (run / "checkpoints").exists():
-        numbered = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
-        run.rename(next(path for path in numbered if not path.exists()))
+    if _finished(run / "checkpoints"):
+        base, mark, query = str(run).partition("?")
+        numbered = (Folder(f"{base}.{number}{mark}{query}") for number in itertools.count(1))
+        run.rename(next(folder for folder in numbered if not folder.names()))
 
 
-def find_checkpoint(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` asks for: the run's latest (`auto`), none (`never`), or the one at a path.
+def find_checkpoint(run: Folder, resume: str) -> Checkpoint | None:
+    """The checkpoint that `--resume` asks for: the run's latest (`auto`), none (`never`), or the one at a path or URI.
 
     Where the latest is damaged, that is told and the one before it is taken.
 
@@ -75,11 +83,11 @@ def find_checkpoint(run: Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return read_checkpoint(Path(resume))
+        return read_checkpoint(Folder(resume))
     damage: ValueError | None = None
-    for folder in reversed(_finished(run / "checkpoints")):
+    for name in reversed(_finished(run / "checkpoints")):
         try:
-            return read_checkpoint(folder)
+            return read_checkpoint(run / "checkpoints" / name)
         except ValueError as error:
             logger.warning("%s", error)
             damage = error
@@ -88,32 +96,30 @@ def find_checkpoint(run: Path, resume: str) -> Checkpoint | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(folder: Folder) -> Checkpoint:
     """The checkpoint in a folder, every file of it as it was written."""
     try:
-        state = json.loads((path / STATE).read_text())
-        changed = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
+        state = json.loads(folder.read(STATE))
+        found = folder.digests()
+        changed = [name for name, digest in state["files"].items() if found.get(name) != digest]
         if changed:
             raise ValueError(f"{changed[0]} is not as it was written")
-        return Checkpoint(path, int(state["iteration"]))
+        return Checkpoint(folder, int(state["iteration"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"--resume: {path} is not a readable checkpoint ({type(error).__name__}: {error}); name a folder "
+            f"--resume: {folder} is not a readable checkpoint ({type(error).__name__}: {error}); name a folder "
             "runs/<name>/checkpoints/<iteration>, or give --resume never to start again"
         ) from None
 
 
-def _finished(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.name.isdigit())
+def _finished(checkpoints: Folder) -> list[str]:
+    """Names of the checkpoints, oldest first; what a killed run left half written is none."""
+    return [name for name in checkpoints.names() if name.isdigit() and (checkpoints / name).exists(STATE)]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+def _score(folder: Folder) -> float:
+    try:
+        score = json.loads(folder.read(STATE))["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -math.inf
+    return -math.inf if score is None else float(score)

@@ -185,7 +185,7 @@ class DataConfig(Section):
     """The same. What is held out is dropped from the training prompts."""
     prompts_per_iteration: int = Field(16, ge=1)
     embeddings: str | None = None
-    """Folder of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""
+    """Folder or URI of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""
     encoder_device: Device = "cuda"
     encoder_resources: Resources = {"GPU": 1}
     """Ray resources of the actor that encodes prompts, held only until all are encoded."""
@@ -204,11 +204,13 @@ class CheckpointConfig(Section):
     every: int = Field(10, ge=1)
     """Iterations between checkpoints; the last iteration always makes one."""
     keep: int = Field(3, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the one with the best held-out scores."""
 
 
 class TrackingConfig(Section):
     tensorboard: bool = True
+    timeline_every: int = Field(10, ge=0)
+    """Iterations between timelines of who did what when; 0: none."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
 
@@ -219,7 +221,7 @@ class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Folder of the run below `output`."""
     output: str = "runs"
-    """Where run directories are made; every node of the cluster must see it."""
+    """Where run directories are made: a path that every node of the cluster sees, or a URI such as s3://bucket/runs."""
     seed: int = Field(0, ge=0)
     iterations: int = Field(300, ge=1)
     startup_timeout_s: float = Field(600, gt=0)

@@ -19,16 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from g2rpo_ray.adapters import Adapter, read_adapters
-from g2rpo_ray.checkpoint import replace_text
 from g2rpo_ray.comparison import Row, row, to_csv, to_markdown
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import read_prompts
 from g2rpo_ray.files import resolve
 from g2rpo_ray.heldout import picture_grid
 from g2rpo_ray.interrupt import Interrupt
-from g2rpo_ray.preflight import check_models
+from g2rpo_ray.preflight import check_models, open_run
 from g2rpo_ray.run import INTERRUPTED, INVALID, fail
 from g2rpo_ray.scorebook import Cell, ScoreBook
+from g2rpo_ray.storage import Folder, replace_text
 from g2rpo_ray.tracking import to_json
 from g2rpo_ray.types import FloatArray, Images, SampleUnit
 
@@ -96,7 +96,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
         _column(version, adapter, config, settings, options.hybrid)
         for version, adapter in enumerate(read_adapters(options.adapter, config))
     )
-    folder = Path(options.output or Path(given.output) / given.name / "evaluation").expanduser()
+    folder = Path(options.output).expanduser() if options.output else (open_run(given) / "evaluation").path
+    if folder is None:
+        raise ValueError(f"--output: give a folder of this machine; the configuration's output is {given.output}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output: {folder} is not a folder; name one, or one that is to be made")
     return Plan(config, columns, prompts, steps, seeds, shown, folder)
@@ -104,8 +106,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 def _without_training(config: Config) -> Config:
     """The configuration without what an evaluation has no use for, so that nothing of it is asked for."""
-    run = (Path(config.output).expanduser() / config.name / "embeddings").resolve()
-    embeddings = str(run) if config.data.embeddings is None and run.is_dir() else config.data.embeddings
+    encoded = open_run(config) / "embeddings"
+    embeddings = str(encoded) if config.data.embeddings is None and encoded.names() else config.data.embeddings
     changes = {
         "data": config.data.model_copy(update={"embeddings": embeddings}),  # what a run has encoded already
         "lora": config.lora.model_copy(update={"initial": None}),
@@ -164,7 +166,7 @@ async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]])
             book.add(cell, scores, picture)
             bar.update()
 
-        async with open_system(Evaluator, plan.config, plan.folder.resolve()) as evaluator:
+        async with open_system(Evaluator, plan.config, Folder(plan.folder)) as evaluator:
             bar.write(f"{left} of {total} units to sample, each one policy on one prompt at one number of steps")
             going = await interrupt.unless(evaluator.start_evaluation(plan.prompts, states, bar.write))
             for block in missing:
@@ -244,7 +246,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
         except Exception as error:
-            return fail(plan.folder, error)
+            return fail(Folder(plan.folder), error)
     if not status:
         print(write_results(plan, book))
     return status

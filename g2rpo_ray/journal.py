@@ -11,11 +11,12 @@ from types import TracebackType
 import numpy as np
 from PIL import Image
 
-from g2rpo_ray.checkpoint import replace_text
 from g2rpo_ray.config import Config, dump_config
 from g2rpo_ray.heldout import compare_all, picture_grid, table
+from g2rpo_ray.storage import Folder, replace_text
+from g2rpo_ray.timeline import write_timeline
 from g2rpo_ray.tracking import Metrics, Sink, Tracker, read_lines, to_json
-from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, UnitReport
+from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span, UnitReport
 
 HACKING_WINDOW = 20  # iterations over which trained and judging rewards are compared
 
@@ -23,40 +24,67 @@ HACKING_WINDOW = 20  # iterations over which trained and judging rewards are com
 class Journal:
     """Writes down what happens in a run, iteration by iteration; a run that goes on finds what it had written."""
 
-    def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = ()):
-        self._config, self._run = config, run
+    def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = (), kept: Folder | None = None):
+        """
+        Args:
+            run: the run directory, or a copy of it on this machine.
+            kept: where the run is kept, if that is another place: `keep` brings what is new there.
+        """
+        self._config, self._run, self._kept = config, run, kept
+        self._kept_at = 0.0
+        self._spans: list[Span] = []
         (run / "samples").mkdir(parents=True, exist_ok=True)
         replace_text(run / "config.yaml", dump_config(config))
         self._tracker = Tracker(config, run, done, sinks)
         self._means: dict[str, float] = {}
         self._window: deque[Metrics] = deque(maxlen=HACKING_WINDOW)
         self._seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._lost, self._rewinds = 0.0, 0
+        self._start = self._safe_at = time.perf_counter()
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._tracker.close()
+        self.keep()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time inside as `timing_s/<phase>` of the next line."""
-        start = time.perf_counter()
+        started, start = time.time(), time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+            self._spans.append(Span("run", "driver", phase, started, seconds))
+
+    def keep(self) -> None:
+        """Bring what was written since the last call to where the run is kept: a checkpoint is there, or almost."""
+        self._safe_at = time.perf_counter()
+        if self._kept and self._kept.path != self._run:
+            now = time.time()
+            self._kept.take(self._run, newer_than=self._kept_at)
+            self._kept_at = now
 
     def rewind(self, done: int) -> None:
-        """Forget what was written after `done` iterations: they will be done again."""
+        """Forget what was written after `done` iterations: the learner starts again from there.
+
+        The time since the last checkpoint is lost; it goes into the next line.
+        """
+        self._lost += time.perf_counter() - self._safe_at
+        self._rewinds += 1
         self._tracker.rewind(done)
 
     def say(self, line: str) -> None:
         self._tracker.say(line)
 
-    def heldout(self, done: int, samples: Samples) -> None:
-        """Keep the scores after `done` iterations and draw the pictures; the means go into that iteration's line."""
+    def heldout(self, done: int, samples: Samples) -> float:
+        """Keep the scores after `done` iterations and draw the pictures; the means go into that iteration's line.
+
+        Returns the weighted sum of the trained rewards' means: the higher, the better the policy.
+        """
         record = {"prompts": samples.prompts, "scores": {name: s.tolist() for name, s in samples.scores.items()}}
         if samples.pictures:
             base = self._base_pictures(done, samples.pictures)
@@ -69,9 +97,19 @@ class Journal:
         self._means = {f"heldout/{name}/mean": mean for name, mean in means.items()}
         if done == 0:
             self._write(0, {})
+        return sum(reward.weight * means[name] for name, reward in self._config.rewards.items())
 
-    def iteration(self, done: int, rollout: Rollout, update: Metrics, counts: Metrics) -> None:
-        """Write the line of iteration number `done`, counted from 1."""
+    def iteration(
+        self, done: int, rollout: Rollout, update: Metrics, counts: Metrics, spans: Sequence[Span] = ()
+    ) -> None:
+        """Write the line of iteration number `done`, counted from 1, and its timeline if that is due."""
+        every = self._config.tracking.timeline_every
+        if every and spans and (done == 1 or done % every == 0):
+            write_timeline(self._run, done, [*spans, *self._spans])
+        self._spans.clear()
+        again = {"perf/lost_s": counts.get("perf/lost_s", 0.0) + self._lost, "learner/restarts": self._rewinds}
+        counts = {**counts, **again}
+        self._lost, self._rewinds = 0.0, 0
         metrics = rollout_metrics(rollout, list(self._config.rewards))
         reward = {"timing_s/reward": rollout.seconds - rollout.sampling_seconds}
         self._write(done, {**metrics, **update, **counts, **reward})
@@ -103,9 +141,9 @@ def scores_file(run: Path, done: int) -> Path:
     return run / "samples" / f"{done:06d}.json"
 
 
-def is_finished(config: Config, run: Path, done: int) -> bool:
+def is_finished(config: Config, run: Folder, done: int) -> bool:
     """Whether a run with `done` iterations behind it has nothing left to do."""
-    return done >= config.iterations and scores_file(run, config.iterations).exists()
+    return done >= config.iterations and (run / "samples").exists(f"{config.iterations:06d}.json")
 
 
 def summarize(config: Config, run: Path) -> str:
@@ -121,6 +159,7 @@ def summarize(config: Config, run: Path) -> str:
             for phase in ("step", "rollout", "reward", "update", "broadcast", "evaluation", "checkpoint")
         },
         "restarts": sum(int(line.get("rollout/restarts", 0)) for line in lines),
+        "lost_s": sum(line.get("perf/lost_s", 0.0) for line in lines),
     }
     replace_text(run / "summary.json", to_json(summary, indent=2) + "\n")
     return table(comparisons, list(config.rewards))

@@ -1,5 +1,6 @@
 """What can be found wrong before anything starts: files, model, adapter, checkpoint; and the plan in words."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from g2rpo_ray.config import Config
 from g2rpo_ray.data import iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.storage import Folder
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
@@ -19,6 +21,21 @@ class Prompts:
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     dropped: int  # training prompts that are held out too, and not trained on
+
+
+def open_run(config: Config) -> Folder:
+    """The run directory, within reach.
+
+    Raises:
+        ValueError: one line; `output` is no place for it.
+    """
+    try:
+        run = Folder(config.output) / config.name
+        run.names()
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"output: cannot use {config.output.rpartition('@')[2]}: {reason}") from None
+    return run
 
 
 def read_run_prompts(config: Config) -> Prompts:
@@ -76,10 +93,11 @@ def _check_adapters(config: Config, checkpoint: Checkpoint | None, model_is_here
     from g2rpo_ray.models import check_lora, lora_shapes, read_lora
 
     shapes = lora_shapes(config.model, config.lora)
-    for key, path in (("lora.initial", config.lora.initial), ("--resume", checkpoint and checkpoint.path / "lora")):
-        if path:
+    for key, given in (("lora.initial", config.lora.initial), ("--resume", checkpoint and checkpoint.folder / "lora")):
+        if given:
             try:
-                check_lora(shapes, read_lora(resolve(str(path))))
+                with given.reading() if isinstance(given, Folder) else nullcontext(resolve(given)) as path:
+                    check_lora(shapes, read_lora(str(path)))
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
     return []

@@ -15,12 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rpo_ray.checkpoint import Checkpoint, find_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import drawn_prompts, iteration_prompts
 from g2rpo_ray.interrupt import Interrupt
 from g2rpo_ray.journal import Journal, is_finished, summarize
-from g2rpo_ray.preflight import Prompts, check_files, describe_plan, read_run_prompts
+from g2rpo_ray.preflight import Prompts, check_files, describe_plan, open_run, read_run_prompts
+from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import Rollout
 
 if TYPE_CHECKING:  # Ray is loaded when there is something to run
@@ -28,13 +29,16 @@ if TYPE_CHECKING:  # Ray is loaded when there is something to run
     from actors.weights import PublishedWeights
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
+NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora")  # of a run directory: the actors read them where they are
 
 
-async def train(config: Config, prompts: Prompts, run: Path, checkpoint: Checkpoint | None) -> int:
+async def train(config: Config, prompts: Prompts, run: Folder, here: Path, checkpoint: Checkpoint | None) -> int:
     """Train from the checkpoint, or the start, to the last iteration; the exit status.
 
     A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
+    `here` is the run directory, or a copy of it on this machine.
     """
+    from actors.pool import is_lost_object
     from actors.prometheus import prometheus_sink
     from actors.system import System, open_system
     from learner.group import LearnerLost
@@ -42,7 +46,7 @@ async def train(config: Config, prompts: Prompts, run: Path, checkpoint: Checkpo
     used = drawn_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, config.iterations)
     done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
-    with Journal(config, run, done, [prometheus_sink(config.name)]) as journal:
+    with Journal(config, here, done, [prometheus_sink(config.name)], kept=run) as journal:
         async with open_system(System, config, run) as system:
             journal.say(f"{config.name}: starting the actors")
             if prompts.dropped:
@@ -56,26 +60,30 @@ async def train(config: Config, prompts: Prompts, run: Path, checkpoint: Checkpo
                 try:
                     done = await iterate(config, prompts, run, system, journal, interrupt, done)
                     break
-                except LearnerLost as error:
+                except Exception as error:
                     restarts += 1
-                    if restarts > config.learner.max_restarts:
+                    lost = isinstance(error, LearnerLost) or is_lost_object(error)
+                    if not lost or restarts > config.learner.max_restarts:
                         raise
                     checkpoint = find_checkpoint(run, "auto")
                     done = checkpoint.iteration if checkpoint else 0
-                    journal.say(f"learner lost ({error}); going on from iteration {done}")
+                    reason = str(error).splitlines()[0]
+                    journal.say(f"learner lost ({reason}); going on from iteration {done}")
                     journal.rewind(done)
                     await system.start_learner(checkpoint)
-        if not is_finished(config, run, done):
+        if not is_finished(config, Folder(here), done):
             journal.say(f"stopped after iteration {done}, which is saved: the same command goes on from there")
             return INTERRUPTED
-        journal.say(summarize(config, run))
+        journal.say(summarize(config, here))
     return 0
 
 
 async def iterate(
-    config: Config, prompts: Prompts, run: Path, system: "System", journal: Journal, interrupt: Interrupt, done: int
+    config: Config, prompts: Prompts, run: Folder, system: "System", journal: Journal, interrupt: Interrupt, done: int
 ) -> int:
     """G²RPO (algorithm 1 of the paper): iterations from number `done` on; how many are done and saved at the end."""
+    from learner.group import LearnerLost
+
     rollouts: dict[int, asyncio.Task[Rollout]] = {}
     saved = done
 
@@ -84,15 +92,16 @@ async def iterate(
             drawn = iteration_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, iteration)
             rollouts[iteration] = asyncio.create_task(system.collector.rollout(iteration, drawn, weights))
 
-    async def evaluate(weights: "PublishedWeights") -> None:
+    async def evaluate(weights: "PublishedWeights") -> float | None:
         with journal.timed("evaluation"):
             samples = await interrupt.unless(system.collector.samples(done, prompts.heldout, weights))
-        if samples:
-            journal.heldout(done, samples)
+        return journal.heldout(done, samples) if samples else None
 
-    async def save() -> None:
-        with journal.timed("checkpoint"), new_checkpoint(run, done, config.checkpoint.keep) as folder:
-            await system.learner.save(folder)
+    async def save(score: float | None = None) -> None:
+        with journal.timed("checkpoint"):
+            files = await system.learner.save(new_checkpoint(run, done))
+            journal.keep()  # before there is a checkpoint to go on from
+            finish_checkpoint(run, done, files, config.checkpoint.keep, score)
 
     try:
         if config.rollout.max_staleness and 0 < done < config.iterations:
@@ -113,12 +122,14 @@ async def iterate(
             with journal.timed("broadcast"):
                 weights = await system.publish(done + 1)
             done += 1
-            if _due(done, config.evaluation.every, config.iterations):
-                await evaluate(weights)
-            journal.iteration(done, rollout, update, system.counts())
-            if _due(done, config.checkpoint.every, config.iterations):
-                await save()
+            judged = _due(done, config.evaluation.every, config.iterations)
+            score = await evaluate(weights) if judged else None
+            journal.iteration(done, rollout, update, system.counts(), system.take_spans())
+            if judged or _due(done, config.checkpoint.every, config.iterations) or system.learner_leaves:
+                await save(score)
                 saved = done
+            if system.learner_leaves and done < config.iterations:
+                raise LearnerLost("its node is about to go")
         if done > saved:
             await save()
         return done
@@ -144,7 +155,7 @@ def _main(options: argparse.Namespace) -> int:
     name = [f"name={options.name}"] if options.name else []
     try:
         config = load_config(options.config, [*options.set, *name])
-        run = Path(config.output).expanduser() / config.name
+        run = open_run(config)
         checkpoint = find_checkpoint(run, options.resume)
         prompts = read_run_prompts(config)
         unchecked = check_files(config, checkpoint)
@@ -152,7 +163,8 @@ def _main(options: argparse.Namespace) -> int:
         return _refuse(error)
     if checkpoint and is_finished(config, run, checkpoint.iteration) and not options.check:
         print(f"{config.name} is finished; --resume never starts it again, --name gives another run\n")
-        print(summarize(config, run))
+        with run.workspace(NOT_NEEDED_HERE) as here:
+            print(summarize(config, here))
         return 0
     from actors.cluster import check_resources, cluster
 
@@ -167,8 +179,9 @@ def _main(options: argparse.Namespace) -> int:
             return 0
         if checkpoint is None:
             set_aside(run)
+        here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
         try:
-            return asyncio.run(train(config, prompts, run, checkpoint))
+            return asyncio.run(train(config, prompts, run, here, checkpoint))
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
         except Exception as error:
@@ -180,12 +193,15 @@ def _refuse(error: ValueError) -> int:
     return INVALID
 
 
-def fail(run: Path, error: Exception) -> int:
+def fail(run: Folder, error: Exception) -> int:
     """One line for the user; the traces, those of actors included, go to a file of the run."""
-    log = run / "error.log"
-    log.write_text("".join(traceback.format_exception(error)))
-    reason = textwrap.shorten(str(getattr(error, "cause", None) or error), 500)
-    print(f"error: {type(error).__name__}: {reason} (the whole trace is in {log})", file=sys.stderr)
+    trace = f"the whole trace is in {run / 'error.log'}"
+    try:
+        run.write("error.log", "".join(traceback.format_exception(error)).encode())
+    except OSError as unwritten:
+        trace = f"no trace could be written: {unwritten}"
+    cause = getattr(error, "cause", None) or error
+    print(f"error: {type(cause).__name__}: {textwrap.shorten(str(cause), 500)} ({trace})", file=sys.stderr)
     return FAILED
 
 

@@ -1,6 +1,7 @@
 """Metrics to the console, JSON lines, TensorBoard and Weights & Biases; pictures to PNG."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from g2rpo_ray.checkpoint import replace_text
 from g2rpo_ray.config import Config
+from g2rpo_ray.storage import replace_text
+
+logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
@@ -21,7 +24,7 @@ class Tracker:
     def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = ()):
         self._lines = run / "metrics.jsonl"
         self._sinks: list[Sink] = [json_lines(self._lines, done), *sinks]
-        self._closers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], None]] = [log_to(run / "run.log")]
         if config.tracking.tensorboard:
             self._add_tensorboard(run / "tensorboard", done)
         if config.tracking.wandb_project:
@@ -47,6 +50,7 @@ class Tracker:
     def say(self, line: str) -> None:
         """A line for the user, above the progress bar."""
         self._bar.write(line)
+        logger.info("%s", line)
 
     def close(self) -> None:
         self._bar.close()
@@ -73,6 +77,25 @@ class Tracker:
         )
         self._closers.append(session.finish)
         self._sinks.append(lambda iteration, metrics: session.log(dict(metrics), step=iteration))
+
+
+def log_to(file: Path) -> Callable[[], None]:
+    """Write what our packages log, INFO included, to a file, and warnings alone to the console; ends when called."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for console in logging.getLogger().handlers:
+        console.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(package) for package in ("g2rpo_ray", "actors", "learner")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+
+    def close() -> None:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+    return close
 
 
 def json_lines(path: Path, done: int) -> Sink:

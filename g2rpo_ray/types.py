@@ -88,16 +88,45 @@ class Branches:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where an actor runs."""
+
+    pid: int
+    node: str  # Ray's id
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What somebody did when, by the clock of the machine it was done on: a bar in the timeline."""
+
+    who: str
+    address: str
+    what: str
+    started: float  # seconds of the epoch
+    seconds: float
+    weights_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UnitReport:
     """What the driver learns of a finished unit; small, where the tensors are not."""
 
     unit: str
     actor: str
+    place: Place
+    started: float  # seconds of the epoch, before fetching
     weights_version: int
     evaluations: int
     images: int
     seconds: float
-    fetch_seconds: float  # of which spent to fetch and verify new weights
+    fetch_seconds: float  # before that, to fetch and verify new weights
+
+    def spans(self) -> list[Span]:
+        """The unit in the timeline."""
+        fetched = self.started + self.fetch_seconds
+        parts = (("weights", self.started, self.fetch_seconds), (self.unit, fetched, self.seconds))
+        return [Span(self.actor, self.place.address, *part, self.weights_version) for part in parts if part[2] > 1e-3]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,29 @@
 """The learner's ranks as Ray actors: rendezvous, fan-out, and one answer from many."""
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors import safe_open
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from g2rpo_ray.config import Config, ray_options
+from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
 
+logger = logging.getLogger(__name__)
+
 BEHAVIOUR = "behaviour.safetensors"  # the LoRA version before the checkpoint's own
+KEEPING = 16  # results that are fetched to the learner's node at once
 PATIENCE_S = 10.0  # for the death of a rank to be known, after another rank failed for want of it
 
 
@@ -39,6 +46,10 @@ class LearnerRank:
             probe.bind((address, 0))
             return address, probe.getsockname()[1]
 
+    def node(self) -> str:
+        """Ray's id of its node."""
+        return ray.get_runtime_context().get_node_id()
+
     def start(self, endpoint: tuple[str, int], checkpoint: str | None) -> None:
         address, port = endpoint
         # Ray has made the rank's GPU the only visible one: number 0
@@ -48,8 +59,9 @@ class LearnerRank:
             os.environ["DS_ACCELERATOR"] = "cpu"
         from learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
 
-        self._engine = LearnerEngine(self._config, self._rank, self._config.learner.ranks, checkpoint)
-        self._published = _read_behaviour(checkpoint) if checkpoint else {}
+        with Folder(checkpoint).reading() if checkpoint else nullcontext() as path:
+            self._engine = LearnerEngine(self._config, self._rank, self._config.learner.ranks, path)
+            self._published = _read_behaviour(path) if path else {}
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
         return self._engine.update([_fetch(rollout) for rollout in shard], batch)
@@ -71,10 +83,31 @@ class LearnerRank:
         """Take part in another rank's `publish`: under ZeRO-3 every rank holds a piece of the LoRA."""
         self._engine.lora_state()
 
-    def save(self, directory: str) -> None:
-        self._engine.save(directory)
-        for version, state in list(self._published.items())[:-1]:
-            save_file(state, Path(directory) / BEHAVIOUR, {"version": str(version)})
+    def save(self, folder: str) -> dict[str, str]:
+        """Write the checkpoint, all of it from rank 0; the checksum of each file as it was before any upload."""
+        if self._rank:
+            self._engine.save(os.devnull)  # takes part, writes nothing
+            return {}
+        try:
+            with Folder(folder).writing() as path:
+                self._engine.save(path)
+                for version, state in list(self._published.items())[:-1]:
+                    save_file(state, path / BEHAVIOUR, {"version": str(version)})
+                return Folder(path).digests()
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the checkpoint could not be written to {folder} ({error}); the one before it is as it was: make room "
+                "or mend the storage, then the same command goes on from there"
+            ) from None
+
+
+@ray.remote(num_cpus=0)
+class Keeper:
+    """Fetches rollouts to the learner's node as they are made: it then has them, whatever happens to others."""
+
+    def keep(self, refs: list["ray.ObjectRef[Any]"]) -> None:
+        """The reference comes in a list: Ray would fetch it before the call, and tell a loss in another way."""
+        ray.get(refs)
 
 
 class LearnerGroup:
@@ -86,11 +119,14 @@ class LearnerGroup:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._ranks: list[Any] = []
+        self._keeper: Any = None
+        self.node = ""
+        """Ray's id of the node where rank 0 runs."""
 
-    async def start(self, timeout: float, checkpoint: str | Path | None = None) -> None:
+    async def start(self, timeout: float, checkpoint: Folder | None = None) -> None:
         """Start the ranks, anew if they ran; returns when each has loaded the model and met the others.
 
-        `checkpoint` is the directory, seen by every rank, of a checkpoint to go on from.
+        `checkpoint` is the folder, within reach of every rank, of a checkpoint to go on from.
 
         Raises:
             TimeoutError: not all did within `timeout` seconds.
@@ -104,6 +140,9 @@ class LearnerGroup:
         folder = None if checkpoint is None else str(checkpoint)
         try:
             await asyncio.wait_for(_all(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
+            self.node = await self._ranks[0].node.remote()
+            here = NodeAffinitySchedulingStrategy(self.node, soft=False)
+            self._keeper = Keeper.options(scheduling_strategy=here, max_concurrency=KEEPING).remote()  # type: ignore[attr-defined]
         except TimeoutError:
             raise TimeoutError(
                 f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
@@ -135,15 +174,27 @@ class LearnerGroup:
         (found,) = await _all([manifest])
         return found, state
 
-    async def save(self, directory: str | Path) -> None:
-        """Write the checkpoint, readable with any number of ranks and any ZeRO stage, from rank 0's node."""
-        await _all(rank.save.remote(str(directory)) for rank in self._ranks)
+    async def keep(self, result: "ray.ObjectRef[Any]") -> None:
+        """Fetch what a unit left to the learner's node.
+
+        Raises:
+            ObjectLostError: it went with its node before that.
+        """
+        try:
+            await self._keeper.keep.remote([result])
+        except ray.exceptions.RayActorError:
+            logger.warning("learner: its node is gone, or about to go")  # the next call to a rank says so, too
+
+    async def save(self, folder: Folder) -> dict[str, str]:
+        """Write a checkpoint, readable with any number of ranks and any ZeRO stage; SHA-256 of each file, by name."""
+        files, *_ = await _all(rank.save.remote(str(folder)) for rank in self._ranks)
+        return files
 
     def shutdown(self) -> None:
         """End the ranks, also those that wait for a dead one."""
-        for rank in self._ranks:
-            ray.kill(rank)
-        self._ranks = []
+        for actor in [*self._ranks, *([self._keeper] if self._keeper else [])]:
+            ray.kill(actor)
+        self._ranks, self._keeper = [], None
 
 
 async def _all(refs: Iterable["ray.ObjectRef[Any]"]) -> list[Any]:
@@ -175,8 +226,8 @@ def _lost_object(error: BaseException) -> bool:
     return isinstance(getattr(error, "cause", error), ray.exceptions.ObjectLostError)
 
 
-def _read_behaviour(checkpoint: str) -> dict[int, dict[str, FloatArray]]:
-    file = Path(checkpoint) / BEHAVIOUR
+def _read_behaviour(checkpoint: Path) -> dict[int, dict[str, FloatArray]]:
+    file = checkpoint / BEHAVIOUR
     if not file.exists():
         return {}
     with safe_open(file, framework="np") as content:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.pool import Pool, PoolStopped
+from actors.pool import Pool, PoolStopped, here, is_lost_object
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
@@ -35,7 +35,7 @@ class Worker:
         self.done = []
 
     def ready(self):
-        return os.getpid()
+        return here()
 
     def work(self, value):
         self.done.append(value)
@@ -168,8 +168,9 @@ def test_an_actor_that_cannot_start_stops_the_pool_with_its_reason():
 
 def test_an_actor_that_finds_no_place_is_named_in_time():
     nowhere = Worker.options(resources={"nowhere": 1})
-    pool = Pool("worker", lambda name: nowhere.remote(), 1, patience_s=0.5)
-    with pytest.raises(PoolStopped, match=r"0 of 1 actors ready after 1 s, longer than startup_timeout_s"):
+    pool = Pool("worker", lambda name: nowhere.remote(), 1, patience_s=0.5, resources={"nowhere": 1, "CPU": 1})
+    told = r"0 of 1 .* after 1 s, .*startup_timeout_s; each needs 1 nowhere \(0 free of 0\), 1 CPU \(2 free of 2\)"
+    with pytest.raises(PoolStopped, match=told):
         use(pool, lambda: pool.wait_ready())
 
 
@@ -185,9 +186,27 @@ def test_a_mistake_in_a_call_reaches_who_made_it_and_the_actor_lives_on():
     assert pool.restarts.total == 0
 
 
+@ray.remote(num_cpus=0)
+class Owner:
+    def put(self, value):
+        return [ray.put(value)]
+
+
+def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score():
+    """What made the object can make it again: nobody must count its scores as missing."""
+    owner, subject = Owner.remote(), scorer()
+    (images,) = ray.get(owner.put.remote(IMAGES))
+    ray.kill(owner)
+    time.sleep(1)
+    with pytest.raises(ray.exceptions.RayError) as lost:
+        use(subject.pool, lambda: subject.score(images, 10, "x"))
+    assert is_lost_object(lost.value)
+    assert subject.missing.total == 0
+
+
 def scorer(retries=2, **options):
     config = RewardConfig(kind="tests.faulty:build", options=options, retries=retries, batch_size=4)
-    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1))
+    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1), [])
 
 
 IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -13,6 +14,11 @@ from ray.cluster_utils import Cluster
 from tests.runs import actors_of, finish, kill_all, lora, metrics, run, same_lora, start, wait_for, wait_for_iteration
 
 pytestmark = pytest.mark.cluster
+
+PINNED = {
+    "rollout__resources": "{rollout: 1}", "rollout__max_actors": 2, "learner__resources": "{head: 0.1}",
+    "rewards__preference__resources": "{head: 0.1}", "data__encoder_resources": "{head: 0.1}",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("title", ["LearnerRank", "RewardActor"])
@@ -66,10 +72,8 @@ def cluster():
 
 def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
-    pinned = {"rollout__resources": "{rollout: 1}", "rollout__max_actors": 2, "learner__resources": "{head: 0.1}",
-              "rewards__preference__resources": "{head: 0.1}", "data__encoder_resources": "{head: 0.1}"}  # fmt: skip
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1}) for _ in range(2)]
-    process = start(tmp_path, "nodes", "--address", cluster.address, **pinned, iterations=4)
+    process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=4)
     wait_for_iteration(process, tmp_path, "nodes", 1)
     cluster.remove_node(nodes[1], allow_graceful=False)
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 2})
@@ -79,6 +83,46 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path
     finish(process)
     run(tmp_path, "plain", iterations=4)
     same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
+
+
+def test_actors_leave_a_node_that_is_about_to_go_at_once(cluster, tmp_path):
+    """A preemption told 120 s ahead: the actors are elsewhere, and at work, long before the node goes."""
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1}) for _ in range(2)]
+    process = start(tmp_path, "drained", "--address", cluster.address, **PINNED, iterations=20)
+    log = tmp_path / "drained" / "run.log"
+    wait_for(process, lambda: log.exists() and log.read_text().count("is ready") == 3)  # with the reward server
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1})
+    wait_for_iteration(process, tmp_path, "drained", 1)
+    drain = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
+             "--node-id", nodes[1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+             "--reason-message", "spot", "--deadline-remaining-seconds", "120"]  # fmt: skip
+    subprocess.run(drain, check=True, capture_output=True, timeout=60)
+    told = time.monotonic()
+    wait_for(process, lambda: "moves, its node is about to go" in log.read_text())
+    wait_for(process, lambda: "rollout-2 on" in log.read_text())  # "... is ready": the one in its place
+    moved = time.monotonic() - told
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    finish(process)
+    print(f"moved in {moved:.1f} s")
+    assert moved < 60
+    assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "drained")) == 0
+    run(tmp_path, "plain", iterations=20)
+    same_lora(lora(tmp_path, "drained"), lora(tmp_path, "plain"))
+
+
+def test_a_killed_learner_node_changes_no_bit(cluster, reference, tmp_path):
+    """With it go the optimizer, the published weights and all that was kept for the update."""
+    learner = cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"learner": 1})
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 2})
+    pinned = PINNED | {"learner__resources": "{learner: 1}"}
+    process = start(tmp_path, "moved", "--address", cluster.address, **pinned)
+    wait_for_iteration(process, tmp_path, "moved", 1)
+    cluster.remove_node(learner, allow_graceful=False)
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"learner": 1})
+    assert "learner lost" in finish(process)
+    same_lora(lora(tmp_path, "moved"), lora(reference[0], "reference"))
+    assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "moved")) == 1
+    assert sum(line.get("perf/lost_s", 0) for line in metrics(tmp_path, "moved")) > 0
 
 
 @pytest.mark.slow

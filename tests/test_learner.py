@@ -31,6 +31,7 @@ from g2rpo_ray.models import (
     read_lora,
     verify,
 )
+from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
 from learner.batch import BatchShape, reduce_metrics, spread
 from learner.group import LearnerGroup, LearnerLost
@@ -432,7 +433,8 @@ def test_group(cluster, pipeline, rollouts, results, tmp_path):
         await group.start(120)
         metrics = await group.update([by_reference(rollout) for rollout in rollouts])
         published = await group.publish(1)
-        await group.save(tmp_path / "checkpoint")
+        files = await group.save(Folder(tmp_path / "checkpoint"))
+        assert files == Folder(tmp_path / "checkpoint").digests()
         group.shutdown()
         return metrics, *published
 
@@ -451,7 +453,7 @@ def test_group(cluster, pipeline, rollouts, results, tmp_path):
     adapter = tmp_path / "checkpoint" / "lora"
     same(read_lora(adapter), lora)
     from_adapter = settings(pipeline, lora_initial=str(adapter))
-    for start in ((tmp_path / "checkpoint", settings(pipeline)), (None, from_adapter)):
+    for start in ((Folder(tmp_path / "checkpoint"), settings(pipeline)), (None, from_adapter)):
         assert asyncio.run(publish_again(*start)) == describe(lora, 2)
 
 

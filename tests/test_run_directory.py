@@ -8,50 +8,66 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from g2rpo_ray.checkpoint import find_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.config import load_config
 from g2rpo_ray.heldout import compare, picture_grid, table
 from g2rpo_ray.journal import Journal, is_finished, summarize
+from g2rpo_ray.storage import Folder
+from g2rpo_ray.timeline import write_timeline
 from g2rpo_ray.tracking import json_lines, read_lines
-from g2rpo_ray.types import PromptRollout, Rollout, Samples, UnitReport
+from g2rpo_ray.types import Place, PromptRollout, Rollout, Samples, Span, UnitReport
 
 
-def save(run, iteration, keep=2, content="x"):
-    with new_checkpoint(run, iteration, keep) as folder:
-        adapter = f"{folder}/lora"
-        import os
+def save(path, iteration, keep=2, content="x", score=None):
+    run = Folder(path)
+    folder = new_checkpoint(run, iteration)
+    (folder / "lora").write("weights", content.encode())
+    finish_checkpoint(run, iteration, folder.digests(), keep, score)
 
-        os.makedirs(adapter)
-        with open(f"{adapter}/weights", "w") as file:
-            file.write(content)
+
+def find(path, resume="auto"):
+    return find_checkpoint(Folder(path), resume)
 
 
 def test_the_latest_checkpoint_is_found_and_the_newest_are_kept(tmp_path):
     for iteration in (1, 2, 3):
         save(tmp_path, iteration, content=str(iteration))
-    assert find_checkpoint(tmp_path, "auto").iteration == 3
-    assert find_checkpoint(tmp_path, "never") is None
+    assert find(tmp_path).iteration == 3
+    assert find(tmp_path, "never") is None
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["000002", "000003", "LATEST"]
-    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "000002")).iteration == 2
+    assert find(tmp_path, str(tmp_path / "checkpoints" / "000002")).iteration == 2
     assert (tmp_path / "lora" / "weights").read_text() == "3"
 
 
 def test_a_checkpoint_that_fails_half_way_changes_nothing(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(OSError, match="disk full"), new_checkpoint(tmp_path, 2, 2):
-        raise OSError("disk full")
-    assert find_checkpoint(tmp_path, "auto").iteration == 1
+    new_checkpoint(Folder(tmp_path), 2).write("half", b"of it")
+    assert find(tmp_path).iteration == 1
     save(tmp_path, 2)
-    assert find_checkpoint(tmp_path, "auto").iteration == 2
+    assert find(tmp_path).iteration == 2
+    assert not (tmp_path / "checkpoints" / "000002" / "half").exists()
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("{"), lambda p: p.write_text("[]")])
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    for iteration, score in enumerate([0.1, 0.9, None, 0.5, None, 0.9], start=1):
+        save(tmp_path, iteration, score=score)
+        if iteration == 5:
+            kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+            assert kept == ["000002", "000004", "000005", "BEST", "LATEST"]
+            assert (tmp_path / "checkpoints" / "BEST").read_text() == "000002\n"
+    assert (tmp_path / "checkpoints" / "BEST").read_text() == "000006\n"  # of equals the newest
+    assert not (tmp_path / "checkpoints" / "000002").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.write_text(""), lambda p: p.write_text("{"), lambda p: p.write_text("[]")]
+)
 def test_an_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
     save(tmp_path, 1)
     damage(tmp_path / "checkpoints" / "000001" / "state.json")
     with pytest.raises(ValueError, match="--resume: .*000001 is not a readable checkpoint") as refusal:
-        find_checkpoint(tmp_path, "auto")
+        find(tmp_path)
     assert "\n" not in str(refusal.value)
 
 
@@ -60,20 +76,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
         save(tmp_path, iteration)
     file = tmp_path / "checkpoints" / "000002" / "lora" / "weights"
     file.write_text("y")
-    assert find_checkpoint(tmp_path, "auto").iteration == 1
+    assert find(tmp_path).iteration == 1
     assert "000002 is not a readable checkpoint (ValueError: lora/weights is not as it was written)" in caplog.text
     file.unlink()
-    assert find_checkpoint(tmp_path, "auto").iteration == 1
+    assert find(tmp_path).iteration == 1
 
 
 def test_an_earlier_run_is_set_aside_and_not_lost(tmp_path):
     run = tmp_path / "run"
-    set_aside(run)
+    set_aside(Folder(run))
     for number in (1, 2):
         save(run, number)
-        set_aside(run)
+        set_aside(Folder(run))
         assert not run.exists()
-        assert find_checkpoint(tmp_path / f"run.{number}", "auto").iteration == number
+        assert find(tmp_path / f"run.{number}").iteration == number
 
 
 def test_metrics_after_the_checkpoint_of_a_killed_run_are_dropped(tmp_path):
@@ -139,8 +155,8 @@ def held_out(value):
 def rollout(scores):
     prompt = PromptRollout(0, "a", np.array(scores, np.float32).reshape(1, 1, 1, -1), None, None, ())
     reports = [
-        UnitReport("anchor/0/0", "rollout-0", 0, 10, 1, 2.0, 0.5),
-        UnitReport("b", "rollout-1", 0, 90, 2, 3.0, 0),
+        UnitReport("anchor/0/0", "rollout-0", Place(1, "n", "a"), 0.0, 0, 10, 1, 2.0, 0.5),
+        UnitReport("b", "rollout-1", Place(2, "n", "a"), 0.0, 0, 90, 2, 3.0, 0),
     ]
     return Rollout([prompt], {"preference": np.array([0.5], np.float32)}, reports, 0, 4.0, 3.5)
 
@@ -154,10 +170,10 @@ def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):
         journal.iteration(1, rollout([0.5, np.nan, 0.7]), {"actor/loss": 0.1}, {"rollout/restarts": 1})
         journal.iteration(2, rollout([9, 9, 9]), {"actor/loss": 9.0}, {})  # never reached a checkpoint
     with Journal(config, tmp_path, 1) as journal:
-        assert not is_finished(config, tmp_path, 2)
+        assert not is_finished(config, Folder(tmp_path), 2)
         journal.heldout(2, held_out(1.0))
         journal.iteration(2, rollout([0.6, 0.6, 0.9]), {"actor/loss": 0.2}, {"rollout/restarts": 2})
-    assert is_finished(config, tmp_path, 2)
+    assert is_finished(config, Folder(tmp_path), 2)
     assert "| preference (trained) | 0.5417 | 1.0417 | +0.5000" in summarize(config, tmp_path)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [0, 1, 2]
@@ -173,3 +189,35 @@ def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):
     assert (tmp_path / "samples" / "000002.png").exists()
     assert any((tmp_path / "tensorboard").iterdir())
     assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_a_timeline_tells_who_did_what_when(tmp_path):
+    spans = [
+        Span("rollout-0", "10.0.0.1", "weights", 100.0, 0.5, 3),
+        Span("rollout-0", "10.0.0.1", "anchor/4/0", 100.5, 2.0, 3),
+        Span("rollout-1", "10.0.0.2", "branch/4/0/1/0", 102.5, 6.0, 3),
+        Span("reward clip-0", "10.0.0.2", "anchor/4/0", 103.0, 1.0),
+        Span("run", "driver", "update", 109.0, 1.0),
+    ]
+    write_timeline(tmp_path, 5, spans)
+    trace = json.loads((tmp_path / "timeline" / "000005.json").read_text())["traceEvents"]
+    rows = {event["args"]["name"]: event["tid"] for event in trace if event["name"] == "thread_name"}
+    done = [
+        (event["tid"], event["name"], event["cat"], event["ts"], event["dur"]) for event in trace if event["ph"] == "X"
+    ]
+    assert done == [
+        (rows["rollout-0"], "weights", "weights", 100e6, 0.5e6),
+        (rows["rollout-0"], "anchor/4/0", "anchor", 100.5e6, 2e6),
+        (rows["rollout-1"], "branch/4/0/1/0", "branch", 102.5e6, 6e6),
+        (rows["reward clip-0"], "anchor/4/0", "score", 103e6, 1e6),
+        (rows["run"], "update", "update", 109e6, 1e6),
+    ]
+    drawn = np.array(Image.open(tmp_path / "timeline" / "000005.png").convert("RGB"))
+    order = ["reward clip-0", "run", "rollout-0", "rollout-1"]
+    second = (1400 - 260 - 10) / 10  # pixels
+    colours = {who: [tuple(drawn[24 + 18 * row + 9, 260 + int(second * (at + 0.25))]) for at in range(10)]
+               for row, who in enumerate(order)}  # fmt: skip
+    blue, green, white = (0x4C, 0x78, 0xA8), (0x54, 0xA2, 0x4B), (255, 255, 255)
+    assert colours["rollout-0"][1] == blue
+    assert colours["rollout-0"][5] == white  # it waited
+    assert colours["run"] == [white] * 9 + [green]

@@ -6,7 +6,7 @@ pooled and sequence (binary, little-endian), sequence_length (S; D_text follows 
 """
 
 import hashlib
-import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.files import resolve
+from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import PromptEmbedding
 
 PART = 64  # prompts a Parquet file: what a kill in the middle loses at most
+PART_NAME = re.compile(r"part-\w+\.parquet")
 FIRST_PART = 8  # soon done, and long enough to tell how long all will take
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 STORED_AS: dict[str, np.dtype[Any]] = {
@@ -66,10 +68,11 @@ class EmbeddingStore:
     """
 
     def __init__(self, directory: str | Path, fingerprint: str) -> None:
-        self._folder = Path(directory).expanduser() / fingerprint
-        self._places: dict[str, tuple[Path, int]] = {}  # prompt -> file, row
-        for file in sorted(self._folder.glob("part-*.parquet")):
-            self._note(file, _open(file).read(columns=["prompt"])["prompt"].to_pylist())
+        self._folder = Folder(directory) / fingerprint
+        self._places: dict[str, tuple[str, int]] = {}  # prompt -> file, row
+        for file in self._folder.names():
+            if PART_NAME.fullmatch(file):
+                self._note(file, self._open(file).read(columns=["prompt"])["prompt"].to_pylist())
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those of `prompts` that are not stored, in order, each once."""
@@ -77,23 +80,28 @@ class EmbeddingStore:
 
     def add(self, embeddings: list[PromptEmbedding]) -> None:
         """Store embeddings in a part of their own, which is there whole or, after a kill, not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"part-{uuid.uuid4().hex}.parquet"
-        aside = file.with_suffix(".tmp")
+        file = f"part-{uuid.uuid4().hex}.parquet"
         table = pa.Table.from_pylist([_to_row(embedding) for embedding in embeddings], schema=SCHEMA)
-        with aside.open("wb") as stream:
-            # neither compression nor a dictionary: the bits of a network's output repeat too little
-            pq.write_table(table, stream, row_group_size=1, compression="none", use_dictionary=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
+        content = pa.BufferOutputStream()
+        # neither compression nor a dictionary: the bits of a network's output repeat too little
+        pq.write_table(table, content, row_group_size=1, compression="none", use_dictionary=False)
+        self._folder.write(file, content.getvalue())
         self._note(file, [embedding.prompt for embedding in embeddings])
 
     def get(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
         """The embeddings of prompts that are stored, bit for bit as they were added."""
-        return [_from_row(_open(file).read_row_group(row)) for file, row in (self._places[p] for p in prompts)]
+        return [_from_row(self._open(file).read_row_group(row)) for file, row in (self._places[p] for p in prompts)]
 
-    def _note(self, file: Path, prompts: Sequence[str]) -> None:
+    def _open(self, file: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._folder.open(file))
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"data.embeddings: cannot read {self._folder / file}; delete it to encode its prompts anew ({reason})"
+            ) from None
+
+    def _note(self, file: str, prompts: Sequence[str]) -> None:
         self._places.update({prompt: (file, row) for row, prompt in enumerate(prompts)})
 
 
@@ -119,16 +127,6 @@ def encode_missing(
         store.add(encode(part))
         done += len(part)
         yield done, time.perf_counter() - start
-
-
-def _open(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"data.embeddings: cannot read {file}; delete it to encode its prompts anew ({reason})"
-        ) from None
 
 
 def _to_row(embedding: PromptEmbedding) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""Where runs are kept: paths, an S3 server on this machine, fsspec; and a disk that is full."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from pyarrow import fs
+
+from g2rpo_ray.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.data import EmbeddingStore
+from g2rpo_ray.storage import Folder
+from tests.runs import kill_all, lora, run, same_lora, start, wait_for, wait_for_iteration
+from tests.test_data import embedding
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URI of an empty bucket on a moto server, which speaks S3."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    settings = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "s3cr3t", "AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        wait_for(server, lambda: answers(port))
+        query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
+        server_itself, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
+        server_itself.create_dir("bucket")
+        yield f"s3://bucket/runs?{query}"
+        kill_all(server)
+
+
+def answers(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        time.sleep(0.2)
+        return False
+    return True
+
+
+@pytest.fixture(params=["path", "file://", "s3://", "memory://"])
+def folder(request, tmp_path, bucket):
+    name = {"path": str(tmp_path / "f"), "file://": f"file://{tmp_path}/f", "s3://": bucket, "memory://": "memory://f"}
+    return Folder(name[request.param]) / re.sub(r"\W", "", request.node.name)
+
+
+def save(run, iteration, content=b"x", keep=2):
+    target = new_checkpoint(run, iteration)
+    with target.writing() as path:
+        (path / "lora").mkdir()
+        (path / "lora" / "weights").write_bytes(content)
+        files = Folder(path).digests()
+    finish_checkpoint(run, iteration, files, keep)
+
+
+def test_checkpoints_are_whole_or_not_there_wherever_they_are(folder, caplog):
+    assert find_checkpoint(folder, "auto") is None
+    for iteration in (1, 2, 3):
+        save(folder, iteration, str(iteration).encode())
+    assert (folder / "checkpoints").names() == ["000002", "000003", "LATEST"]
+    assert folder.read("lora/weights") == b"3"
+    found = find_checkpoint(folder, "auto")
+    with found.folder.reading() as path:
+        assert (path / "lora" / "weights").read_bytes() == b"3"
+    assert find_checkpoint(folder, str(found.folder)).iteration == 3
+    (found.folder / "lora").write("weights", b"damaged")
+    assert find_checkpoint(folder, "auto").iteration == 2
+    assert "lora/weights is not as it was written" in caplog.text
+    new_checkpoint(folder, 4).write("half", b"of it")
+    assert find_checkpoint(folder, "auto").iteration == 2
+
+
+def test_an_earlier_run_is_set_aside(folder):
+    save(folder, 1)
+    set_aside(folder)
+    assert folder.names() == []
+    base, mark, query = str(folder).partition("?")
+    assert find_checkpoint(Folder(f"{base}.1{mark}{query}"), "auto").iteration == 1
+
+
+def test_a_workspace_brings_what_is_there_and_keeps_what_is_new(folder):
+    folder.write("metrics.jsonl", b"old")
+    (folder / "samples").write("base.png", b"picture")
+    save(folder, 1)
+    with folder.workspace(without=("checkpoints", "lora")) as here:
+        assert (here / "samples" / "base.png").read_bytes() == b"picture"
+        assert (here / "checkpoints").exists() == (here == folder.path)
+        (here / "metrics.jsonl").write_bytes(b"new")
+        if folder.path is None:
+            folder.take(here)
+    assert folder.read("metrics.jsonl") == b"new"
+
+
+def test_embeddings_are_kept_there_too(folder):
+    EmbeddingStore(str(folder), "model").add([embedding("a"), embedding("b")])
+    store = EmbeddingStore(str(folder), "model")
+    assert store.missing(["a", "b", "c"]) == ["c"]
+    assert [found.prompt for found in store.get(["b", "a"])] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("s3://user:hidden@bucket/runs", "output: cannot use bucket/runs: a URI with a password"),
+        ("ftpx://host/runs", "output: cannot use ftpx://host/runs: .* neither a path nor a URI"),
+        ("s3://bucket/runs?scheme=http&endpoint_override=127.0.0.1:9&connect_timeout=1", "output: cannot use s3://"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_refused_in_one_line(output, reason, bucket, tmp_path, capsys):
+    from g2rpo_ray.run import main
+
+    assert main(["--set", f"output={output}", "--check"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert re.search(reason, printed)
+    assert "hidden" not in printed
+
+
+@pytest.mark.cluster
+def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(reference, bucket, tmp_path):
+    """Driver, cluster and every local file are lost; the same command anywhere ends with the same bits."""
+    process = start(bucket, "cloud")
+    wait_for(process, lambda: (Folder(bucket) / "cloud" / "checkpoints").exists("LATEST"))
+    kill_all(process)
+    run(bucket, "cloud")
+    kept = Folder(bucket) / "cloud"
+    assert {"config.yaml", "metrics.jsonl", "run.log", "samples", "summary.json"} <= set(kept.names())
+    with (kept / "lora").reading() as path:
+        shutil.copytree(path, tmp_path / "cloud" / "lora")
+    same_lora(lora(tmp_path, "cloud"), lora(reference[0], "reference"))
+    everything = b"".join(kept.read(name) for name in kept.digests())
+    assert b"s3cr3t" not in everything
+
+
+@pytest.mark.cluster
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(reference, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk: see tests/isolated")
+    try:
+        process = start(disk, "full")
+        wait_for_iteration(process, disk, "full", 1)
+        wait_for(process, lambda: (disk / "full" / "checkpoints" / "LATEST").exists())
+        fill(disk / "filler")
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 1, printed
+        assert "No space left on device" in printed.splitlines()[-1]
+        assert "Traceback" not in printed
+        (disk / "filler").unlink()
+        assert find_checkpoint(Folder(disk / "full"), "auto").iteration >= 1
+        run(disk, "full")
+        same_lora(lora(disk, "full"), lora(reference[0], "reference"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(file):
+    with file.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(1 << 16))
+        except OSError:
+            os.fsync(stream.fileno())
