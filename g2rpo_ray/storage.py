@@ -76,7 +76,11 @@ class Folder:
     def files(self) -> list[str]:
         """Every file in the folder and below, by its name from here, sorted."""
         found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
-        return sorted(os.path.relpath(info.path, self._root) for info in found if info.type is fs.FileType.File)
+        files = sorted(os.path.relpath(info.path, self._root) for info in found if info.type is fs.FileType.File)
+        for file in files:
+            if ".." in file.split("/"):  # an object's key may be anything; it must not lead out of the folder
+                raise OSError(f"{self} holds {file!r}, which would be written outside of it; delete that object")
+        return files
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file in the folder and below."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import pytest
 from pyarrow import fs
 
@@ -107,6 +108,15 @@ def test_embeddings_are_kept_there_too(folder):
     store = EmbeddingStore(str(folder), "model")
     assert store.missing(["a", "b", "c"]) == ["c"]
     assert [found.prompt for found in store.get(["b", "a"])] == ["b", "a"]
+
+
+def test_a_key_that_leads_out_of_the_folder_is_refused():
+    system = fsspec.filesystem("memory")
+    system.pipe("/bucket/good", b"")
+    system.store["/bucket/../../evil"] = system.store["/bucket/good"]
+    with pytest.raises(OSError, match="would be written outside"), Folder("memory://bucket").reading():
+        pass
+    del system.store["/bucket/../../evil"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
     """Turns what diffusers, transformers and the hub raise into one line for the user."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         given = f"{config.path!r}" + (f" at revision {config.revision!r}" if config.revision else "")
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise ValueError(
