@@ -235,7 +235,7 @@ def test_a_pipeline_runs_no_code(part, file, wanted, write, touched, tmp_path):
     for weights in (pipeline / part).glob("*.safetensors"):
         weights.unlink()
     write(pipeline / part / file)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="model.path: cannot load"):
         FluxModel.load(ModelConfig(path=str(pipeline), dtype="float32", height=16, width=16), "cpu", **{wanted: True})
     assert not touched.exists()
 
