@@ -2,8 +2,13 @@
 
 python benchmarks/rewards.py                        the embedded preference model
 python benchmarks/rewards.py --architecture ViT-H-14 [--device cuda --dtype float16]    HPSv2.1's size, random weights
+python benchmarks/rewards.py --models               every model at its published size, random weights: memory, speed
 """
 
+import multiprocessing
+import resource
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +28,84 @@ def waiting(service: float, load: float, arrivals: int = 20_000) -> tuple[float,
     return float(np.median(waits)), float(np.quantile(waits, 0.99))
 
 
+CLIP_L, CLIP_H = ((768, 12), (1024, 24)), ((1024, 24), (1280, 32))  # width and layers of text, of vision
+
+
+def _transformers_clip(sizes: Any, projection: int) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = (
+        {
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": 12 if width == 768 else 16, "projection_dim": projection,
+        }
+        for width, layers in sizes
+    )  # fmt: skip
+    vision |= {"patch_size": 14, "image_size": 224}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection))
+
+
+def published(name: str, device: str, dtype: torch.dtype) -> Any:
+    """A reward at the size of its published checkpoint, with random weights; vocabularies are the quickstart's."""
+    import open_clip
+    from tokenizers.implementations import BertWordPieceTokenizer
+    from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+    from g2rpo_ray.files import resolve
+    from g2rpo_ray.rewards import aesthetic, clip, imagereward, pickscore
+
+    if name == "hpsv2":
+        shape = load_architecture("ViT-H-14")
+        return HPSv2(new_network(shape), shape, device, dtype)
+    if name == "clip":
+        shape = clip.load_architecture("ViT-H-14-quickgelu")
+        return clip.CLIPScore(open_clip.CLIP(**shape), shape, True, device, dtype)
+    if name == "pickscore":
+        tokenizer = CLIPTokenizer.from_pretrained(Path(resolve("embedded:pipeline")) / "tokenizer")
+        return pickscore.PickScore(_transformers_clip(CLIP_H, 1024), CLIPImageProcessorPil(), tokenizer, device, dtype)
+    if name == "imagereward":
+        words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
+        bert = BertWordPieceTokenizer(words)
+        bert.enable_padding(length=imagereward.MAX_TOKENS)
+        return imagereward.ImageReward(imagereward.Network(imagereward.ARCHITECTURE), bert, 224, device, dtype)
+    network = _transformers_clip(CLIP_L, 768)
+    del network.text_model
+    return aesthetic.Aesthetic(network, aesthetic.ScoreHead(768), device, dtype)
+
+
+def measure_model(name: str, device: str, dtype: str, threads: int, size: int, batches: list[int]) -> Row:
+    """Seconds and peak memory [GB] of one model; in a process of its own, whose memory is the model's alone."""
+    torch.set_num_threads(threads)
+    reward = published(name, device, getattr(torch, dtype))
+    images = np.random.default_rng(0).integers(0, 256, (max(batches), size, size, 3), dtype=np.uint8)
+    row: Row = {"model": name}
+    for batch in batches:
+        seconds = []
+        for _ in range(2 if batch == 1 else 1):  # the first one warms up
+            start = time.perf_counter()
+            reward.score(images[:batch], ["a red circle"] * batch)
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * _peak_kilobytes()
+        row |= {f"images/s, batch {batch}": batch / seconds[-1], f"peak GB, batch {batch}": peak / 1e9}
+    return row
+
+
+def _peak_kilobytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def models(given: Any) -> None:
+    """The table of all models."""
+    batches, size = ([1] if given.quick else [1, 32]), given.size or 720
+    names = ["aesthetic"] if given.quick else ["hpsv2", "clip", "pickscore", "imagereward", "aesthetic"]
+    rows = []
+    for name in names:
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            rows.append(process.apply(measure_model, (name, given.device, given.dtype, given.threads, size, batches)))
+    note = f"{given.dtype} on {given.device}, {given.threads} threads, {size} px; memory is that of the whole process."
+    report("Reward models at their published sizes, random weights", rows, given.json, [note])
+
+
 def main() -> None:
     options = parser(__doc__ or "", repeats=5)
     options.add_argument("--architecture", help="an open_clip model with random weights instead of the embedded one")
@@ -34,7 +117,11 @@ def main() -> None:
     options.add_argument("--images", type=int, default=36, help="of one unit")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    options.add_argument("--models", action="store_true", help="every reward model at its published size")
     given = options.parse_args()
+    if given.models:
+        models(given)
+        return
     torch.set_num_threads(given.threads)
     size = given.size or (720 if given.architecture else 32)
     reward: Any

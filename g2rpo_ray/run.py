@@ -71,6 +71,7 @@ async def train(config: Config, prompts: Prompts, run: Folder, here: Path, check
                     journal.say(f"learner lost ({reason}); going on from iteration {done}")
                     journal.rewind(done)
                     await system.start_learner(checkpoint)
+                    journal.say("the learner is ready again")
         if not is_finished(config, Folder(here), done):
             journal.say(f"stopped after iteration {done}, which is saved: the same command goes on from there")
             return INTERRUPTED

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,16 @@ def same_lora(a, b) -> None:
 
 def metrics(output: Path, name: str) -> list[dict]:
     return read_lines(output / name / "metrics.jsonl")
+
+
+def recovery(output: Path, name: str, lost: str, back: str) -> float:
+    """Seconds from the line of the run's log that has `lost` to the next one that has `back`."""
+    lines = iter((output / name / "run.log").read_text().splitlines())
+    first, second = (next(line for line in lines if part in line) for part in (lost, back))
+    times = [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in (first, second)]
+    seconds = (times[1] - times[0]).total_seconds()
+    print(f"{name}: {first[24:]} -> {second[24:]}: {seconds:.1f} s")
+    return seconds
 
 
 def wait_for_iteration(process: subprocess.Popen, output: Path, name: str, iteration: int) -> None:

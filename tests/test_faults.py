@@ -11,10 +11,23 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.runs import actors_of, finish, kill_all, lora, metrics, run, same_lora, start, wait_for, wait_for_iteration
+from tests.runs import (
+    actors_of,
+    finish,
+    kill_all,
+    lora,
+    metrics,
+    recovery,
+    run,
+    same_lora,
+    start,
+    wait_for,
+    wait_for_iteration,
+)
 
 pytestmark = pytest.mark.cluster
 
+RECOVERED_S = 120  # on cores that are busy; docs/reliability.md has what it took on idle ones
 PINNED = {
     "rollout__resources": "{rollout: 1}", "rollout__max_actors": 2, "learner__resources": "{head: 0.1}",
     "rewards__preference__resources": "{head: 0.1}", "data__encoder_resources": "{head: 0.1}",
@@ -28,6 +41,10 @@ def test_a_killed_learner_or_reward_server_changes_no_bit(title, reference, tmp_
     actors_of(process, title)[0].kill()
     printed = finish(process)
     assert ("learner lost" in printed) == (title == "LearnerRank")
+    if title == "LearnerRank":
+        assert recovery(tmp_path, "faulty", "learner lost", "the learner is ready again") < RECOVERED_S
+    else:
+        assert recovery(tmp_path, "faulty", "reward preference-0 on", "reward preference-1 on") < RECOVERED_S
     same_lora(lora(tmp_path, "faulty"), lora(reference[0], "reference"))
     assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
 
@@ -81,6 +98,7 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path
     asked = subprocess.run(scale, capture_output=True, text=True, timeout=120, check=False)
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
     finish(process)
+    assert recovery(tmp_path, "nodes", " died: ", "rollout-2 on") < RECOVERED_S
     run(tmp_path, "plain", iterations=4)
     same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
 
@@ -97,14 +115,11 @@ def test_actors_leave_a_node_that_is_about_to_go_at_once(cluster, tmp_path):
              "--node-id", nodes[1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
              "--reason-message", "spot", "--deadline-remaining-seconds", "120"]  # fmt: skip
     subprocess.run(drain, check=True, capture_output=True, timeout=60)
-    told = time.monotonic()
     wait_for(process, lambda: "moves, its node is about to go" in log.read_text())
     wait_for(process, lambda: "rollout-2 on" in log.read_text())  # "... is ready": the one in its place
-    moved = time.monotonic() - told
     cluster.remove_node(nodes[1], allow_graceful=False)
     finish(process)
-    print(f"moved in {moved:.1f} s")
-    assert moved < 60
+    assert recovery(tmp_path, "drained", "moves, its node is about to go", "rollout-2 on") < RECOVERED_S / 2
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "drained")) == 0
     run(tmp_path, "plain", iterations=20)
     same_lora(lora(tmp_path, "drained"), lora(tmp_path, "plain"))
@@ -119,7 +134,8 @@ def test_a_killed_learner_node_changes_no_bit(cluster, reference, tmp_path):
     wait_for_iteration(process, tmp_path, "moved", 1)
     cluster.remove_node(learner, allow_graceful=False)
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"learner": 1})
-    assert "learner lost" in finish(process)
+    finish(process)
+    assert recovery(tmp_path, "moved", "learner lost", "the learner is ready again") < RECOVERED_S
     same_lora(lora(tmp_path, "moved"), lora(reference[0], "reference"))
     assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "moved")) == 1
     assert sum(line.get("perf/lost_s", 0) for line in metrics(tmp_path, "moved")) > 0

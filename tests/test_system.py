@@ -20,6 +20,7 @@ from tests.runs import (
     kill_all,
     lora,
     metrics,
+    recovery,
     run,
     same_lora,
     start,
@@ -64,6 +65,7 @@ def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(reference, tmp_p
     wait_for(process, lambda: actors_of(process, "RolloutActor.compute"))  # it is computing a unit now
     actors_of(process, "RolloutActor.compute")[0].kill()
     finish(process)
+    assert recovery(tmp_path, "killed", " died: ", "rollout-2 on") < PATIENCE
     same_lora(lora(tmp_path, "killed"), lora(reference[0], "reference"))
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "killed")) == 1
     assert sum(line.get("rollout/units_retried", 0) for line in metrics(tmp_path, "killed")) == 1
@@ -74,6 +76,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint_to_the_same_bits(reference,
     wait_for(process, lambda: (tmp_path / "resumed" / "checkpoints" / "LATEST").exists())
     kill_all(process)
     run(tmp_path, "resumed")
+    assert recovery(tmp_path, "resumed", "resumed: starting the actors", "resumed: actors are ready") < PATIENCE
     same_lora(lora(tmp_path, "resumed"), lora(reference[0], "reference"))
     assert [line["iteration"] for line in metrics(tmp_path, "resumed")] == [0, 1, 2, 3]
     expected = [line["reward/preference/mean"] for line in metrics(reference[0], "reference")[1:]]
