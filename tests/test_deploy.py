@@ -501,7 +501,7 @@ def written_metrics() -> list[str]:
                 text = "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
             else:
                 continue
-            if re.fullmatch(r"(actor|advantage|eval|heldout|perf|reward|rollout|timing_s)/[\w/{}]+", text):
+            if re.fullmatch(r"(actor|advantage|eval|heldout|learner|perf|reward|rollout|timing_s)/[\w/{}]+", text):
                 patterns.add(text)
     for open_ended in ("actor/{}", "timing_s/{}"):
         patterns.discard(open_ended)
