@@ -71,6 +71,7 @@ def one_rank(rank: int, config: Config, port: int, repeats: int, answers: Any) -
         answers.put((seconds[1:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of gloo may still run, and aborts an interpreter that ends in order
 
 
 def measure(config: Config, repeats: int) -> tuple[list[float], float]:

@@ -1,6 +1,6 @@
 """Singular stochastic sampling: an anchor by ODE, groups that branch off it, completed at every granularity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,17 +80,25 @@ def complete(velocity: Velocity, x: Tensor, paths: Sequence[Sequence[int]], sigm
     grid = sigmas.to(x)
     first = torch.cat([velocity(part, grid[paths[0][0]].expand(len(part))) for part in x.split(micro_batch)])
     rows = [path for path in paths for _ in range(len(x))]  # row r is member r % G at granularity r // G
-    start, after = [row[0] for row in rows], [row[1] for row in rows]
-    state = ode_step(x.repeat(len(paths), *[1] * (x.ndim - 1)), first.repeat(len(paths), *[1] * (x.ndim - 1)),
-                     grid[start], grid[after])  # fmt: skip
+    batches = [[(r, path[0], path[1]) for r, path in enumerate(rows)], *_batches(rows, micro_batch)]
+    places = torch.tensor([place for batch in batches for place in batch], device=x.device)  # in one copy, not one each
+    steps = [(r, grid[now], grid[then]) for r, now, then in (b.unbind(1) for b in places.split([*map(len, batches)]))]
+    (_, now, then), *others = steps
+    times = (len(paths), *[1] * (x.ndim - 1))
+    state = ode_step(x.repeat(times), first.repeat(times), now, then)
+    for batch, now, then in others:
+        state[batch] = ode_step(state[batch], velocity(state[batch], now), now, then)
+    return state.view(len(paths), *x.shape)
+
+
+def _batches(rows: Sequence[Sequence[int]], micro_batch: int) -> Iterator[list[tuple[int, int, int]]]:
+    """What each batch after the first step holds: (row, schedule index now, index after) of its trajectories."""
     position = [1] * len(rows)
     while True:
         to_go = [len(row) - 1 - at for row, at in zip(rows, position, strict=True)]
         batch = sorted((r for r in range(len(rows)) if to_go[r]), key=lambda r: (-to_go[r], r))[:micro_batch]
         if not batch:
-            return state.view(len(paths), *x.shape)
-        now = grid[[rows[r][position[r]] for r in batch]]
-        then = grid[[rows[r][position[r] + 1] for r in batch]]
-        state[batch] = ode_step(state[batch], velocity(state[batch], now), now, then)
+            return
+        yield [(r, rows[r][position[r]], rows[r][position[r] + 1]) for r in batch]
         for r in batch:
             position[r] += 1
