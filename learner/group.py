@@ -101,7 +101,7 @@ class LearnerRank:
             ) from None
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # it has no state to lose
 class Keeper:
     """Fetches rollouts to the learner's node as they are made: it then has them, whatever happens to others."""
 
@@ -181,7 +181,8 @@ class LearnerGroup:
             ObjectLostError: it went with its node before that.
         """
         try:
-            await self._keeper.keep.remote([result])
+            if self._keeper:  # none while the learner starts again: this rollout will, too
+                await self._keeper.keep.remote([result])
         except ray.exceptions.RayActorError:
             logger.warning("learner: its node is gone, or about to go")  # the next call to a rank says so, too
 

@@ -14,4 +14,4 @@ def one_thread():
 def reference(tmp_path_factory):
     """A small run that nothing disturbs, with two rollout actors: its output folder and what it printed."""
     output = tmp_path_factory.mktemp("reference")
-    return output, run(output, "reference")
+    return output, run(output, "reference", rollout__max_actors=2)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from g2rpo_ray.tracking import read_lines
 
+EMBEDDINGS = tempfile.TemporaryDirectory()  # of all runs of a session: encoding takes longer than an iteration
 SMALL = {
     "iterations": 3,
     "sampler.steps": 5,
@@ -26,6 +28,8 @@ SMALL = {
     "lora.rank": 4,
     "learner.micro_batch": 2,
     "tracking.tensorboard": "false",
+    "rollout.max_actors": 1,
+    "data.embeddings": EMBEDDINGS.name,
 }
 PATIENCE = 240  # seconds, for two slow and busy cores
 

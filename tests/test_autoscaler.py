@@ -139,7 +139,8 @@ def test_rollout_nodes_come_up_for_a_run_and_go_down_after_it(manifests, cluster
 
     settings = tmp_path / "settings.yaml"
     settings.write_text(manifests["ConfigMap"]["data"]["settings.yaml"])
-    process = start(tmp_path, "scaled", "--address", cluster.address, "--config", str(settings))
+    arguments = ["--address", cluster.address, "--config", str(settings)]
+    process = start(tmp_path, "scaled", *arguments, rollout__max_actors=most)
     wait_for(process, lambda: actors_of(cluster.head, "LearnerRank"))
     (learner,) = actors_of(cluster.head, "LearnerRank")
     learner.suspend()  # so that the run does not end before the nodes are there

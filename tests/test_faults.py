@@ -62,14 +62,14 @@ def test_sigterm_saves_and_ends(reference, tmp_path):
 
 
 def test_stale_rollouts_depend_on_no_timing_and_survive_a_dead_driver(tmp_path):
-    run(tmp_path, "stale", rollout__max_staleness=1)
+    run(tmp_path, "stale", rollout__max_staleness=1, rollout__max_actors=2)
     lines = metrics(tmp_path, "stale")[1:]
     assert [line["rollout/weights_version"] for line in lines] == [0, 0, 1]
     assert lines[0]["actor/ratio_initial_max_dev"] <= 1e-6 < lines[1]["actor/ratio_initial_max_dev"]
-    process = start(tmp_path, "killed", rollout__max_staleness=1, rollout__max_actors=1)
+    process = start(tmp_path, "killed", rollout__max_staleness=1)
     wait_for(process, lambda: (tmp_path / "killed" / "checkpoints" / "LATEST").exists())
     kill_all(process)
-    run(tmp_path, "killed", rollout__max_staleness=1, rollout__max_actors=1)
+    run(tmp_path, "killed", rollout__max_staleness=1)
     same_lora(lora(tmp_path, "killed"), lora(tmp_path, "stale"))
 
 
@@ -148,7 +148,7 @@ def test_chaos(tmp_path):
     settings = dict.fromkeys(
         ["rollout__max_restarts", "rewards__preference__max_restarts", "learner__max_restarts"], 1000
     )
-    settings |= {"iterations": 30, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
+    settings |= {"rollout__max_actors": 2, "iterations": 30, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
     run(tmp_path, "calm", **settings)
     victims, dice = ["RolloutActor", "RewardActor", "LearnerRank", "driver"], random.Random(0)
     kills = dict.fromkeys(victims, 0)

@@ -140,10 +140,10 @@ def test_storage_that_cannot_be_used_is_refused_in_one_line(output, reason, buck
 @pytest.mark.cluster
 def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(reference, bucket, tmp_path):
     """Driver, cluster and every local file are lost; the same command anywhere ends with the same bits."""
-    process = start(bucket, "cloud")
+    process = start(bucket, "cloud", data__embeddings="null")
     wait_for(process, lambda: (Folder(bucket) / "cloud" / "checkpoints").exists("LATEST"))
     kill_all(process)
-    run(bucket, "cloud")
+    run(bucket, "cloud", data__embeddings="null")
     kept = Folder(bucket) / "cloud"
     assert {"config.yaml", "metrics.jsonl", "run.log", "samples", "summary.json"} <= set(kept.names())
     with (kept / "lora").reading() as path:

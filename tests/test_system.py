@@ -55,12 +55,13 @@ def test_a_run_leaves_what_the_documentation_promises(reference):
 
 
 def test_the_number_of_actors_changes_no_bit(reference, tmp_path):
-    run(tmp_path, "one", rollout__max_actors=1, rewards__preference__replicas=2)
+    run(tmp_path, "one", rewards__preference__replicas=2, data__embeddings="null")
+    assert (tmp_path / "one" / "embeddings").exists()
     same_lora(lora(tmp_path, "one"), lora(reference[0], "reference"))
 
 
 def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(reference, tmp_path):
-    process = start(tmp_path, "killed")
+    process = start(tmp_path, "killed", rollout__max_actors=2)
     wait_for_iteration(process, tmp_path, "killed", 1)
     wait_for(process, lambda: actors_of(process, "RolloutActor.compute"))  # it is computing a unit now
     actors_of(process, "RolloutActor.compute")[0].kill()
