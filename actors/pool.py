@@ -19,6 +19,7 @@ from g2rpo_ray.types import Place
 
 logger = logging.getLogger(__name__)
 
+AHEAD = 8  # calls that wait for each actor, above which it gets a second one
 TELL_EVERY_S = 30.0  # seconds between two lines about missing actors
 
 Spawn = Callable[[str], ActorHandle]
@@ -84,8 +85,9 @@ class Pool:
     Ray's own restarts would lose the call that was in flight. What a call gives depends on its arguments alone, so it
     does not matter which actor gets it, in which order, or how often.
 
-    An actor has one call in flight, and a second one, whose arguments Ray fetches meanwhile, as long as there are more
-    calls waiting than actors: at the end of an iteration no call waits behind another.
+    An actor has one call in flight, and a second one, whose arguments Ray fetches meanwhile, as long as many calls are
+    waiting: a call that waits behind another could have gone to whoever is idle first. On paper, 64 actors that get
+    their second call while more calls than actors wait are 95.5 % busy with the paper's 16 prompts, else 97.7 %.
     """
 
     def __init__(
@@ -194,12 +196,13 @@ class Pool:
 
     def _dispatch(self) -> None:
         ready = [member for member in self._members.values() if member.place and not member.retiring]
-        for in_flight in (0, 1):
+        for in_flight, waiting in ((0, 0), (1, AHEAD * len(ready))):
             for member in ready:
                 self._drop_cancelled()
-                enough = len(self._calls) > (len(ready) if in_flight else 0)
                 room = self._max_unused is None or self._unused < self._max_unused
-                if len(member.calls) == in_flight and enough and room:
+                if len(self._calls) <= waiting or not room:
+                    break
+                if len(member.calls) == in_flight:
                     self._unused += 1
                     call = heapq.heappop(self._calls)
                     member.since = member.since if member.calls else time.monotonic()

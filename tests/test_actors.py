@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.pool import Pool, PoolStopped, here, is_lost_object
+from actors.pool import AHEAD, Pool, PoolStopped, here, is_lost_object
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
@@ -92,8 +92,21 @@ def test_the_most_urgent_call_goes_first_and_the_oldest_of_equals():
         await asyncio.gather(*calls)
         return (await pool.call("history", priority=(9,)))[1]
 
-    # the idle actor took the first call when it was alone, and one ahead, (0, 5), as soon as several were waiting
-    assert use(pool, body) == [0, 2, 4, 1, 3]
+    assert use(pool, body) == [0, 4, 2, 1, 3]  # the idle actor took the first call when it was alone
+
+
+def test_an_actor_gets_a_second_call_ahead_while_many_are_waiting():
+    pool = workers()
+
+    async def body():
+        await pool.wait_ready()
+        calls = [asyncio.ensure_future(pool.call("sleep", 0.5, priority=(-n,))) for n in range(AHEAD + 4)]
+        await asyncio.sleep(0.1)
+        late = pool.call("work", 1, priority=(-100,))
+        await asyncio.wait_for(late, 30)
+        return sum(call.done() for call in calls)
+
+    assert use(pool, body) == 2  # the one under way, and the one in hand
 
 
 def test_a_dead_actor_is_replaced_and_its_call_sent_again(tmp_path):
