@@ -87,13 +87,17 @@ def cluster():
     nodes.shutdown()
 
 
+def add_node(cluster, **resources):
+    return cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources=resources)
+
+
 def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1}) for _ in range(2)]
+    nodes = [add_node(cluster, rollout=1) for _ in range(2)]
     process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=4)
     wait_for_iteration(process, tmp_path, "nodes", 1)
     cluster.remove_node(nodes[1], allow_graceful=False)
-    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 2})
+    add_node(cluster, rollout=2)
     scale = [sys.executable, "-m", "g2rpo_ray.scale", "--address", cluster.address, "--name", "nodes", "--rollout", "3"]
     asked = subprocess.run(scale, capture_output=True, text=True, timeout=120, check=False)
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
@@ -103,37 +107,47 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path
     same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
 
 
-def test_actors_leave_a_node_that_is_about_to_go_at_once(cluster, tmp_path):
-    """A preemption told 120 s ahead: the actors are elsewhere, and at work, long before the node goes."""
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1}) for _ in range(2)]
-    process = start(tmp_path, "drained", "--address", cluster.address, **PINNED, iterations=20)
+def test_a_node_that_is_about_to_go_is_left_at_once(cluster, tmp_path):
+    """Preemptions told 300 s ahead, of a rollout node and the learner's: all is elsewhere, and at work, long before."""
+    nodes = [add_node(cluster, learner=1), add_node(cluster, rollout=1), add_node(cluster, rollout=1)]
+    pinned = PINNED | {"learner__resources": "{learner: 1}"}
+    process = start(tmp_path, "drained", "--address", cluster.address, **pinned, iterations=30)
     log = tmp_path / "drained" / "run.log"
     wait_for(process, lambda: log.exists() and log.read_text().count("is ready") == 3)  # with the reward server
-    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 1})
+    add_node(cluster, learner=1)
+    add_node(cluster, rollout=1)
     wait_for_iteration(process, tmp_path, "drained", 1)
-    drain = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
-             "--node-id", nodes[1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-             "--reason-message", "spot", "--deadline-remaining-seconds", "120"]  # fmt: skip
-    subprocess.run(drain, check=True, capture_output=True, timeout=60)
-    wait_for(process, lambda: "moves, its node is about to go" in log.read_text())
+    told = [announce(cluster, node) for node in nodes[:2]]
+    assert [notice.wait(60) for notice in told] == [0, 0]
     wait_for(process, lambda: "rollout-2 on" in log.read_text())  # "... is ready": the one in its place
-    cluster.remove_node(nodes[1], allow_graceful=False)
+    wait_for(process, lambda: "the learner is ready again" in log.read_text())
+    for node in nodes[:2]:
+        cluster.remove_node(node, allow_graceful=False)
     finish(process)
-    assert recovery(tmp_path, "drained", "moves, its node is about to go", "rollout-2 on") < RECOVERED_S / 2
+    assert recovery(tmp_path, "drained", "moves, its node is about to go", "rollout-2 on") < RECOVERED_S
+    assert recovery(tmp_path, "drained", "learner lost (its node is about to go)", "is ready again") < RECOVERED_S
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "drained")) == 0
-    run(tmp_path, "plain", iterations=20)
+    run(tmp_path, "plain", iterations=30)
     same_lora(lora(tmp_path, "drained"), lora(tmp_path, "plain"))
+
+
+def announce(cluster, node):
+    """Tell the cluster that a node will go, as an autoscaler or a cloud's notice does."""
+    ray = str(Path(sys.executable).parent / "ray")
+    which = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "300"]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    return subprocess.Popen([ray, "drain-node", *which, *why], stdout=subprocess.DEVNULL)
 
 
 def test_a_killed_learner_node_changes_no_bit(cluster, reference, tmp_path):
     """With it go the optimizer, the published weights and all that was kept for the update."""
-    learner = cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"learner": 1})
-    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"rollout": 2})
+    learner = add_node(cluster, learner=1)
+    add_node(cluster, rollout=2)
     pinned = PINNED | {"learner__resources": "{learner: 1}"}
     process = start(tmp_path, "moved", "--address", cluster.address, **pinned)
     wait_for_iteration(process, tmp_path, "moved", 1)
     cluster.remove_node(learner, allow_graceful=False)
-    cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources={"learner": 1})
+    add_node(cluster, learner=1)
     finish(process)
     assert recovery(tmp_path, "moved", "learner lost", "the learner is ready again") < RECOVERED_S
     same_lora(lora(tmp_path, "moved"), lora(reference[0], "reference"))
