@@ -10,8 +10,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from g2rpo_ray.types import FloatArray
 
@@ -70,18 +72,23 @@ def interval(scores: FloatArray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def win_rate(difference: NDArray[Any]) -> float:
+    """Share of pairs that rose, ties half; a missing difference (NaN) is no pair, and NaN where there is none."""
+    there = difference[np.isfinite(difference)]
+    return float((there > 0).mean() + 0.5 * (there == 0).mean()) if len(there) else math.nan
+
+
 def row(steps: int, adapter: str, reward: str, trained: bool, scores: FloatArray, base: FloatArray | None) -> Row:
     """The row of an adapter's scores [P, S], against the base's of the same prompts and seeds; None: it is the base."""
     own = interval(scores)
     difference = scores - base if base is not None else np.full_like(scores, np.nan)
     paired = interval(difference)
-    there = difference[np.isfinite(difference)]
     return Row(
         *(steps, adapter, reward, trained, own.mean, own.low, own.high),
         *(int(np.isfinite(scores).sum()), int((~np.isfinite(scores)).sum())),
         *(paired.mean, paired.low, paired.high),
-        win_rate=float((there > 0).mean() + 0.5 * (there == 0).mean()) if len(there) else math.nan,
-        pairs=len(there),
+        win_rate=win_rate(difference),
+        pairs=int(np.isfinite(difference).sum()),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from g2rpo_ray.comparison import win_rate
 from g2rpo_ray.types import FloatArray, Images
 
 SMALLEST_TILE = 96  # pixels: smaller pictures are enlarged by a whole factor, or nobody could see them
@@ -34,8 +35,8 @@ def compare(before: FloatArray, after: FloatArray) -> Comparison:
         return Comparison(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
     difference = a - b
     error = float(difference.std(ddof=1)) / math.sqrt(len(b)) if len(b) > 1 else math.nan
-    wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-    return Comparison(float(b.mean()), float(a.mean()), float(difference.mean()), error, wins, len(b))
+    mean_before, mean_after, rise = (float(part.mean()) for part in (b, a, difference))
+    return Comparison(mean_before, mean_after, rise, error, win_rate(difference), len(b))
 
 
 def compare_all(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> dict[str, dict[str, float]]:
