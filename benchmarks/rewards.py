@@ -8,6 +8,7 @@ python benchmarks/rewards.py --models               every model at its published
 import multiprocessing
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def models(given: Any) -> None:
     names = ["aesthetic"] if given.quick else ["hpsv2", "clip", "pickscore", "imagereward", "aesthetic"]
     rows = []
     for name in names:
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            rows.append(process.apply(measure_model, (name, given.device, given.dtype, given.threads, size, batches)))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            arguments = (name, given.device, given.dtype, given.threads, size, batches)
+            rows.append(process.submit(measure_model, *arguments).result())
     note = f"{given.dtype} on {given.device}, {given.threads} threads, {size} px; memory is that of the whole process."
     report("Reward models at their published sizes, random weights", rows, given.json, [note])
 
