@@ -113,6 +113,7 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     from actors.collector import Collector
     from actors.pool import Pool
     from actors.weights import PublishedWeights
+    from learner.keeper import Keeper
 
     config = load_config(None, [*(f"sampler.{s}" for s in PAPER), f"rollout.members_per_unit={members}"])
     plan = branch_plan(config.sampler)
@@ -122,17 +123,13 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     names = [f"prompt {number}" for number in range(prompts)]
     taken, cpu, loop = [], [], []
 
-    keeper = ray.remote(num_cpus=0)(_Keeper).remote()
-
-    async def keep(result: Any) -> None:
-        await keeper.keep.remote([result])
-
     async def run() -> None:
         async with asyncio.TaskGroup() as group:
             pool = Pool("rollout", lambda name: _Device(next(round_robin), name), actors, minimum=actors)  # type: ignore[arg-type,return-value]
             scores: Any = {name: _Scores() for name in config.all_rewards}
             embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
-            collector = Collector(config, embeddings, pool, scores, keep, [])
+            keeper = Keeper(ray.get_runtime_context().get_node_id())
+            collector = Collector(config, embeddings, pool, scores, keeper.keep, [])
             pool.start(group)
             await pool.wait_ready()
             for iteration in range(repeats + 1):
@@ -141,6 +138,7 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
                 cpu.append((time.process_time() - process) / len(rollout.reports))
                 loop.append((time.thread_time() - thread) / len(rollout.reports))
                 taken.append(rollout.sampling_seconds)
+            keeper.stop()
             raise _Done  # the devices are no actors of their own: not pool.stop(), which would kill them one by one
 
     try:
@@ -158,15 +156,6 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
         "utilisation": ideal / iteration, "on paper": on_paper(plan, prompts, actors, members),
         "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
     }  # fmt: skip
-
-
-class _Keeper:
-    """As learner.group.Keeper, which needs the learner's node."""
-
-    def keep(self, refs: list[Any]) -> None:
-        import ray
-
-        ray.get(refs)
 
 
 class _Done(Exception):

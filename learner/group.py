@@ -1,7 +1,6 @@
 """The learner's ranks as Ray actors: rendezvous, fan-out, and one answer from many."""
 
 import asyncio
-import logging
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -19,11 +17,9 @@ from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
-
-logger = logging.getLogger(__name__)
+from learner.keeper import Keeper
 
 BEHAVIOUR = "behaviour.safetensors"  # the LoRA version before the checkpoint's own
-KEEPING = 16  # results that are fetched to the learner's node at once
 PATIENCE_S = 10.0  # for the death of a rank to be known, after another rank failed for want of it
 
 
@@ -101,15 +97,6 @@ class LearnerRank:
             ) from None
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # it has no state to lose
-class Keeper:
-    """Fetches rollouts to the learner's node as they are made: it then has them, whatever happens to others."""
-
-    def keep(self, refs: list["ray.ObjectRef[Any]"]) -> None:
-        """The reference comes in a list: Ray would fetch it before the call, and tell a loss in another way."""
-        ray.get(refs)
-
-
 class LearnerGroup:
     """All ranks of the learner. A call returns when every rank is done, and raises as soon as one of them fails.
 
@@ -119,7 +106,7 @@ class LearnerGroup:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._ranks: list[Any] = []
-        self._keeper: Any = None
+        self._keeper: Keeper | None = None
         self.node = ""
         """Ray's id of the node where rank 0 runs."""
 
@@ -141,8 +128,7 @@ class LearnerGroup:
         try:
             await asyncio.wait_for(_all(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
             self.node = await self._ranks[0].node.remote()
-            here = NodeAffinitySchedulingStrategy(self.node, soft=False)
-            self._keeper = Keeper.options(scheduling_strategy=here, max_concurrency=KEEPING).remote()  # type: ignore[attr-defined]
+            self._keeper = Keeper(self.node)
         except TimeoutError:
             raise TimeoutError(
                 f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
@@ -175,16 +161,9 @@ class LearnerGroup:
         return found, state
 
     async def keep(self, result: "ray.ObjectRef[Any]") -> None:
-        """Fetch what a unit left to the learner's node.
-
-        Raises:
-            ObjectLostError: it went with its node before that.
-        """
-        try:
-            if self._keeper:  # none while the learner starts again: this rollout will, too
-                await self._keeper.keep.remote([result])
-        except ray.exceptions.RayActorError:
-            logger.warning("learner: its node is gone, or about to go")  # the next call to a rank says so, too
+        """Have the learner's node fetch what a unit left. While the learner starts again, so will the rollout."""
+        if self._keeper:
+            await self._keeper.keep(result)
 
     async def save(self, folder: Folder) -> dict[str, str]:
         """Write a checkpoint, readable with any number of ranks and any ZeRO stage; SHA-256 of each file, by name."""
@@ -193,8 +172,10 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """End the ranks, also those that wait for a dead one."""
-        for actor in [*self._ranks, *([self._keeper] if self._keeper else [])]:
-            ray.kill(actor)
+        if self._keeper:
+            self._keeper.stop()
+        for rank in self._ranks:
+            ray.kill(rank)
         self._ranks, self._keeper = [], None
 
 

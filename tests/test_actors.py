@@ -16,6 +16,7 @@ from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
 from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
 from g2rpo_ray.types import BranchUnit
+from learner.keeper import Keeper
 
 pytestmark = pytest.mark.cluster
 
@@ -215,6 +216,16 @@ def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score(
         use(subject.pool, lambda: subject.score(images, 10, "x"))
     assert is_lost_object(lost.value)
     assert subject.missing.total == 0
+
+    async def keep():
+        keeper = Keeper(ray.get_runtime_context().get_node_id())
+        there = ray.put(IMAGES)
+        found = await asyncio.gather(*map(keeper.keep, [there, images, there]), return_exceptions=True)
+        keeper.stop()
+        return found
+
+    first, gone, last = asyncio.run(keep())
+    assert (first, is_lost_object(gone), last) == (None, True, None)
 
 
 def scorer(retries=2, **options):

@@ -36,6 +36,8 @@ def test_the_algorithm_needs_torch_alone():
         "adapters",
         "comparison",
         "scorebook",
+        "storage",
+        "timeline",
         "scale",
     ],
 )

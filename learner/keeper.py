@@ -1,0 +1,70 @@
+"""Rollouts on their way to the learner: fetched to its node as they are made, so that they outlive who made them."""
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # it has no state to lose
+class _Fetcher:
+    def fetch(self, refs: "list[ray.ObjectRef[Any]]") -> list[Exception | None]:
+        """Fetch objects to this node; for each the error that says that it is lost, or None."""
+        try:
+            ray.get(refs)
+        except ray.exceptions.RayError:  # of one of them; ray.wait would wait for ever where an owner is gone
+            return [_error(ref) for ref in refs]
+        return [None] * len(refs)
+
+
+def _error(ref: "ray.ObjectRef[Any]") -> Exception | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+class Keeper:
+    """Has the node of the learner fetch results. What comes while some are fetched goes together, in the next call."""
+
+    def __init__(self, node: str):
+        """`node`: Ray's id of it."""
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        self._fetcher: Any = _Fetcher.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
+        self._waiting: list[tuple[Any, asyncio.Future[None]]] = []
+        self._fetching: asyncio.Task[None] | None = None
+
+    async def keep(self, result: "ray.ObjectRef[Any]") -> None:
+        """Return when the node has the result.
+
+        Raises:
+            RayError: the result was lost with its node, or its owner, before that.
+        """
+        kept = asyncio.get_running_loop().create_future()
+        self._waiting.append((result, kept))
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
+        await kept
+
+    def stop(self) -> None:
+        if self._fetching:
+            self._fetching.cancel()
+        ray.kill(self._fetcher)
+
+    async def _fetch(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                errors = await self._fetcher.fetch.remote([result for result, _ in batch])
+            except ray.exceptions.RayActorError:
+                logger.warning("the learner's node is gone, or about to go")  # the next call to a rank says so, too
+                errors = [None] * len(batch)
+            for (_, kept), error in zip(batch, errors, strict=True):
+                if not kept.done():
+                    kept.set_exception(error) if error else kept.set_result(None)
+        self._fetching = None
