@@ -94,7 +94,7 @@ def add_node(cluster, **resources):
 def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
     nodes = [add_node(cluster, rollout=1) for _ in range(2)]
-    process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=4)
+    process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=16)
     wait_for_iteration(process, tmp_path, "nodes", 1)
     cluster.remove_node(nodes[1], allow_graceful=False)
     add_node(cluster, rollout=2)
@@ -103,7 +103,7 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
     finish(process)
     assert recovery(tmp_path, "nodes", " died: ", "rollout-2 on") < RECOVERED_S
-    run(tmp_path, "plain", iterations=4)
+    run(tmp_path, "plain", iterations=16)
     same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
 
 

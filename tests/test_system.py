@@ -61,12 +61,12 @@ def test_the_number_of_actors_changes_no_bit(reference, tmp_path):
 
 
 def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(reference, tmp_path):
-    process = start(tmp_path, "killed", rollout__max_actors=2)
+    process = start(tmp_path, "killed")
     wait_for_iteration(process, tmp_path, "killed", 1)
     wait_for(process, lambda: actors_of(process, "RolloutActor.compute"))  # it is computing a unit now
     actors_of(process, "RolloutActor.compute")[0].kill()
     finish(process)
-    assert recovery(tmp_path, "killed", " died: ", "rollout-2 on") < PATIENCE
+    assert recovery(tmp_path, "killed", " died: ", "rollout-1 on") < PATIENCE
     same_lora(lora(tmp_path, "killed"), lora(reference[0], "reference"))
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "killed")) == 1
     assert sum(line.get("rollout/units_retried", 0) for line in metrics(tmp_path, "killed")) == 1
