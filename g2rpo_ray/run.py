@@ -101,8 +101,8 @@ async def iterate(
     async def save(score: float | None = None) -> None:
         with journal.timed("checkpoint"):
             files = await system.learner.save(new_checkpoint(run, done))
-            journal.keep()  # before there is a checkpoint to go on from
-            finish_checkpoint(run, done, files, config.checkpoint.keep, score)
+            await asyncio.to_thread(journal.keep)  # before there is a checkpoint to go on from
+            await asyncio.to_thread(finish_checkpoint, run, done, files, config.checkpoint.keep, score)
 
     try:
         if config.rollout.max_staleness and 0 < done < config.iterations:
