@@ -58,6 +58,9 @@ async def train(config: Config, prompts: Prompts, run: Folder, here: Path, check
             restarts = 0
             while True:
                 try:
+                    if restarts:
+                        await system.start_learner(checkpoint)
+                        journal.say("the learner is ready again")
                     done = await iterate(config, prompts, run, system, journal, interrupt, done)
                     break
                 except Exception as error:
@@ -67,11 +70,8 @@ async def train(config: Config, prompts: Prompts, run: Folder, here: Path, check
                         raise
                     checkpoint = find_checkpoint(run, "auto")
                     done = checkpoint.iteration if checkpoint else 0
-                    reason = str(error).splitlines()[0]
-                    journal.say(f"learner lost ({reason}); going on from iteration {done}")
+                    journal.say(f"learner lost ({str(error).splitlines()[0]}); going on from iteration {done}")
                     journal.rewind(done)
-                    await system.start_learner(checkpoint)
-                    journal.say("the learner is ready again")
         if not is_finished(config, Folder(here), done):
             journal.say(f"stopped after iteration {done}, which is saved: the same command goes on from there")
             return INTERRUPTED
