@@ -126,7 +126,7 @@ class Folder:
             self.take(Path(aside))
 
     def take(self, source: Path, newer_than: float = 0.0) -> None:
-        """Upload the files below a path that were changed since a time (seconds of the epoch)."""
+        """Upload the files below a path that were changed since a time (seconds of the epoch), to object storage."""
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             if file.stat().st_mtime >= newer_than:
                 with file.open("rb") as content:
@@ -151,8 +151,6 @@ class Folder:
                     shutil.copyfileobj(content, stream, CHUNK)
 
     def _upload(self, content: Any, file: str) -> None:
-        if self._path:
-            (self._path / file).parent.mkdir(parents=True, exist_ok=True)
         with self._fs.open_output_stream(self._at(file)) as stream:
             shutil.copyfileobj(content, stream, CHUNK)
 
