@@ -91,10 +91,10 @@ def add_node(cluster, **resources):
     return cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources=resources)
 
 
-def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path):
+def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_reference, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
     nodes = [add_node(cluster, rollout=1) for _ in range(2)]
-    process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=16)
+    process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=20)
     wait_for_iteration(process, tmp_path, "nodes", 1)
     cluster.remove_node(nodes[1], allow_graceful=False)
     add_node(cluster, rollout=2)
@@ -103,15 +103,14 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, reference, tmp_path
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
     finish(process)
     assert recovery(tmp_path, "nodes", " died: ", "rollout-2 on") < RECOVERED_S
-    run(tmp_path, "plain", iterations=16)
-    same_lora(lora(tmp_path, "nodes"), lora(tmp_path, "plain"))
+    same_lora(lora(tmp_path, "nodes"), lora(long_reference, "long"))
 
 
-def test_a_node_that_is_about_to_go_is_left_at_once(cluster, tmp_path):
+def test_a_node_that_is_about_to_go_is_left_at_once(cluster, long_reference, tmp_path):
     """Preemptions told 300 s ahead, of a rollout node and the learner's: all is elsewhere, and at work, long before."""
     nodes = [add_node(cluster, learner=1), add_node(cluster, rollout=1), add_node(cluster, rollout=1)]
     pinned = PINNED | {"learner__resources": "{learner: 1}"}
-    process = start(tmp_path, "drained", "--address", cluster.address, **pinned, iterations=30)
+    process = start(tmp_path, "drained", "--address", cluster.address, **pinned, iterations=20)
     log = tmp_path / "drained" / "run.log"
     wait_for(process, lambda: log.exists() and log.read_text().count("is ready") == 3)  # with the reward server
     add_node(cluster, learner=1)
@@ -127,8 +126,7 @@ def test_a_node_that_is_about_to_go_is_left_at_once(cluster, tmp_path):
     assert recovery(tmp_path, "drained", "moves, its node is about to go", "rollout-2 on") < RECOVERED_S
     assert recovery(tmp_path, "drained", "learner lost (its node is about to go)", "is ready again") < RECOVERED_S
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "drained")) == 0
-    run(tmp_path, "plain", iterations=30)
-    same_lora(lora(tmp_path, "drained"), lora(tmp_path, "plain"))
+    same_lora(lora(tmp_path, "drained"), lora(long_reference, "long"))
 
 
 def announce(cluster, node):
