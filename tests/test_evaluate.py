@@ -192,7 +192,7 @@ def test_bad_input_is_one_line_and_status_2(case, files, tmp_path, capsys):
 
 def arguments(files, output):
     adapter, prompts = f"new={files / 'lora'}", str(files / "prompts.txt")
-    return ["--adapter", adapter, "--prompts", prompts, "--grid", "1", "--steps", "30", "60", "--seeds", "16",
+    return ["--adapter", adapter, "--prompts", prompts, "--grid", "1", "--steps", "30", "60", "--seeds", "8",
             "--output", str(output)]  # fmt: skip
 
 
@@ -229,8 +229,8 @@ def test_an_evaluation_leaves_what_the_documentation_promises(files, whole):
         for adapter in ("base", "new")
         for reward in ("preference", "colour", "shape")
     ]
-    assert all(r["scores"] == 32 and r["missing"] == 0 for r in rows)
-    assert all(r["pairs"] == (0 if r["adapter"] == "base" else 32) for r in rows)
+    assert all(r["scores"] == 16 and r["missing"] == 0 for r in rows)
+    assert all(r["pairs"] == (0 if r["adapter"] == "base" else 16) for r in rows)
     assert (output / "table.md").read_text().strip() in printed
     assert Image.open(output / "grid-30.png").size == (2 * 96, 14 + 96 + 14)
     assert main([*arguments(files, output)]) == 0  # all is there: no cluster is started
