@@ -1,7 +1,9 @@
+import functools
+
 import pytest
 import torch
 
-from tests.runs import run
+from tests.runs import finish, kill_all, lora, run, start
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,7 +21,15 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def long_reference(tmp_path_factory):
-    """The same for 20 iterations, in which nodes have time to come and go."""
+    """The tensors of 20 iterations, for nodes to come and go in; it runs beside the first test that asks."""
     output = tmp_path_factory.mktemp("long")
-    run(output, "long", iterations=20)
-    return output
+    process = start(output, "long", iterations=20)
+
+    @functools.cache
+    def tensors():
+        finish(process)
+        return lora(output, "long")
+
+    yield tensors
+    if process.poll() is None:
+        kill_all(process)

@@ -22,7 +22,7 @@ from g2rpo_ray.sampler import Sampler
 from g2rpo_ray.scorebook import Cell, ScoreBook
 from g2rpo_ray.tracking import read_lines
 from g2rpo_ray.types import SampleUnit
-from tests.runs import finish, kill_all, wait_for
+from tests.runs import EMBEDDINGS, finish, kill_all, wait_for
 
 NAN = math.nan
 PROMPTS = ("a red circle", "a blue star")
@@ -193,7 +193,7 @@ def test_bad_input_is_one_line_and_status_2(case, files, tmp_path, capsys):
 def arguments(files, output):
     adapter, prompts = f"new={files / 'lora'}", str(files / "prompts.txt")
     return ["--adapter", adapter, "--prompts", prompts, "--grid", "1", "--steps", "30", "60", "--seeds", "8",
-            "--output", str(output)]  # fmt: skip
+            "--output", str(output), "--set", f"data.embeddings={EMBEDDINGS.name}"]  # fmt: skip
 
 
 def start(files, output, *settings):
