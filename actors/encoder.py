@@ -51,10 +51,15 @@ def _encode(config: Config, directory: str, prompts: Sequence[str]) -> Iterator[
         yield _Progress(key, len(missing), shape, done, seconds)
 
 
-@ray.remote(num_cpus=0)
-def _read(directory: str, key: str, prompts: Sequence[str]) -> list[PromptEmbedding] | PromptEmbedding:
-    found = EmbeddingStore(directory, key).get(prompts)
-    return found if len(found) > 1 else found[0]  # Ray unpacks a list only where it has several returns
+# An actor: the process of a task would be gone by the next iteration, and take half a second to start again.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class _Reader:
+    def __init__(self, directory: str, key: str):
+        self._store = EmbeddingStore(directory, key)
+
+    def read(self, prompts: Sequence[str]) -> list[PromptEmbedding] | PromptEmbedding:
+        found = self._store.get(prompts)
+        return found if len(found) > 1 else found[0]  # Ray unpacks a list only where it has several returns
 
 
 class Embeddings:
@@ -64,13 +69,18 @@ class Embeddings:
         self._config = config
         self._directory = directory
         self._key = ""
+        self._reader: Any = None
 
     async def encode(self, prompts: Sequence[str], say: Say = print) -> None:
         """Encode what is not there yet, in one process that ends with it; `say` is told how much, how long."""
         for left in reversed(range(ATTEMPTS)):
             try:
                 await self._encode_once(prompts, say)
-                break
+                here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+                # on this node: not on a bare head
+                reader = _Reader.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+                self._reader = reader.remote(self._directory, self._key)
+                return
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
                 if not left:
                     raise
@@ -100,9 +110,7 @@ class Embeddings:
 
     def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:
         """References to the embeddings, in the order of the prompts."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # not on a bare head
-        read = _read.options(num_returns=len(prompts), scheduling_strategy=here)
-        refs: Any = read.remote(self._directory, self._key, prompts)
+        refs: Any = self._reader.read.options(num_returns=len(prompts)).remote(prompts)
         return refs if len(prompts) > 1 else [refs]
 
 
