@@ -58,6 +58,7 @@ def test_sigterm_saves_and_ends(tmp_path):
     assert find_checkpoint(Folder(tmp_path / "stopped"), "auto").iteration == done >= 1
 
 
+@pytest.mark.slow
 def test_stale_rollouts_depend_on_no_timing_and_survive_a_dead_driver(tmp_path):
     whole = start(tmp_path, "stale", rollout__max_staleness=1, rollout__max_actors=2)
     process = start(tmp_path, "killed", rollout__max_staleness=1)
