@@ -135,7 +135,7 @@ class Collector:
     async def _prompt(self, job: "_Job", unit: AnchorUnit) -> tuple[PromptRollout, dict[str, FloatArray]]:
         anchor, image = await self._compute(job, unit, cost=self._plan.steps)
         scores, _, *branches = await asyncio.gather(
-            self._score(job, unit, image, 1, list(self._scorers)),
+            self._score(unit, image, 1, list(self._scorers)),
             self._keep(anchor),
             *(self._branch(job, branch, anchor) for branch in self._branch_units(unit)),
         )
@@ -161,14 +161,14 @@ class Collector:
         branches, images = await self._compute(job, unit, anchor, cost=cost)
         shape = (len(self._plan.strides), unit.members)
         scores, _ = await asyncio.gather(
-            self._score(job, unit, images, shape[0] * shape[1], list(self._config.rewards)), self._keep(branches)
+            self._score(unit, images, shape[0] * shape[1], list(self._config.rewards)), self._keep(branches)
         )
         return branches, np.stack([scores[name].reshape(shape) for name in self._config.rewards])
 
     @_again_if_lost
     async def _sample(self, job: "_Job", unit: SampleUnit) -> tuple[ray.ObjectRef, dict[str, FloatArray]]:
         _, images = await self._compute(job, unit, cost=len(unit.seeds) * (unit.steps or self._plan.steps))
-        return images, await self._score(job, unit, images, len(unit.seeds), list(self._scorers))
+        return images, await self._score(unit, images, len(unit.seeds), list(self._scorers))
 
     async def _compute(self, job: "_Job", unit: Unit, *args: Any, cost: int) -> list[ray.ObjectRef]:
         """The unit's result and images; anchors first, since branches wait for them, then the dearest first."""
@@ -185,9 +185,7 @@ class Collector:
         job.last_image = time.perf_counter()
         return refs
 
-    async def _score(
-        self, job: "_Job", unit: Unit, images: ray.ObjectRef, count: int, names: list[str]
-    ) -> dict[str, FloatArray]:
+    async def _score(self, unit: Unit, images: ray.ObjectRef, count: int, names: list[str]) -> dict[str, FloatArray]:
         """Scores [count] by reward; with them the images are used up."""
         try:
             scores = await asyncio.gather(

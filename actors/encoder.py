@@ -76,8 +76,8 @@ class Embeddings:
         for left in reversed(range(ATTEMPTS)):
             try:
                 await self._encode_once(prompts, say)
+                # on this node, which sees the directory; a bare head may not
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-                # on this node: not on a bare head
                 reader = _Reader.options(scheduling_strategy=here)  # type: ignore[attr-defined]
                 self._reader = reader.remote(self._directory, self._key)
                 return

@@ -41,6 +41,7 @@ class Evaluator(System):
         prompts = list(dict.fromkeys(cell.unit.prompt for cell in cells))
         embeddings = dict(zip(prompts, self._embeddings.refs(prompts), strict=True))
         await asyncio.gather(*(self._score_one(cell, embeddings[cell.unit.prompt], keep) for cell in cells))
+        self.take_spans()  # an evaluation draws no timeline
         return True
 
     async def _score_one(self, cell: Cell, embedding: ray.ObjectRef, keep: Keep) -> None:

@@ -48,14 +48,16 @@ def test_a_killed_learner_and_reward_server_change_no_bit(reference, tmp_path):
     assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
 
 
-def test_sigterm_saves_and_ends(tmp_path):
-    """What `ray job stop` and a drained node send. How it goes on from there is tested with Ctrl-C."""
+def test_sigterm_saves_and_ends(reference, tmp_path):
+    """What `ray job stop` and a drained node send."""
     process = start(tmp_path, "stopped", checkpoint__every=100)
     wait_for_iteration(process, tmp_path, "stopped", 1)
     process.send_signal(signal.SIGTERM)
     assert "is saved" in finish(process, status=130)
     done = int((tmp_path / "stopped" / "checkpoints" / "LATEST").read_text())
     assert find_checkpoint(Folder(tmp_path / "stopped"), "auto").iteration == done >= 1
+    run(tmp_path, "stopped", "--resume", "auto")
+    same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
 
 
 @pytest.mark.slow
