@@ -44,6 +44,7 @@ def test_a_killed_learner_and_reward_server_change_no_bit(reference, tmp_path):
     finish(process)
     assert recovery(tmp_path, "faulty", "learner lost", "the learner is ready again") < RECOVERED_S
     assert recovery(tmp_path, "faulty", " died: ", "reward preference-1 on") < RECOVERED_S
+    assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "faulty")) == 1
     same_lora(lora(tmp_path, "faulty"), lora(reference[0], "reference"))
     assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
 
