@@ -176,7 +176,7 @@ class Collector:
         what = f"{unit.name} with weights {job.weights.manifest.version}"
         report: UnitReport
         refs, report = await self._rollout.call(
-            "compute", unit, job.weights, job.embedding, *args, priority=urgency, returns=3, what=what
+            "compute", unit, job.weights, job.embedding, *args, priority=urgency, what=what
         )
         assert report.evaluations == cost, f"{unit.name}: {report.evaluations} evaluations, {cost} planned"
         logger.info("%s: done by %s on %s in %.2f s", what, report.actor, report.place.address, report.seconds)

@@ -62,7 +62,6 @@ class _Call:
     method: str = field(compare=False)
     what: str = field(compare=False)  # for people
     args: tuple[Any, ...] = field(compare=False)
-    returns: int = field(compare=False)
     done: asyncio.Future = field(compare=False)
 
 
@@ -128,6 +127,7 @@ class Pool:
         self._order = itertools.count()
         self._names = (f"{name}-{number}" for number in itertools.count())
         self._members: dict[str, _Member] = {}
+        self._by_load: tuple[dict[str, _Member], ...] = ({}, {}, {})  # who serves, with 0, 1, 2 calls in hand
         self._changed = asyncio.Condition()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,6 +163,8 @@ class Pool:
         for member in self._members.values():
             ray.kill(member.handle)
         self._members.clear()
+        for serving in self._by_load:
+            serving.clear()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -175,9 +177,7 @@ class Pool:
             await self._changed.wait_for(lambda: len(self.pids) >= self._minimum)
         self._minimum = 1
 
-    async def call(
-        self, method: str, *args: Any, priority: tuple[float, ...], returns: int = 1, what: str = ""
-    ) -> tuple[list, Any]:
+    async def call(self, method: str, *args: Any, priority: tuple[float, ...], what: str = "") -> tuple[list, Any]:
         """Have an actor do `method`: the references of all returns but the last, and the value of the last.
 
         `what` names the work in the log.
@@ -185,7 +185,7 @@ class Pool:
         The last return must be small: it alone comes to this process, and tells that the call is done.
         """
         done: asyncio.Future[tuple[list, Any]] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._calls, _Call(priority, next(self._order), method, what or method, args, returns, done))
+        heapq.heappush(self._calls, _Call(priority, next(self._order), method, what or method, args, done))
         self._dispatch()
         return await done
 
@@ -195,26 +195,35 @@ class Pool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        ready = [member for member in self._members.values() if member.place and not member.retiring]
-        for in_flight, waiting in ((0, 0), (1, AHEAD * len(ready))):
-            for member in ready:
-                self._drop_cancelled()
-                room = self._max_unused is None or self._unused < self._max_unused
-                if len(self._calls) <= waiting or not room:
-                    break
-                if len(member.calls) == in_flight:
-                    self._unused += 1
-                    call = heapq.heappop(self._calls)
-                    member.since = member.since if member.calls else time.monotonic()
-                    member.calls.append(call)
-                    self._task(self._follow(member, call))
+        while self._max_unused is None or self._unused < self._max_unused:
+            while self._calls and self._calls[0].done.cancelled():
+                heapq.heappop(self._calls)
+            member = self._next_member()
+            if member is None:
+                break
+            self._unused += 1
+            call = heapq.heappop(self._calls)
+            member.since = member.since if member.calls else time.monotonic()
+            member.calls.append(call)
+            self._shelve(member)
+            self._task(self._follow(member, call))
 
-    def _drop_cancelled(self) -> None:
-        while self._calls and self._calls[0].done.cancelled():
-            heapq.heappop(self._calls)
+    def _next_member(self) -> _Member | None:
+        """Who takes the next call: one that is idle, or has one call in hand while many wait."""
+        idle, busy, _ = self._by_load
+        serving = sum(map(len, self._by_load))
+        takers = idle if idle and self._calls else busy if len(self._calls) > AHEAD * serving else {}
+        return next(iter(takers.values()), None)
+
+    def _shelve(self, member: _Member) -> None:
+        """Keep a member with those that have as many calls in hand: `_dispatch` must not look at each."""
+        for serving in self._by_load:
+            serving.pop(member.name, None)
+        if member.name in self._members and member.place and not member.retiring:
+            self._by_load[len(member.calls)][member.name] = member
 
     async def _follow(self, member: _Member, call: _Call) -> None:
-        refs = getattr(member.handle, call.method).options(num_returns=call.returns).remote(*call.args)
+        refs = getattr(member.handle, call.method).remote(*call.args)
         refs = refs if isinstance(refs, list) else [refs]
         try:
             answer = await refs[-1]
@@ -234,6 +243,7 @@ class Pool:
                 call.done.set_result((refs[:-1], answer))
         member.calls.remove(call)
         member.since = time.monotonic()
+        self._shelve(member)
         if member.retiring and not member.calls:
             self._end(member)
         self._dispatch()
@@ -247,6 +257,7 @@ class Pool:
     async def _await_ready(self, member: _Member) -> None:
         try:
             member.place = await member.handle.ready.remote()
+            self._shelve(member)
             logger.info("%s is ready", member)
         except RayActorError as error:
             self._lost(member, error)
@@ -283,11 +294,13 @@ class Pool:
 
     def _retire(self, member: _Member) -> None:
         member.retiring = True
+        self._shelve(member)
         if not member.calls:
             self._end(member)
 
     def _end(self, member: _Member) -> None:
         if self._members.pop(member.name, None):
+            self._shelve(member)
             if member.calls:
                 self.lost_seconds.add(time.monotonic() - member.since)
             ray.kill(member.handle)

@@ -29,6 +29,7 @@ class RolloutActor:
         """Where it is, once the model is loaded."""
         return self._place
 
+    @ray.method(num_returns=3)
     def compute(
         self, unit: Unit, weights: PublishedWeights, embedding: PromptEmbedding, anchor: Anchor | None = None
     ) -> tuple[Any, Images, UnitReport]:

@@ -68,17 +68,10 @@ class _Device:
     """What the pool takes for an actor: one of the devices of a host."""
 
     def __init__(self, host: Any, name: str):
-        self._host, self._name, self._returns = host, name, 1
-        self.ready = self.compute = self
-
-    def options(self, num_returns: int) -> "_Device":
-        self._returns = num_returns
-        return self
+        self._host, self._name, self.ready, self.compute = host, name, host.ready, self
 
     def remote(self, *args: Any) -> Any:
-        if not args:
-            return self._host.ready.remote()
-        return self._host.compute.options(num_returns=self._returns).remote(self._name, *args)
+        return self._host.compute.remote(self._name, *args)
 
 
 def _host(plan: BranchPlan, seconds: float) -> Any:
@@ -93,6 +86,7 @@ def _host(plan: BranchPlan, seconds: float) -> Any:
         async def ready(self) -> Place:
             return place
 
+        @ray.method(num_returns=3)
         async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, anchor: Any = None) -> Any:
             is_anchor = isinstance(unit, AnchorUnit)
             cost = plan.steps if is_anchor else unit.members * plan.branch_evaluations(unit.branch_step)
