@@ -4,13 +4,15 @@
     python benchmarks/scaling.py --model      only the model on paper, to 1,000 devices: no Ray
 
 The devices are coroutines in a few Ray actors (`--hosts`), so that 64 of them fit on two cores. Real is every call
-through Ray, every object, the pool's dispatch and the collector's planning; not real is one process a device.
+through Ray, every object, the pool's dispatch, the collector's planning and the run's log; not real is one process a device.
 """
 
 import asyncio
 import heapq
 import itertools
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from common import Row, median, parser, report
 from g2rpo_ray.algo import BranchPlan  # isort: skip  # common makes the packages importable
 from g2rpo_ray.config import load_config
 from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.tracking import log_to
 from g2rpo_ray.types import AnchorUnit, Branches, Place, UnitReport, WeightsManifest
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
@@ -199,7 +202,10 @@ def main() -> None:
         if given.quick:
             cases, sizes, repeats = [(8, 2)], [12], 1
         seconds = given.evaluation_ms / 1e3
-        rows = [measure(*case, size, seconds, given.hosts, repeats) for case in cases for size in sizes]
+        with tempfile.TemporaryDirectory() as folder:
+            close = log_to(Path(folder) / "run.log")  # a line a unit, as in a run
+            rows = [measure(*case, size, seconds, given.hosts, repeats) for case in cases for size in sizes]
+            close()
         note = (
             f"{given.evaluation_ms:g} ms an evaluation, {given.hosts} host processes, median of {repeats} iterations."
         )
