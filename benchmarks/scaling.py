@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --model      only the model on paper, to 1,000 devices: no Ray
 
 The devices are coroutines in a few Ray actors (`--hosts`), so that 64 of them fit on two cores. Real is every call
-through Ray, every object, the pool's dispatch, the collector's planning and the run's log; not real is one process a device.
+through Ray, every object, the pool's dispatch, the collector's planning and the run's log; not real is one process a
+device.
 """
 
 import asyncio
