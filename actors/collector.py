@@ -84,12 +84,13 @@ class Collector:
         embeddings: Embeddings,
         rollout: Pool,
         scorers: Mapping[str, Scorer],
-        keep: Callable[[ray.ObjectRef], Awaitable[None]],
+        keep: Callable[[ray.ObjectRef, bool], Awaitable[None]],
         timeline: list[Span],
     ):
         """
         Args:
-            keep: has the learner fetch a unit's result at once, so that it outlives the node that computed it.
+            keep: has the learner fetch a unit's result, so that it outlives the node that computed it; at once, or
+                together with what comes next.
             timeline: takes a span for everything that was done.
         """
         self._config = config
@@ -99,6 +100,7 @@ class Collector:
         self._scorers = scorers
         self._keep = keep
         self._timeline = timeline
+        self._computing = 0  # units asked for that are not done
 
     async def rollout(self, iteration: int, prompts: Sequence[str], weights: PublishedWeights) -> Rollout:
         """Sample and score the group of every prompt at every branch step and granularity."""
@@ -136,7 +138,7 @@ class Collector:
         anchor, image = await self._compute(job, unit, cost=self._plan.steps)
         scores, _, *branches = await asyncio.gather(
             self._score(unit, image, 1, list(self._scorers)),
-            self._keep(anchor),
+            self._keep(anchor, False),
             *(self._branch(job, branch, anchor) for branch in self._branch_units(unit)),
         )
         slices = len(branches) // len(self._plan.branch_steps)
@@ -161,7 +163,8 @@ class Collector:
         branches, images = await self._compute(job, unit, anchor, cost=cost)
         shape = (len(self._plan.strides), unit.members)
         scores, _ = await asyncio.gather(
-            self._score(unit, images, shape[0] * shape[1], list(self._config.rewards)), self._keep(branches)
+            self._score(unit, images, shape[0] * shape[1], list(self._config.rewards)),
+            self._keep(branches, self._computing == 0),
         )
         return branches, np.stack([scores[name].reshape(shape) for name in self._config.rewards])
 
@@ -175,9 +178,13 @@ class Collector:
         urgency = (job.iteration, 0) if isinstance(unit, AnchorUnit) else (job.iteration, 1, -cost)
         what = f"{unit.name} with weights {job.weights.manifest.version}"
         report: UnitReport
-        refs, report = await self._rollout.call(
-            "compute", unit, job.weights, job.embedding, *args, priority=urgency, what=what
-        )
+        self._computing += 1
+        try:
+            refs, report = await self._rollout.call(
+                "compute", unit, job.weights, job.embedding, *args, priority=urgency, what=what
+            )
+        finally:
+            self._computing -= 1
         assert report.evaluations == cost, f"{unit.name}: {report.evaluations} evaluations, {cost} planned"
         logger.info("%s: done by %s on %s in %.2f s", what, report.actor, report.place.address, report.seconds)
         self._timeline += report.spans()

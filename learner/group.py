@@ -160,10 +160,10 @@ class LearnerGroup:
         (found,) = await _all([manifest])
         return found, state
 
-    async def keep(self, result: "ray.ObjectRef[Any]") -> None:
+    async def keep(self, result: "ray.ObjectRef[Any]", at_once: bool) -> None:
         """Have the learner's node fetch what a unit left. While the learner starts again, so will the rollout."""
         if self._keeper:
-            await self._keeper.keep(result)
+            await self._keeper.keep(result, at_once)
 
     async def save(self, folder: Folder) -> dict[str, str]:
         """Write a checkpoint, readable with any number of ranks and any ZeRO stage; SHA-256 of each file, by name."""

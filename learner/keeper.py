@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
+
+PAUSE_S = 1.0  # before a fetch: a call for each result would be half of what the driver does for a unit
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # it has no state to lose
@@ -30,7 +33,7 @@ def _error(ref: "ray.ObjectRef[Any]") -> Exception | None:
 
 
 class Keeper:
-    """Has the node of the learner fetch results. What comes while some are fetched goes together, in the next call."""
+    """Has the node of the learner fetch results. Those of a second go together, in one call."""
 
     def __init__(self, node: str):
         """`node`: Ray's id of it."""
@@ -38,15 +41,18 @@ class Keeper:
         self._fetcher: Any = _Fetcher.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
         self._waiting: list[tuple[Any, asyncio.Future[None]]] = []
         self._fetching: asyncio.Task[None] | None = None
+        self._at_once = asyncio.Event()
 
-    async def keep(self, result: "ray.ObjectRef[Any]") -> None:
-        """Return when the node has the result.
+    async def keep(self, result: "ray.ObjectRef[Any]", at_once: bool = False) -> None:
+        """Return when the node has the result; `at_once`: it and those before it have no others to wait for.
 
         Raises:
             RayError: the result was lost with its node, or its owner, before that.
         """
         kept = asyncio.get_running_loop().create_future()
         self._waiting.append((result, kept))
+        if at_once:
+            self._at_once.set()
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._fetch())
         await kept
@@ -58,6 +64,9 @@ class Keeper:
 
     async def _fetch(self) -> None:
         while self._waiting:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._at_once.wait(), PAUSE_S)
+            self._at_once.clear()
             batch, self._waiting = self._waiting, []
             try:
                 errors = await self._fetcher.fetch.remote([result for result, _ in batch])

@@ -16,7 +16,7 @@ from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
 from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
 from g2rpo_ray.types import BranchUnit
-from learner.keeper import Keeper
+from learner.keeper import PAUSE_S, Keeper
 
 pytestmark = pytest.mark.cluster
 
@@ -226,6 +226,23 @@ def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score(
 
     first, gone, last = asyncio.run(keep())
     assert (first, is_lost_object(gone), last) == (None, True, None)
+
+
+def test_results_are_kept_a_second_s_worth_at_a_time_but_the_last_at_once():
+    async def keep():
+        keeper, result = Keeper(ray.get_runtime_context().get_node_id()), ray.put(IMAGES)
+        await keeper.keep(result, at_once=True)  # it has started
+        start = time.monotonic()
+        first = asyncio.ensure_future(keeper.keep(result))
+        await asyncio.sleep(PAUSE_S / 4)
+        await asyncio.gather(first, keeper.keep(result, at_once=True))
+        between = time.monotonic()
+        await asyncio.gather(keeper.keep(result), keeper.keep(result))
+        keeper.stop()
+        return between - start, time.monotonic() - between
+
+    together, alone = asyncio.run(keep())
+    assert PAUSE_S / 4 < together < PAUSE_S <= alone
 
 
 def scorer(retries=2, **options):
