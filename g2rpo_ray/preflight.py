@@ -109,7 +109,7 @@ def _memory(config: Config) -> str:
     from g2rpo_ray.models.estimate import rollout_memory
 
     needed = {part: size / 2**30 for part, size in rollout_memory(config).items()}
-    work = max(needed["velocity"], needed["decode"])
+    work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
     return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work, beside what libraries take"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from g2rpo_ray.algo import Velocity, complete, run_anchor, transition
 from g2rpo_ray.config import Config
+from g2rpo_ray.decoder import Decoder
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
 from g2rpo_ray.noise import generator
 from g2rpo_ray.plan import branch_plan, sigma_grid
@@ -34,6 +35,7 @@ class Sampler:
             self._model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
         self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
         self._plan = branch_plan(config.sampler)
+        self._decoder = Decoder(config, self._model)
         self.evaluations = 0
         """Velocity evaluations since the start, a latent each."""
 
@@ -61,9 +63,10 @@ class Sampler:
         step = transition(sampler.kernel, x[None], v[None], self._sigmas, unit.branch_step, sampler.eta, noise=noise)
         assert step.log_prob is not None
         paths = self._plan.paths(unit.branch_step)
+        decoding = self._decoder.unit(len(paths) * unit.members)
         with self._velocity(embedding) as velocity:
-            final = complete(velocity, step.next_x, paths, self._sigmas, self._config.rollout.micro_batch)
-        return Branches(_array(step.next_x), _array(step.log_prob)), self._decode(final.flatten(0, 1))
+            complete(velocity, step.next_x, paths, self._sigmas, self._config.rollout.micro_batch, decoding.ended)
+        return Branches(_array(step.next_x), _array(step.log_prob)), decoding.images()
 
     @torch.inference_mode()
     def sample(self, unit: SampleUnit, embedding: PromptEmbedding) -> Images:
@@ -102,15 +105,9 @@ class Sampler:
             yield velocity
 
     def _decode(self, x: Tensor) -> Images:
-        """Images [N, H, W, 3]; a device decodes the next batch while it sends the one before."""
-        height, width = self._config.model.height, self._config.model.width
-        images = torch.empty(len(x), height, width, 3, dtype=torch.uint8, pin_memory=self._device == "cuda")
-        size = self._config.rollout.decode_batch
-        for part, place in zip(x.split(size), images.split(size), strict=True):
-            place.copy_(self._model.decode(part), non_blocking=True)
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return images.numpy()
+        decoding = self._decoder.unit(len(x))
+        decoding.ended(range(len(x)), x)
+        return decoding.images()
 
 
 def _array(tensor: Tensor) -> FloatArray:

@@ -33,7 +33,7 @@ class CountingModel(FluxModel):
 
     def __init__(self, model):
         vars(self).update(vars(model))
-        self.batches, self.decoded = [], []
+        self.batches, self.decoded, self.decoded_after = [], [], []
 
     def velocity(self, x, sigma, conditioning):
         self.batches.append(len(x))
@@ -41,6 +41,7 @@ class CountingModel(FluxModel):
 
     def decode(self, x):
         self.decoded.append(len(x))
+        self.decoded_after.append(len(self.batches))
         return torch.zeros(len(x), 32, 32, 3, dtype=torch.uint8)
 
 
@@ -84,10 +85,13 @@ def test_a_prompt_takes_few_batches(model):
     assert found == {12: 16 + 2004 // 12, 36: 16 + 8 + sum(range(7, 15))}  # 36: as many as the longest path takes
 
 
-def test_pictures_are_decoded_in_batches(model):
-    counted, sampler = counting(model, micro_batch=36, decode_batch=16)
+def test_pictures_are_decoded_in_batches_beside_the_last_velocities(model):
+    counted, sampler = counting(model, micro_batch=12, decode_batch=16)
     compute(sampler, steps=[3])
     assert counted.decoded == [1, 16, 16, 4]
+    velocities = len(counted.batches)
+    # the last three batches of velocities end 12 trajectories each: 12, 24 and 36 of them are there
+    assert counted.decoded_after == [16, velocities - 1, velocities, velocities]
 
 
 class Copies(TorchFunctionMode):

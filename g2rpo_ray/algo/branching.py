@@ -1,6 +1,6 @@
 """Singular stochastic sampling: an anchor by ODE, groups that branch off it, completed at every granularity."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from g2rpo_ray.algo.schedule import completion_path
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [N, ...], sigma [N]) -> velocity [N, ...]; every call costs N evaluations."""
+
+Ended = Callable[[Iterable[int], Tensor], None]
+"""(rows, latents [N, ...]): these rows of the latents are at the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,27 @@ def run_anchor(velocity: Velocity, x: Tensor, sigmas: Tensor, branch_steps: Sequ
     return AnchorTrajectory(torch.stack(latents), torch.stack(velocities), x)
 
 
-def complete(velocity: Velocity, x: Tensor, paths: Sequence[Sequence[int]], sigmas: Tensor, micro_batch: int) -> Tensor:
+def complete(
+    velocity: Velocity,
+    x: Tensor,
+    paths: Sequence[Sequence[int]],
+    sigmas: Tensor,
+    micro_batch: int,
+    ended: Ended = lambda rows, latents: None,
+) -> Tensor:
     """Complete G members [G, ...], all at the same schedule index, by ODE along each of J paths: [J, G, ...].
 
     Every velocity is evaluated once, the first one for all paths together. A batch takes the `micro_batch`
     trajectories with most evaluations to go, whatever their sigma, so that batches stay full until the end; which
     trajectories meet in a batch follows from the arguments alone.
+
+    `ended` is told of rows j · G + g of latents [J · G, ...] as soon as they end, while others have steps to go.
     """
+    times = (len(paths), *[1] * (x.ndim - 1))
     if len(paths[0]) == 1:  # the branch ended at the image
-        return x.expand(len(paths), *x.shape).clone()
+        state = x.repeat(times)
+        ended(range(len(state)), state)
+        return state.view(len(paths), *x.shape)
     grid = sigmas.to(x)
     first = torch.cat([velocity(part, grid[paths[0][0]].expand(len(part))) for part in x.split(micro_batch)])
     rows = [path for path in paths for _ in range(len(x))]  # row r is member r % G at granularity r // G
@@ -84,11 +99,17 @@ def complete(velocity: Velocity, x: Tensor, paths: Sequence[Sequence[int]], sigm
     places = torch.tensor([place for batch in batches for place in batch], device=x.device)  # in one copy, not one each
     steps = [(r, grid[now], grid[then]) for r, now, then in (b.unbind(1) for b in places.split([*map(len, batches)]))]
     (_, now, then), *others = steps
-    times = (len(paths), *[1] * (x.ndim - 1))
     state = ode_step(x.repeat(times), first.repeat(times), now, then)
-    for batch, now, then in others:
-        state[batch] = ode_step(state[batch], velocity(state[batch], now), now, then)
+    ended(_last_steps(batches[0], rows), state)
+    for batch, (places, now, then) in zip(batches[1:], others, strict=True):
+        state[places] = ode_step(state[places], velocity(state[places], now), now, then)
+        ended(_last_steps(batch, rows), state)
     return state.view(len(paths), *x.shape)
+
+
+def _last_steps(batch: Sequence[tuple[int, int, int]], rows: Sequence[Sequence[int]]) -> list[int]:
+    """The rows of a batch whose paths end with it."""
+    return [r for r, _, then in batch if then == rows[r][-1]]
 
 
 def _batches(rows: Sequence[Sequence[int]], micro_batch: int) -> Iterator[list[tuple[int, int, int]]]:
