@@ -102,6 +102,9 @@ class RolloutConfig(Section):
     """CPU threads of one actor."""
     micro_batch: int = Field(8, ge=1)
     """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of an actor's device. Given, `micro_batch` is lowered, before anything starts, to what an estimate says
+    that it holds; it stays so for the run."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise
     than the learner does: watch actor/ratio_initial_max_dev."""

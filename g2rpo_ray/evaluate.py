@@ -25,7 +25,7 @@ from g2rpo_ray.data import read_prompts
 from g2rpo_ray.files import resolve
 from g2rpo_ray.heldout import picture_grid
 from g2rpo_ray.interrupt import Interrupt
-from g2rpo_ray.preflight import check_models, open_run
+from g2rpo_ray.preflight import check_models, fit_batches, open_run
 from g2rpo_ray.run import INTERRUPTED, INVALID, fail
 from g2rpo_ray.scorebook import Cell, ScoreBook
 from g2rpo_ray.storage import Folder, replace_text
@@ -80,6 +80,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     given = load_config(options.config, options.set)
     config = _without_training(given)
     check_models(config)
+    config = fit_batches(config)
     prompts = read_prompts(
         options.prompts or given.data.heldout_prompts, "--prompts" if options.prompts else "data.heldout_prompts"
     )

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config
@@ -74,6 +75,35 @@ def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
     return unchecked
 
 
+def fit_batches(config: Config) -> Config:
+    """The configuration with `rollout.micro_batch` lowered to what `rollout.memory_gib`, if given, holds.
+
+    Decided by the configuration alone: actors on other hardware, or after a resume, make the same batches.
+
+    Raises:
+        ValueError: one line; not even one latent fits, or the model's configuration cannot be read here.
+    """
+    given = config.rollout.memory_gib
+    if given is None:
+        return config
+    from g2rpo_ray.models.estimate import fitting_micro_batch, with_micro_batch
+
+    try:
+        fits = fitting_micro_batch(config, int(given * 2**30))
+    except OSError as error:
+        reason = shorten(str(error), 200)
+        raise ValueError(
+            f"rollout.memory_gib: {given:g} given, but the configuration of {config.model.path} cannot be read here: "
+            f"give its directory as model.path, or set rollout.micro_batch alone ({reason})"
+        ) from None
+    if not fits:
+        raise ValueError(
+            f"rollout.memory_gib: {given:g} given; not enough for one latent of this model: lower "
+            f"rollout.decode_batch={config.rollout.decode_batch} or the size of the images, or use a larger device"
+        )
+    return with_micro_batch(config, fits)
+
+
 def _check_model(config: Config) -> list[str]:
     given, path = config.model.path, Path(resolve(config.model.path))
     if path.is_dir():
@@ -110,7 +140,8 @@ def _memory(config: Config) -> str:
 
     needed = {part: size / 2**30 for part, size in rollout_memory(config).items()}
     work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
-    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work, beside what libraries take"
+    batch = f"in batches of {config.rollout.micro_batch}"
+    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work {batch}, beside what libraries take"
 
 
 def describe_plan(config: Config) -> str:

@@ -20,7 +20,7 @@ from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import drawn_prompts, iteration_prompts
 from g2rpo_ray.interrupt import Interrupt
 from g2rpo_ray.journal import Journal, is_finished, summarize
-from g2rpo_ray.preflight import Prompts, check_files, describe_plan, open_run, read_run_prompts
+from g2rpo_ray.preflight import Prompts, check_files, describe_plan, fit_batches, open_run, read_run_prompts
 from g2rpo_ray.storage import Folder
 from g2rpo_ray.types import Rollout
 
@@ -160,6 +160,7 @@ def _main(options: argparse.Namespace) -> int:
         checkpoint = find_checkpoint(run, options.resume)
         prompts = read_run_prompts(config)
         unchecked = check_files(config, checkpoint)
+        config = fit_batches(config)
     except ValueError as error:
         return _refuse(error)
     if checkpoint and is_finished(config, run, checkpoint.iteration) and not options.check:

@@ -46,6 +46,11 @@ CASES = {
         ["--set", "rewards.preference.options.checkpoint=FILES/none.pt"],
         ["rewards.preference.options.checkpoint: no file"],
     ),
+    "too little memory": (["--set", "rollout.memory_gib=0.5"], ["rollout.memory_gib: 0.5 given; not enough"]),
+    "memory of a model that is not here": (
+        ["--set", "rollout.memory_gib=80", "--set", "model.path=some/model"],
+        ["rollout.memory_gib: 80 given, but the configuration of some/model cannot be read here"],
+    ),
     "name outside its folder": (["--name", "../x"], ["name: '../x' given"]),
 }
 

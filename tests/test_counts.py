@@ -9,9 +9,10 @@ from torch.overrides import TorchFunctionMode
 
 from g2rpo_ray.config import load_config
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
-from g2rpo_ray.models.estimate import peak_bytes, rollout_memory
+from g2rpo_ray.models.estimate import LIBRARIES, peak_bytes, rollout_memory, with_micro_batch
 from g2rpo_ray.noise import generator
 from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.preflight import fit_batches
 from g2rpo_ray.sampler import Sampler
 from g2rpo_ray.types import AnchorUnit, BranchUnit, PromptEmbedding
 
@@ -186,3 +187,14 @@ def test_memory_is_estimated_without_weights(model):
     assert small["weights"] == 4 * base + adapter
     assert large["velocity"] == pytest.approx(2 * small["velocity"], rel=0.05)
     assert large["decode"] == small["decode"] > 16 * 32 * 32 * 3 * 4
+
+
+@pytest.mark.parametrize("n", [1, 5, 16])
+def test_the_largest_batch_that_fits_is_chosen_before_anything_starts(n):
+    config = load_config()
+    assert config.rollout.micro_batch == 16
+    needed = sum(rollout_memory(with_micro_batch(config, n)).values()) + LIBRARIES
+    for gib, fits in (((needed + 1e4) / 2**30, n), (80, 16)):
+        given = load_config(None, [f"rollout.memory_gib={gib}"])
+        assert fit_batches(given).rollout.micro_batch == fits
+    assert fit_batches(config) is config

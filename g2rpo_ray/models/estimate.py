@@ -15,12 +15,14 @@ from g2rpo_ray.files import resolve
 from g2rpo_ray.models.inference import fold_lora
 from g2rpo_ray.models.lora import add_lora
 
+LIBRARIES = 2**30  # bytes that a GPU's context and the workspaces of its libraries take, about
+
 
 def rollout_memory(config: Config) -> dict[str, int]:
     """Bytes on a rollout actor's device: `weights`, and the peak of the tensors of a `velocity` and of a `decode`.
 
     A velocity of `rollout.micro_batch` latents and a VAE pass of `rollout.decode_batch` are run without data, and what
-    is alive is added up: attention as a fused kernel, without the workspaces of libraries (about 1 GB on a GPU).
+    is alive is added up: attention as a fused kernel, without `LIBRARIES`.
     """
     path, revision = resolve(config.model.path), config.model.revision
     network = FluxTransformer2DModel.load_config(path, subfolder="transformer", revision=revision)
@@ -41,6 +43,22 @@ def rollout_memory(config: Config) -> dict[str, int]:
             "velocity": peak_bytes(lambda: transformer(**inputs)),
             "decode": peak_bytes(lambda: vae.decode(latent)),
         }
+
+
+def fitting_micro_batch(config: Config, memory: int) -> int:
+    """The largest micro-batch up to `rollout.micro_batch` that this memory, in bytes, holds; 0 if none does."""
+    asked = config.rollout.micro_batch
+    sizes = [rollout_memory(with_micro_batch(config, n)) for n in (1, asked)]
+    needed, wanted = (sum(size.values()) + LIBRARIES for size in sizes)
+    if memory < needed:
+        return 0
+    each = (wanted - needed) / max(1, asked - 1)  # all tensors of a velocity have a row for each latent, or one for all
+    return asked if memory >= wanted else 1 + int((memory - needed) / each)
+
+
+def with_micro_batch(config: Config, n: int) -> Config:
+    """The configuration with another `rollout.micro_batch`."""
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"micro_batch": n})})
 
 
 def velocity_inputs(
