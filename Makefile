@@ -1,5 +1,7 @@
 # make run: train the embedded default.  make test: all tests.  Both set up .venv first, once.
+# JOBS: how many test files at a time; a file with Ray in it takes about one core and 4 GB.
 PYTHON ?= python3
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -18,7 +20,7 @@ run: setup
 	$(BIN)/python -m g2rpo_ray.run $(ARGS)
 
 test: setup
-	tests/isolated $(BIN)/python -m pytest $(ARGS)
+	tests/isolated $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

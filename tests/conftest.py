@@ -1,9 +1,20 @@
 import functools
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.runs import finish, kill_all, lora, run, start
+
+
+def pytest_configure():
+    """Processes that run tests side by side must not find each other's clusters, as `ray` does by RAY_TMPDIR."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp()) / worker  # short: Ray's sockets are in it
+        folder.mkdir()
+        os.environ["RAY_TMPDIR"] = str(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")
