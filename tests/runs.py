@@ -41,6 +41,17 @@ def command(output: Path, name: str, *arguments: str, **settings) -> list[str]:
     return [sys.executable, "-m", "g2rpo_ray.run", "--name", name, *sets, *arguments]
 
 
+def head_command(port: int, *options: str) -> list[str]:
+    """`ray start` of a head on ports that the clusters of tests beside it do not have; its workers take free ones."""
+    ports = [
+        f"--port={port}",
+        f"--dashboard-agent-listen-port={port + 1000}",
+        f"--ray-client-server-port={port + 2000}",
+    ]
+    workers = ["--min-worker-port=0", "--max-worker-port=0"]
+    return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *ports, *workers, *options]
+
+
 def start(output: Path, name: str, *arguments: str, **settings) -> subprocess.Popen:
     return subprocess.Popen(
         command(output, name, *arguments, **settings),

@@ -19,7 +19,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from g2rpo_ray.tracking import read_lines
 from tests.kuberay.render import render
-from tests.runs import actors_of, finish, kill_all, lora, metrics, same_lora, start, wait_for
+from tests.runs import actors_of, finish, head_command, kill_all, lora, metrics, same_lora, start, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -87,8 +87,8 @@ class Cluster:
         }  # fmt: skip
         # not ray.cluster_utils.AutoscalingCluster: it reads a file that Ray's wheel lacks, and runs `ray stop --force`
         self.head = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={PORT}", "--num-cpus=0",
-             "--include-dashboard=false", f"--object-store-memory={STORE}", f"--autoscaling-config={scaling}"],
+            head_command(PORT, "--num-cpus=0", "--include-dashboard=false", f"--object-store-memory={STORE}",
+                         f"--autoscaling-config={scaling}"),
             env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         with self._log.open("w") as log:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

@@ -19,7 +19,7 @@ from g2rpo_ray.config import ModelConfig, load_config
 from g2rpo_ray.models import FluxModel, read_lora
 from g2rpo_ray.rewards.weights import pretrained, read_weights
 from g2rpo_ray.run import main
-from tests.runs import PATIENCE, command, kill_all, metrics, wait_for
+from tests.runs import PATIENCE, command, head_command, kill_all, metrics, wait_for
 from tests.test_system import listens
 from tests.test_unified_reward import KEY, chat_server
 from tests.tiny_flux import write_tiny_flux
@@ -63,8 +63,8 @@ def guarded(home):
     """A cluster that wants a token, its nodes with secrets in their environment: its variables."""
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "JUDGE_KEY": KEY, "SOMETHING_ELSE": MARK}
     head = subprocess.Popen(
-        [BINARIES / "ray", "start", "--head", "--block", f"--port={PORT}", f"--dashboard-port={DASHBOARD}",
-         "--dashboard-host=127.0.0.1", "--num-cpus=2", "--object-store-memory=200000000"],
+        head_command(PORT, f"--dashboard-port={DASHBOARD}", "--dashboard-host=127.0.0.1", "--num-cpus=2",
+                     "--object-store-memory=200000000"),
         env=environment(home, variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:

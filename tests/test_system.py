@@ -17,6 +17,7 @@ from tests.runs import (
     actors_of,
     command,
     finish,
+    head_command,
     kill_all,
     lora,
     metrics,
@@ -135,8 +136,8 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
     }  # fmt: skip
     ray, port, dashboard = str(binaries / "ray"), 6399, 8299
     head = subprocess.Popen(
-        [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-         "--dashboard-host=127.0.0.1", "--object-store-memory=200000000"],
+        head_command(port, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=2",
+                     "--object-store-memory=200000000"),
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
