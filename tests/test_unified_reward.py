@@ -53,16 +53,10 @@ class Handler(BaseHTTPRequestHandler):
         caption = re.findall(r"\[(.*)\]", question["text"])[-1]
         with Handler.lock:
             Handler.asked[caption] += 1
-            Handler.busy += 1
-            Handler.most_busy = max(Handler.most_busy, Handler.busy)
             entry = {"caption": caption, "at": time.time(), "path": self.path, "model": body["model"]}
             Handler.log.append(entry | {"picture": picture["image_url"]["url"], "text": question["text"]})
-        try:
-            if self.admitted():
-                self.reply(caption, Handler.asked[caption])
-        finally:
-            with Handler.lock:
-                Handler.busy -= 1
+        if self.admitted():
+            self.reply(caption, Handler.asked[caption])
 
     def admitted(self) -> bool:
         given, wanted = self.headers.get("Authorization"), os.environ.get("SERVER_KEY")
@@ -71,10 +65,19 @@ class Handler(BaseHTTPRequestHandler):
             return False
         return True
 
+    def be_busy(self, seconds: float) -> None:
+        """Ends before the answer goes out: who has it may ask the next thing at once."""
+        with Handler.lock:
+            Handler.busy += 1
+            Handler.most_busy = max(Handler.most_busy, Handler.busy)
+        time.sleep(seconds)
+        with Handler.lock:
+            Handler.busy -= 1
+
     def reply(self, caption: str, times: int) -> None:
         what, _, rest = caption.partition(" ")
         if what == "slow":
-            time.sleep(0.4)
+            self.be_busy(0.4)
         if what == "hang" or (caption == "once hang" and times == 1):
             time.sleep(3)
         if what == "drop" or (caption == "once drop" and times == 1):
