@@ -122,6 +122,21 @@ def actors_of(process: subprocess.Popen, title: str) -> list[psutil.Process]:
     return found
 
 
+def kill_at_work(process: subprocess.Popen, title: str) -> None:
+    """Kill one of the run's actors while it does what its process title says."""
+
+    def caught() -> bool:
+        for actor in actors_of(process, title):
+            actor.suspend()  # what the title says of a process that stands still is true
+            if title in " ".join(actor.cmdline()):
+                actor.kill()
+                return True
+            actor.resume()
+        return False
+
+    wait_for(process, caught)
+
+
 def kill_all(process: subprocess.Popen) -> None:
     """End the driver as a power cut would, and what it leaves behind."""
     children = psutil.Process(process.pid).children(recursive=True)

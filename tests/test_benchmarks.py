@@ -54,6 +54,7 @@ def test_scaling_on_paper(tmp_path):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_scaling(tmp_path):
     (row,) = quick(tmp_path, "scaling")
     assert (row["units"], row["devices"]) == (18, 8)
@@ -61,6 +62,7 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_broadcast(tmp_path):
     (row,) = quick(tmp_path, "broadcast")
     assert row["tensors"] == 532

@@ -14,11 +14,11 @@ import pytest
 
 from tests.runs import (
     PATIENCE,
-    actors_of,
     command,
     finish,
     head_command,
     kill_all,
+    kill_at_work,
     lora,
     metrics,
     recovery,
@@ -64,8 +64,7 @@ def test_the_number_of_actors_changes_no_bit(reference, tmp_path):
 def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(reference, tmp_path):
     process = start(tmp_path, "killed")
     wait_for_iteration(process, tmp_path, "killed", 1)
-    wait_for(process, lambda: actors_of(process, "RolloutActor.compute"))  # it is computing a unit now
-    actors_of(process, "RolloutActor.compute")[0].kill()
+    kill_at_work(process, "RolloutActor.compute")
     finish(process)
     assert recovery(tmp_path, "killed", " died: ", "rollout-1 on") < PATIENCE
     same_lora(lora(tmp_path, "killed"), lora(reference[0], "reference"))
