@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 1.0  # before a fetch: a call for each result would be half of what the driver does for a unit
+PAUSE_S = 1.0  # before a fetch: a call for each result is as much work for the driver as sending its unit
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # it has no state to lose

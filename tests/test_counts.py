@@ -93,6 +93,9 @@ def test_pictures_are_decoded_in_batches_beside_the_last_velocities(model):
     velocities = len(counted.batches)
     # the last three batches of velocities end 12 trajectories each: 12, 24 and 36 of them are there
     assert counted.decoded_after == [16, velocities - 1, velocities, velocities]
+    counted, sampler = counting(model, micro_batch=36, decode_batch=16)
+    compute(sampler, steps=[3])
+    assert counted.decoded == [1, 4, 16, 16]  # the same batches: the last 4 are of the largest stride, and end first
 
 
 class Copies(TorchFunctionMode):
