@@ -22,7 +22,7 @@ from actors.pool import Pool, is_lost_object
 from actors.reward import Scorer
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
-from g2rpo_ray.plan import branch_plan
+from g2rpo_ray.rollout.plan import branch_plan
 from g2rpo_ray.types import (
     AnchorUnit,
     BranchUnit,

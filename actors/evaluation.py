@@ -9,10 +9,10 @@ import ray
 from actors.encoder import Say
 from actors.system import System
 from actors.weights import PublishedWeights
+from g2rpo_ray.comparison.scorebook import Cell
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import describe
-from g2rpo_ray.scorebook import Cell
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, Images
 
 Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]

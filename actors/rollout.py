@@ -18,7 +18,7 @@ class RolloutActor:
     def __init__(self, name: str, config: Config):
         import torch
 
-        from g2rpo_ray.sampler import Sampler
+        from g2rpo_ray.rollout.sampler import Sampler
 
         torch.set_num_threads(config.rollout.threads)
         self._name, self._place = name, here()

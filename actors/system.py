@@ -12,9 +12,9 @@ from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
-from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config, RewardConfig, ray_options
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.checkpoint import Checkpoint
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import Span
 from learner.group import LearnerGroup
 

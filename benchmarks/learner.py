@@ -22,8 +22,8 @@ def rollouts(config: Config) -> list[Any]:
     """Prompts as the sampler would hand them over, from noise in place of an anchor: the learner's work is the same."""
     from g2rpo_ray.algo import transition
     from g2rpo_ray.models import FluxModel
-    from g2rpo_ray.noise import generator
-    from g2rpo_ray.plan import sigma_grid
+    from g2rpo_ray.rollout.noise import generator
+    from g2rpo_ray.rollout.plan import sigma_grid
     from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
 
     model = FluxModel.load(config.model, "cpu", transformer=True)

@@ -25,9 +25,9 @@ from g2rpo_ray.algo import complete, ode_step, run_anchor, transition
 from g2rpo_ray.config import Config, LoraConfig, ModelConfig, load_config
 from g2rpo_ray.models import FluxModel, add_lora, lora_disabled, one_prompt
 from g2rpo_ray.models.estimate import peak_bytes, velocity_inputs
-from g2rpo_ray.noise import generator
-from g2rpo_ray.plan import branch_plan
-from g2rpo_ray.sampler import Sampler
+from g2rpo_ray.rollout.noise import generator
+from g2rpo_ray.rollout.plan import branch_plan
+from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import AnchorUnit, BranchUnit, PromptEmbedding
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]

@@ -21,8 +21,8 @@ from common import Row, median, parser, report
 
 from g2rpo_ray.algo import BranchPlan  # isort: skip  # common makes the packages importable
 from g2rpo_ray.config import load_config
-from g2rpo_ray.plan import branch_plan
-from g2rpo_ray.tracking import log_to
+from g2rpo_ray.record.tracking import log_to
+from g2rpo_ray.rollout.plan import branch_plan
 from g2rpo_ray.types import AnchorUnit, Branches, Place, UnitReport, WeightsManifest
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]

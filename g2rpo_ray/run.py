@@ -15,13 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rpo_ray.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import drawn_prompts, iteration_prompts
-from g2rpo_ray.interrupt import Interrupt
-from g2rpo_ray.journal import Journal, is_finished, summarize
-from g2rpo_ray.preflight import Prompts, check_files, describe_plan, fit_batches, open_run, read_run_prompts
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.launch.interrupt import Interrupt
+from g2rpo_ray.launch.preflight import Prompts, check_files, describe_plan, fit_batches, open_run, read_run_prompts
+from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.record.journal import Journal, is_finished, summarize
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import Rollout
 
 if TYPE_CHECKING:  # Ray is loaded when there is something to run

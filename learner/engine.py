@@ -38,7 +38,7 @@ from g2rpo_ray.algo import (
 from g2rpo_ray.config import Config, LearnerConfig
 from g2rpo_ray.files import resolve
 from g2rpo_ray.models import FluxModel, add_lora, export_lora, load_lora, lora_disabled, lora_parameters, read_lora
-from g2rpo_ray.plan import sigma_grid
+from g2rpo_ray.rollout.plan import sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
 from learner.batch import BatchShape, RankMetrics, add_advantages
 

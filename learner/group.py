@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from g2rpo_ray.config import Config, ray_options
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
 from learner.keeper import Keeper

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from g2rpo_ray.tracking import read_lines
+from g2rpo_ray.record.tracking import read_lines
 
 EMBEDDINGS = tempfile.TemporaryDirectory()  # of all runs of a session: encoding takes longer than an iteration
 SMALL = {

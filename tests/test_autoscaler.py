@@ -17,7 +17,7 @@ from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from g2rpo_ray.tracking import read_lines
+from g2rpo_ray.record.tracking import read_lines
 from tests.kuberay.render import render
 from tests.runs import actors_of, finish, head_command, kill_all, lora, metrics, same_lora, start, wait_for
 

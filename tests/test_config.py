@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from g2rpo_ray.config import dump_config, load_config
-from g2rpo_ray.preflight import check_files
+from g2rpo_ray.launch.preflight import check_files
 
 
 def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the_same():

@@ -8,12 +8,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from g2rpo_ray.config import load_config
+from g2rpo_ray.launch.preflight import fit_batches
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
 from g2rpo_ray.models.estimate import LIBRARIES, peak_bytes, rollout_memory, with_micro_batch
-from g2rpo_ray.noise import generator
-from g2rpo_ray.plan import branch_plan
-from g2rpo_ray.preflight import fit_batches
-from g2rpo_ray.sampler import Sampler
+from g2rpo_ray.rollout.noise import generator
+from g2rpo_ray.rollout.plan import branch_plan
+from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import AnchorUnit, BranchUnit, PromptEmbedding
 
 PAPER = ["steps=16", "branch_steps=[0,1,2,3,4,5,6,7]", "strides=[1,2,3]", "group_size=12", "layout=paper"]

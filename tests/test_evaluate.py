@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from g2rpo_ray.comparison import interval, row, t_quantile, to_csv, to_markdown
+from g2rpo_ray.comparison.scorebook import Cell, ScoreBook
+from g2rpo_ray.comparison.statistics import interval, row, t_quantile
+from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import load_config
 from g2rpo_ray.evaluate import _parser, main, make_plan
 from g2rpo_ray.models import FluxModel, export_lora, lora_shapes
-from g2rpo_ray.sampler import Sampler
-from g2rpo_ray.scorebook import Cell, ScoreBook
-from g2rpo_ray.tracking import read_lines
+from g2rpo_ray.record.tracking import read_lines
+from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import SampleUnit
 from tests.runs import EMBEDDINGS, finish, kill_all, wait_for
 

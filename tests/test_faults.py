@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from g2rpo_ray.checkpoint import find_checkpoint
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.checkpoint import find_checkpoint
+from g2rpo_ray.record.storage import Folder
 from tests.runs import (
     actors_of,
     finish,

@@ -31,7 +31,7 @@ from g2rpo_ray.models import (
     read_lora,
     verify,
 )
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
 from learner.batch import BatchShape, reduce_metrics, spread
 from learner.group import LearnerGroup, LearnerLost

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from g2rpo_ray.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.config import load_config
-from g2rpo_ray.heldout import compare, picture_grid, table
-from g2rpo_ray.journal import Journal, is_finished, summarize
-from g2rpo_ray.storage import Folder
-from g2rpo_ray.timeline import write_timeline
-from g2rpo_ray.tracking import json_lines, read_lines
+from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.record.heldout import compare, picture_grid, table
+from g2rpo_ray.record.journal import Journal, is_finished, summarize
+from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.record.timeline import write_timeline
+from g2rpo_ray.record.tracking import json_lines, read_lines
 from g2rpo_ray.types import Place, PromptRollout, Rollout, Samples, Span, UnitReport
 
 

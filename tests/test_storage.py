@@ -12,9 +12,9 @@ import fsspec
 import pytest
 from pyarrow import fs
 
-from g2rpo_ray.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.data import EmbeddingStore
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.record.storage import Folder
 from tests.runs import kill_all, lora, run, same_lora, start, wait_for, wait_for_iteration
 from tests.test_data import embedding
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.files import resolve
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import PromptEmbedding
 
 PART = 64  # prompts a Parquet file: what a kill in the middle loses at most

@@ -26,8 +26,8 @@ class Reward(Protocol):
 
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
-    "colour_accuracy": "g2rpo_ray.rewards.shapes:colour_accuracy",
-    "shape_accuracy": "g2rpo_ray.rewards.shapes:shape_accuracy",
+    "colour_accuracy": "g2rpo_ray.quickstart.rules:colour_accuracy",
+    "shape_accuracy": "g2rpo_ray.quickstart.rules:shape_accuracy",
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from g2rpo_ray.algo import Velocity, complete, run_anchor, transition
 from g2rpo_ray.config import Config
-from g2rpo_ray.decoder import Decoder
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
-from g2rpo_ray.noise import generator
-from g2rpo_ray.plan import branch_plan, sigma_grid
+from g2rpo_ray.rollout.decoder import Decoder
+from g2rpo_ray.rollout.noise import generator
+from g2rpo_ray.rollout.plan import branch_plan, sigma_grid
 from g2rpo_ray.types import Anchor, AnchorUnit, Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from g2rpo_ray.storage import replace_text
-from g2rpo_ray.tracking import read_lines, to_json
+from g2rpo_ray.record.storage import replace_text
+from g2rpo_ray.record.tracking import read_lines, to_json
 from g2rpo_ray.types import FloatArray, Images, SampleUnit
 
 FILE = "scores.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from g2rpo_ray.storage import replace_text
+from g2rpo_ray.record.storage import replace_text
 from g2rpo_ray.types import Span
 
 WIDTH, LABEL, ROW, AXIS = 1400, 260, 18, 24  # pixels of the picture: all, names, a row, the axis

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from g2rpo_ray.config import Config, dump_config
-from g2rpo_ray.heldout import compare_all, picture_grid, table
-from g2rpo_ray.storage import Folder, replace_text
-from g2rpo_ray.timeline import write_timeline
-from g2rpo_ray.tracking import Metrics, Sink, Tracker, read_lines, to_json
+from g2rpo_ray.record.heldout import compare_all, picture_grid, table
+from g2rpo_ray.record.storage import Folder, replace_text
+from g2rpo_ray.record.timeline import write_timeline
+from g2rpo_ray.record.tracking import Metrics, Sink, Tracker, read_lines, to_json
 from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span, UnitReport
 
 HACKING_WINDOW = 20  # iterations over which trained and judging rewards are compared

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from g2rpo_ray.checkpoint import Checkpoint
 from g2rpo_ray.config import Config
 from g2rpo_ray.data import iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
-from g2rpo_ray.plan import branch_plan
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.checkpoint import Checkpoint
+from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.rollout.plan import branch_plan
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from g2rpo_ray.config import Config
-from g2rpo_ray.storage import replace_text
+from g2rpo_ray.record.storage import replace_text
 
 logger = logging.getLogger(__name__)
 

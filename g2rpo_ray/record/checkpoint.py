@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from g2rpo_ray.storage import Folder
+from g2rpo_ray.record.storage import Folder
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from g2rpo_ray.comparison import win_rate
 from g2rpo_ray.types import FloatArray, Images
 
 SMALLEST_TILE = 96  # pixels: smaller pictures are enlarged by a whole factor, or nobody could see them
@@ -37,6 +38,12 @@ def compare(before: FloatArray, after: FloatArray) -> Comparison:
     error = float(difference.std(ddof=1)) / math.sqrt(len(b)) if len(b) > 1 else math.nan
     mean_before, mean_after, rise = (float(part.mean()) for part in (b, a, difference))
     return Comparison(mean_before, mean_after, rise, error, win_rate(difference), len(b))
+
+
+def win_rate(difference: NDArray[Any]) -> float:
+    """Share of pairs that rose, ties half; a missing difference (NaN) is no pair, and NaN where there is none."""
+    there = difference[np.isfinite(difference)]
+    return float((there > 0).mean() + 0.5 * (there == 0).mean()) if len(there) else math.nan
 
 
 def compare_all(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> dict[str, dict[str, float]]:

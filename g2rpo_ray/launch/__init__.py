@@ -1,0 +1,1 @@
+"""What happens before and around a run: the command line, checks of the configuration, signals."""
