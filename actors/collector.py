@@ -1,7 +1,7 @@
 """From prompts to scored rollouts: what is asked of which pool, and what waits for what.
 
-    prompt ─► anchor ─┬─► branch units, a branch step and a slice of members each ─► images ─► scores ─► PromptRollout
-                      └─► image ─► scores: the on-policy evaluation
+    prompt ─► tree ─► trunk ─┬─► branch units, a branch step and some children each ─► images ─► scores ─► PromptRollout
+                             └─► images, if anchors are scored: the on-policy evaluation
 
 Tensors stay in the object store: this process holds references, reports and scores.
 """
@@ -21,10 +21,10 @@ from actors.encoder import Embeddings
 from actors.pool import Pool, is_lost_object
 from actors.reward import Scorer
 from actors.weights import PublishedWeights
+from g2rpo_ray.algo import Tree
 from g2rpo_ray.config import Config
-from g2rpo_ray.rollout.plan import branch_plan
+from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, put_scores, trunk_part
 from g2rpo_ray.types import (
-    AnchorUnit,
     BranchUnit,
     FloatArray,
     PromptRollout,
@@ -32,6 +32,7 @@ from g2rpo_ray.types import (
     Samples,
     SampleUnit,
     Span,
+    TrunkUnit,
     Unit,
     UnitReport,
 )
@@ -94,7 +95,6 @@ class Collector:
             timeline: takes a span for everything that was done.
         """
         self._config = config
-        self._plan = branch_plan(config.sampler)
         self._embeddings = embeddings
         self._rollout = rollout
         self._scorers = scorers
@@ -103,17 +103,18 @@ class Collector:
         self._computing = 0  # units asked for that are not done
 
     async def rollout(self, iteration: int, prompts: Sequence[str], weights: PublishedWeights) -> Rollout:
-        """Sample and score the group of every prompt at every branch step and granularity."""
+        """Sample the tree of every prompt and score its leaves."""
         start = time.perf_counter()
-        units = [AnchorUnit(iteration, slot, prompt) for slot, prompt in enumerate(prompts)]
+        units = [TrunkUnit(iteration, slot, prompt) for slot, prompt in enumerate(prompts)]
         jobs = [_Job(weights, iteration, ref) for ref in self._embeddings.refs(prompts)]
         done = await asyncio.gather(*(self._prompt(job, unit) for job, unit in zip(jobs, units, strict=True)))
         reports = [report for job in jobs for report in job.reports]
-        assert sum(report.evaluations for report in reports) == len(prompts) * self._plan.evaluations
-        scores = {name: np.concatenate([anchor[name] for _, anchor in done]) for name in self._scorers}
+        assert sum(report.evaluations for report in reports) == sum(made.tree.evaluations for made, _ in done)
+        anchors = [scores for _, scores in done if scores]
+        scores = {name: np.concatenate([anchor[name] for anchor in anchors]) for name in self._scorers if anchors}
         sampled = max(job.last_image for job in jobs) - start
         seconds = time.perf_counter() - start
-        return Rollout([rollout for rollout, _ in done], scores, reports, weights.manifest.version, seconds, sampled)
+        return Rollout([made for made, _ in done], scores, reports, weights.manifest.version, seconds, sampled)
 
     async def samples(self, iteration: int, prompts: Sequence[str], weights: PublishedWeights) -> Samples:
         """Sample every prompt with each evaluation seed and score the images with every reward.
@@ -134,48 +135,44 @@ class Collector:
         return await self._sample(_Job(weights, 0, embedding), unit)
 
     @_again_if_lost
-    async def _prompt(self, job: "_Job", unit: AnchorUnit) -> tuple[PromptRollout, dict[str, FloatArray]]:
-        anchor, image = await self._compute(job, unit, cost=self._plan.steps)
-        scores, _, *branches = await asyncio.gather(
-            self._score(unit, image, 1, list(self._scorers)),
-            self._keep(anchor, False),
-            *(self._branch(job, branch, anchor) for branch in self._branch_units(unit)),
+    async def _prompt(self, job: "_Job", unit: TrunkUnit) -> tuple[PromptRollout, dict[str, FloatArray]]:
+        """The prompt's record, and the scores of its trunks' images by reward, trained or not."""
+        tree = prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt)
+        part = trunk_part(tree)
+        trunk, images = await self._compute(job, unit, cost=part.evaluations)
+        anchors, _, *branches = await asyncio.gather(
+            self._score(unit, images, len(part.images), list(self._scorers)),
+            self._keep(trunk, False),
+            *(self._branch(job, branch, tree, trunk) for branch in branch_units(self._config, tree, unit)),
         )
-        slices = len(branches) // len(self._plan.branch_steps)
-        by_step = [branches[at : at + slices] for at in range(0, len(branches), slices)]
-        rewards = np.stack([np.concatenate([r for _, r in step], axis=-1) for step in by_step], axis=1)  # [R, M, J, G]
-        refs = tuple(tuple(ref for ref, _ in step) for step in by_step)
-        return PromptRollout(unit.slot, unit.prompt, rewards, job.embedding, anchor, refs), scores
-
-    def _branch_units(self, anchor: AnchorUnit) -> list[BranchUnit]:
-        group = self._config.sampler.group_size
-        size = self._config.rollout.members_per_unit or group
-        return [
-            BranchUnit(anchor.iteration, anchor.slot, anchor.prompt, step, first, min(size, group - first))
-            for step in self._plan.branch_steps
-            for first in range(0, group, size)
-        ]
+        scores = np.full((len(self._config.rewards), len(tree.leaf)), np.nan, np.float32)
+        for below, found in [(part, anchors), *((below, found) for _, below, found in branches)]:
+            put_scores(scores, tree, below, [found[name] for name in self._config.rewards if found])
+        refs = tuple(ref for ref, _, _ in branches)
+        place = (unit.iteration, unit.slot, unit.prompt)
+        return PromptRollout(*place, tree, scores, job.embedding, trunk, refs), anchors
 
     @_again_if_lost
-    async def _branch(self, job: "_Job", unit: BranchUnit, anchor: ray.ObjectRef) -> tuple[ray.ObjectRef, FloatArray]:
-        """The transitions, and the scores [R, J, G'] of the images."""
-        cost = unit.members * self._plan.branch_evaluations(unit.branch_step)
-        branches, images = await self._compute(job, unit, anchor, cost=cost)
-        shape = (len(self._plan.strides), unit.members)
+    async def _branch(
+        self, job: "_Job", unit: BranchUnit, tree: Tree, trunk: ray.ObjectRef
+    ) -> tuple[ray.ObjectRef, Part, dict[str, FloatArray]]:
+        """The stochastic edges, what of the tree they are, and the scores [I] of the images by trained reward."""
+        part = branch_part(tree, unit)
+        branches, images = await self._compute(job, unit, trunk, cost=part.evaluations)
         scores, _ = await asyncio.gather(
-            self._score(unit, images, shape[0] * shape[1], list(self._config.rewards)),
+            self._score(unit, images, len(part.images), list(self._config.rewards)),
             self._keep(branches, self._computing == 0),
         )
-        return branches, np.stack([scores[name].reshape(shape) for name in self._config.rewards])
+        return branches, part, scores
 
     @_again_if_lost
     async def _sample(self, job: "_Job", unit: SampleUnit) -> tuple[ray.ObjectRef, dict[str, FloatArray]]:
-        _, images = await self._compute(job, unit, cost=len(unit.seeds) * (unit.steps or self._plan.steps))
+        _, images = await self._compute(job, unit, cost=len(unit.seeds) * (unit.steps or self._config.sampler.steps))
         return images, await self._score(unit, images, len(unit.seeds), list(self._scorers))
 
     async def _compute(self, job: "_Job", unit: Unit, *args: Any, cost: int) -> list[ray.ObjectRef]:
-        """The unit's result and images; anchors first, since branches wait for them, then the dearest first."""
-        urgency = (job.iteration, 0) if isinstance(unit, AnchorUnit) else (job.iteration, 1, -cost)
+        """The unit's result and images; trunks first, since branches wait for them, then the dearest first."""
+        urgency = (job.iteration, 0) if isinstance(unit, TrunkUnit) else (job.iteration, 1, -cost)
         what = f"{unit.name} with weights {job.weights.manifest.version}"
         report: UnitReport
         self._computing += 1
@@ -193,8 +190,10 @@ class Collector:
         return refs
 
     async def _score(self, unit: Unit, images: ray.ObjectRef, count: int, names: list[str]) -> dict[str, FloatArray]:
-        """Scores [count] by reward; with them the images are used up."""
+        """Scores [count] by reward, nothing where there is no image; with them the images are used up."""
         try:
+            if not count:
+                return {}
             scores = await asyncio.gather(
                 *(self._scorers[name].score(images, count, unit.prompt, unit.name) for name in names)
             )

@@ -8,7 +8,7 @@ import ray
 from actors.pool import here
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
-from g2rpo_ray.types import Anchor, AnchorUnit, BranchUnit, Images, Place, PromptEmbedding, Unit, UnitReport
+from g2rpo_ray.types import BranchUnit, Images, Place, PromptEmbedding, Trunk, TrunkUnit, Unit, UnitReport
 
 
 @ray.remote
@@ -31,7 +31,7 @@ class RolloutActor:
 
     @ray.method(num_returns=3)
     def compute(
-        self, unit: Unit, weights: PublishedWeights, embedding: PromptEmbedding, anchor: Anchor | None = None
+        self, unit: Unit, weights: PublishedWeights, embedding: PromptEmbedding, trunk: Trunk | None = None
     ) -> tuple[Any, Images, UnitReport]:
         """What the unit leaves for the learner (None for a sample), its images, and the report for the driver."""
         started, start = time.time(), time.perf_counter()
@@ -39,11 +39,11 @@ class RolloutActor:
         fetched = time.perf_counter()
         before = self._sampler.evaluations
         result: Any
-        if isinstance(unit, AnchorUnit):
-            result, images = self._sampler.anchor(unit, embedding)
+        if isinstance(unit, TrunkUnit):
+            result, images = self._sampler.trunk(unit, embedding)
         elif isinstance(unit, BranchUnit):
-            assert anchor is not None
-            result, images = self._sampler.branch(unit, embedding, anchor)
+            assert trunk is not None
+            result, images = self._sampler.branch(unit, embedding, trunk)
         else:
             result, images = None, self._sampler.sample(unit, embedding)
         report = UnitReport(

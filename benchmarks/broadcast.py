@@ -24,7 +24,7 @@ def flux_shapes(rank: int) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--iteration-s", type=float, default=39.0, help="an iteration: 16 prompts, 64 H100")
+    options.add_argument("--iteration-s", type=float, default=37.0, help="an iteration: 16 prompts, 64 H100")
     options.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64, 128], help="of the LoRA")
     options.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16])
     given = options.parse_args()

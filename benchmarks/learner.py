@@ -1,13 +1,15 @@
 """An update of the learner: seconds and peak memory by ZeRO stage and number of ranks, over gloo; no Ray.
 
 tests/isolated python benchmarks/learner.py
+tests/isolated python benchmarks/learner.py --set method=dance_grpo     the chains of another method; any has its name
 """
 
 import os
 import resource
 import socket
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from common import Row, median, parser, report
@@ -18,41 +20,67 @@ import torch.multiprocessing as multiprocessing
 from g2rpo_ray.config import Config, load_config
 
 
+class Found(NamedTuple):
+    """What one case told."""
+
+    seconds: list[float]  # of each update
+    megabytes: float  # peak of the process
+    states: int  # of all prompts
+    steps: int  # of the optimizer, an update
+
+
 def rollouts(config: Config) -> list[Any]:
-    """Prompts as the sampler would hand them over, from noise in place of an anchor: the learner's work is the same."""
-    from g2rpo_ray.algo import transition
+    """Prompts as the sampler would hand them over: their trees, grown as far as the learner looks, with random scores.
+
+    The paths to the images, most of a rollout's cost, are left out.
+    """
     from g2rpo_ray.models import FluxModel
-    from g2rpo_ray.rollout.noise import generator
-    from g2rpo_ray.rollout.plan import sigma_grid
-    from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
 
     model = FluxModel.load(config.model, "cpu", transformer=True)
-    sampler, sigmas = config.sampler, sigma_grid(config.sampler, model.image_tokens)
-    draw, network = np.random.default_rng(0), model.transformer.config
-    made = []
-    for slot in range(config.data.prompts_per_iteration):
-        pooled = draw.standard_normal(network.pooled_projection_dim, dtype=np.float32)
-        text = (config.model.max_sequence_length, network.joint_attention_dim)
-        embedding = PromptEmbedding(str(slot), pooled, draw.standard_normal(text, dtype=np.float32), "float32")
-        latents = torch.stack([model.initial_noise(generator("x", slot, step)) for step in sampler.branch_steps])
-        branches = []
-        with torch.no_grad():
-            velocities = model.velocity(latents, sigmas[list(sampler.branch_steps)], model.condition([embedding]))
-        for place, step in enumerate(sampler.branch_steps):
-            noise = torch.stack([model.initial_noise(generator("n", slot, step, g)) for g in range(sampler.group_size)])
-            x, v = latents[place][None], velocities[place][None]
-            after = transition(sampler.kernel, x, v, sigmas, step, sampler.eta, noise=noise)
-            assert after.log_prob is not None
-            branches.append((Branches(after.next_x.numpy(), after.log_prob.numpy()),))
-        shape = (len(config.rewards), len(sampler.branch_steps), len(sampler.strides), sampler.group_size)
-        rewards = draw.standard_normal(shape, dtype=np.float32)
-        anchor = Anchor(latents.numpy(), velocities.numpy())
-        made.append(PromptRollout(slot, str(slot), rewards, embedding, anchor, tuple(branches)))
-    return made
+    return [prompt_rollout(config, model, slot) for slot in range(config.data.prompts_per_iteration)]
+
+
+@torch.no_grad()
+def prompt_rollout(config: Config, model: Any, slot: int) -> Any:
+    from g2rpo_ray.algo import grow
+    from g2rpo_ray.rollout.noise import generator
+    from g2rpo_ray.rollout.plan import edge_key, prompt_tree, sigma_grid
+    from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, Trunk, TrunkUnit
+
+    unit, draw, network = TrunkUnit(0, slot, str(slot)), np.random.default_rng(slot), model.transformer.config
+    pooled = draw.standard_normal(network.pooled_projection_dim, dtype=np.float32)
+    text = (config.model.max_sequence_length, network.joint_attention_dim)
+    embedding = PromptEmbedding(unit.prompt, pooled, draw.standard_normal(text, dtype=np.float32), "float32")
+    conditioning = model.condition([embedding])
+    tree, roots = prompt_tree(config, 0, slot, unit.prompt), range(config.sampler.roots)
+    points = tree.branch_points.tolist()
+    ends = {*tree.source[tree.trained].tolist(), *tree.target[tree.trained].tolist()}
+    touched = sorted(ends.union(points))
+    nodes = set(touched)
+    for node in reversed(range(len(tree.index))):  # a parent's number is below its children's
+        if node in nodes and tree.parent[node] >= 0:
+            nodes.add(int(tree.parent[node]))
+    part = sorted(nodes)
+
+    def noise(edges: Sequence[int]) -> torch.Tensor:
+        return torch.stack([model.initial_noise(generator(*edge_key(config, unit, tree, edge))) for edge in edges])
+
+    grown = grow(
+        lambda x, sigma: model.velocity(x, sigma, conditioning), tree, part, roots,
+        torch.stack([model.initial_noise(generator("root", slot, root)) for root in roots]),
+        sigma_grid(config.sampler, model.image_tokens), kernel=config.sampler.kernel, eta=config.sampler.eta,
+        noise=noise, keep=touched, micro_batch=config.rollout.micro_batch,
+    )  # fmt: skip
+    latents, of_trunk = grown.latents.numpy(), np.isin(touched, points)
+    trunk = Trunk(latents[of_trunk], grown.velocities.numpy()[of_trunk])
+    edges = tree.edge[part][tree.edge[part] >= 0]
+    below = Branches(np.array(touched)[~of_trunk], latents[~of_trunk], edges, grown.log_prob.numpy())
+    scores = draw.standard_normal((len(config.rewards), len(tree.leaf)), dtype=np.float32)
+    return PromptRollout(0, slot, unit.prompt, tree, scores, embedding, trunk, (below,))
 
 
 def one_rank(rank: int, config: Config, port: int, repeats: int, answers: Any) -> None:
-    """Process of one rank; rank 0 answers with (seconds of each update, peak of its memory in MB)."""
+    """Process of one rank; rank 0 answers with a `Found`."""
     ranks = config.learner.ranks
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -60,30 +88,32 @@ def one_rank(rank: int, config: Config, port: int, repeats: int, answers: Any) -
     from learner.engine import LearnerEngine
 
     prompts = rollouts(config)
-    shard, shape = spread(prompts, ranks)[rank], BatchShape.of(prompts)
+    shards = spread(prompts, ranks)
+    shape = BatchShape.of(shards, config.learner)
     engine = LearnerEngine(config, rank, ranks)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        engine.update(shard, shape)
+        engine.update(shards[rank], shape)
         seconds.append(time.perf_counter() - start)
     if rank == 0:
-        answers.put((seconds[1:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        states, memory = sum(len(prompt.tree.states) for prompt in prompts), resource.getrusage(resource.RUSAGE_SELF)
+        answers.put(Found(seconds[1:], memory.ru_maxrss / 1024, states, len(shape.steps)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # a thread of gloo may still run, and aborts an interpreter that ends in order
 
 
-def measure(config: Config, repeats: int) -> tuple[list[float], float]:
+def measure(config: Config, repeats: int) -> Found:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     arguments = (config, port, repeats, answers)
-    multiprocessing.spawn(one_rank, arguments, nprocs=config.learner.ranks)  # type: ignore[no-untyped-call]
-    seconds, memory = answers.get()
-    return seconds, memory
+    multiprocessing.spawn(one_rank, arguments, nprocs=config.learner.ranks)
+    found: Found = answers.get()
+    return found
 
 
 def main() -> None:
@@ -94,8 +124,8 @@ def main() -> None:
     cases, repeats = [(stage, ranks) for ranks in (1, 2) for stage in (1, 2, 3)], given.repeats
     prompts = given.prompts
     if given.quick:
-        cases, repeats, prompts = [(2, 1)], 1, 2
-    found: dict[tuple[int, int], list[tuple[list[float], float]]] = {case: [] for case in cases}
+        cases, repeats, prompts = [(2, 1)], 1, 4
+    found: dict[tuple[int, int], list[Found]] = {case: [] for case in cases}
     for _ in range(1 if given.quick else 2):  # A B A B: the whole list twice
         for stage, ranks in cases:
             settings = [f"learner.zero_stage={stage}", f"learner.ranks={ranks}", "learner.ratio_tolerance=1"]
@@ -103,11 +133,12 @@ def main() -> None:
             found[stage, ranks].append(measure(config, repeats))
     rows: list[Row] = []
     for (stage, ranks), runs in found.items():
-        seconds = median([second for times, _ in runs for second in times])
-        states = prompts * len(config.sampler.branch_steps)
-        row: Row = {"ZeRO": stage, "ranks": ranks, "s an update": seconds, "branch states/s": states / seconds}
-        rows.append(row | {"peak MB a rank (process)": max(memory for _, memory in runs)})
-    note = f"{prompts} prompts, {len(config.sampler.branch_steps)} optimizer steps an update, 1 thread a rank, gloo."
+        seconds, states = median([second for run in runs for second in run.seconds]), runs[0].states
+        row: Row = {"ZeRO": stage, "ranks": ranks, "states": states, "s an update": seconds}
+        row["states/s"] = states / seconds
+        rows.append(row | {"peak MB a rank (process)": max(run.megabytes for run in runs)})
+    steps = next(iter(found.values()))[0].steps
+    note = f"{config.method}, {prompts} prompts, optimizer steps an update: {steps}, 1 thread a rank, gloo."
     report("Learner, embedded model on the CPU", rows, given.json, [note])
 
 

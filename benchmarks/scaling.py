@@ -19,26 +19,43 @@ from typing import Any
 import numpy as np
 from common import Row, median, parser, report
 
-from g2rpo_ray.algo import BranchPlan  # isort: skip  # common makes the packages importable
-from g2rpo_ray.config import load_config
+from g2rpo_ray.config import Config, load_config  # isort: skip  # common makes the packages importable
 from g2rpo_ray.record.tracking import log_to
-from g2rpo_ray.rollout.plan import branch_plan
-from g2rpo_ray.types import AnchorUnit, Branches, Place, UnitReport, WeightsManifest
+from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, trunk_part
+from g2rpo_ray.types import Branches, BranchUnit, Place, Trunk, TrunkUnit, UnitReport, WeightsManifest
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
 
 
-def unit_costs(plan: BranchPlan, members: int) -> list[int]:
-    """Evaluations of each branch unit of a prompt."""
-    parts = [min(members, plan.group_size - first) for first in range(0, plan.group_size, members)]
-    return [part * plan.branch_evaluations(step) for step in plan.branch_steps for part in parts]
+class Work:
+    """What the units of a prompt take. All prompts have the same tree."""
+
+    def __init__(self, config: Config):
+        tree, trunk = prompt_tree(config, 0, 0, ""), TrunkUnit(0, 0, "")
+        self.trunk = trunk_part(tree)
+        units = branch_units(config, tree, trunk)
+        self.branches = {(unit.branch_step, unit.first_member): branch_part(tree, unit) for unit in units}
+        self.evaluations = tree.evaluations
+
+    @property
+    def costs(self) -> list[int]:
+        """Evaluations of each branch unit of a prompt."""
+        return [part.evaluations for part in self.branches.values()]
+
+    def part(self, unit: TrunkUnit | BranchUnit) -> Part:
+        return self.trunk if isinstance(unit, TrunkUnit) else self.branches[unit.branch_step, unit.first_member]
 
 
-def on_paper(plan: BranchPlan, prompts: int, actors: int, members: int) -> float:
-    """Utilisation by list scheduling: anchors first, then the dearest unit whose anchor is done, to whoever is idle."""
-    costs, now, idle = unit_costs(plan, members), 0, actors
-    anchor = -plan.evaluations  # more urgent than any branch unit, whose urgency is its cost negated
-    waiting = [(anchor, plan.steps)] * prompts  # (urgency, cost), a heap
+def paper(members: int) -> Config:
+    """The paper's setting, with so many members a unit."""
+    return load_config(None, [*(f"sampler.{setting}" for setting in PAPER), f"rollout.members_per_unit={members}"])
+
+
+def on_paper(work: Work, prompts: int, actors: int) -> float:
+    """Utilisation by list scheduling: trunks first, then the dearest unit whose trunk is done, to whoever is idle."""
+    now, idle = 0, actors
+    trunk = -work.evaluations - 1  # more urgent than any branch unit, whose urgency is its cost negated
+    waiting = [(trunk, work.trunk.evaluations)] * prompts  # (urgency, cost), a heap
     running: list[tuple[int, int]] = []  # (end, urgency), a heap
     while waiting or running:
         while waiting and idle:
@@ -47,10 +64,10 @@ def on_paper(plan: BranchPlan, prompts: int, actors: int, members: int) -> float
             idle -= 1
         now, urgency = heapq.heappop(running)
         idle += 1
-        if urgency == anchor:  # its branches go out at once, those of one that ends in the same moment after them
-            for cost in costs:
+        if urgency == trunk:  # its branches go out at once, those of one that ends in the same moment after them
+            for cost in work.costs:
                 heapq.heappush(waiting, (-cost, cost))
-    return prompts * plan.evaluations / (actors * now)
+    return prompts * work.evaluations / (actors * now)
 
 
 class _Scores:
@@ -78,7 +95,7 @@ class _Device:
         return self._host.compute.remote(self._name, *args)
 
 
-def _host(plan: BranchPlan, seconds: float) -> Any:
+def _host(work: Work, seconds: float) -> Any:
     import ray
 
     place = Place(1, "", "")
@@ -91,15 +108,20 @@ def _host(plan: BranchPlan, seconds: float) -> Any:
             return place
 
         @ray.method(num_returns=3)
-        async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, anchor: Any = None) -> Any:
-            is_anchor = isinstance(unit, AnchorUnit)
-            cost = plan.steps if is_anchor else unit.members * plan.branch_evaluations(unit.branch_step)
+        async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, trunk: Any = None) -> Any:
+            part = work.part(unit)
+            taken = part.evaluations * seconds
             async with self._busy.setdefault(name, asyncio.Lock()):  # one unit at a time, as a device does
-                await asyncio.sleep(cost * seconds)
-            images = np.zeros((1 if is_anchor else unit.members * len(plan.strides), 8, 8, 3), np.uint8)
-            work = (weights.manifest.version, cost, len(images), cost * seconds, 0.0)
-            told = UnitReport(unit.name, name, place, time.time() - cost * seconds, *work)
-            return Branches(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)), images, told
+                await asyncio.sleep(taken)
+            images = np.zeros((len(part.images), 8, 8, 3), np.uint8)
+            told = UnitReport(
+                unit.name, name, place, time.time() - taken, weights.manifest.version, part.evaluations, len(images),
+                taken, 0.0,
+            )  # fmt: skip
+            x = np.zeros((1, 1, 1), np.float32)
+            if isinstance(unit, TrunkUnit):
+                return Trunk(x, x), images, told
+            return Branches(np.zeros(1, np.int64), x, np.array(part.edges), np.zeros(1, np.float32)), images, told
 
     return ray.remote(max_concurrency=1000, num_cpus=0)(Host).remote()
 
@@ -113,9 +135,9 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     from actors.weights import PublishedWeights
     from learner.keeper import Keeper
 
-    config = load_config(None, [*(f"sampler.{s}" for s in PAPER), f"rollout.members_per_unit={members}"])
-    plan = branch_plan(config.sampler)
-    machines = [_host(plan, seconds) for _ in range(hosts)]
+    config = paper(members)
+    work = Work(config)
+    machines = [_host(work, seconds) for _ in range(hosts)]
     round_robin = itertools.cycle(machines)
     weights = PublishedWeights(WeightsManifest(1, 0, 0, ""), ray.put({}))
     names = [f"prompt {number}" for number in range(prompts)]
@@ -146,12 +168,12 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     for machine in machines:
         ray.kill(machine)
     iteration = median(taken[1:])  # the first one warms up
-    ideal = prompts * plan.evaluations * seconds / actors
+    ideal = prompts * work.evaluations * seconds / actors
     return {
         "devices": actors, "prompts": prompts, "members a unit": members,
-        "units": prompts * (1 + len(unit_costs(plan, members))),
+        "units": prompts * (1 + len(work.branches)),
         "ideal s": ideal, "iteration s": iteration,
-        "utilisation": ideal / iteration, "on paper": on_paper(plan, prompts, actors, members),
+        "utilisation": ideal / iteration, "on paper": on_paper(work, prompts, actors),
         "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
     }  # fmt: skip
 
@@ -161,23 +183,16 @@ class _Done(Exception):
 
 
 def model_rows() -> list[Row]:
-    config = load_config(None, [f"sampler.{setting}" for setting in PAPER])
-    plan, rows = branch_plan(config.sampler), list[Row]()
+    works, rows = {members: Work(paper(members)) for members in (12, 6, 3, 1)}, list[Row]()
+    of_3 = works[3]
+    # the longest chain that no number of devices shortens: a trunk, then one unit of the dearest branch step
+    chain = of_3.trunk.evaluations + max(of_3.costs)
     for actors, prompts in (
-        (64, 16),
-        (64, 64),
-        (128, 16),
-        (256, 64),
-        (1000, 16),
-        (1000, 64),
-        (1000, 256),
-        (1000, 1024),
-    ):
+        (64, 16), (64, 64), (128, 16), (256, 64), (1000, 16), (1000, 64), (1000, 256), (1000, 1024),
+    ):  # fmt: skip
         row: Row = {"devices": actors, "prompts": prompts}
-        row |= {f"{members} a unit": on_paper(plan, prompts, actors, members) for members in (12, 6, 3, 1)}
-        # the longest chain that no number of devices shortens: an anchor, then one unit of the dearest branch step
-        chain = plan.steps + 3 * max(map(plan.branch_evaluations, plan.branch_steps))
-        row["most devices kept busy, units of 3"] = prompts * plan.evaluations // chain
+        row |= {f"{members} a unit": on_paper(work, prompts, actors) for members, work in works.items()}
+        row["most devices kept busy, units of 3"] = prompts * of_3.evaluations // chain
         rows.append(row)
     return rows
 

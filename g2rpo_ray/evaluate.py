@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
+from actors.interrupt import Interrupt
 from g2rpo_ray.comparison.adapters import Adapter, read_adapters
 from g2rpo_ray.comparison.scorebook import Cell, ScoreBook
 from g2rpo_ray.comparison.statistics import Row, row
@@ -25,12 +26,11 @@ from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import read_prompts
 from g2rpo_ray.files import resolve
-from g2rpo_ray.launch.interrupt import Interrupt
+from g2rpo_ray.launch.command import INTERRUPTED, INVALID, fail
 from g2rpo_ray.launch.preflight import check_models, fit_batches, open_run
 from g2rpo_ray.record.heldout import picture_grid
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.tracking import to_json
-from g2rpo_ray.run import INTERRUPTED, INVALID, fail
 from g2rpo_ray.types import FloatArray, Images, SampleUnit
 
 BLOCK = 64  # prompts whose embeddings are in the object store at once: 256 MB for FLUX

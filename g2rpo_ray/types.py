@@ -1,8 +1,8 @@
 """The records that cross a boundary between processes.
 
-Legend of shapes: P prompts, M branch steps, G members of a group (G' those of one unit), J granularities, R rewards;
-L latent tokens and D channels of a packed latent; S text tokens; H, W pixels. Arrays are numpy, so that Ray's object
-store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
+Legend of shapes: P prompts, R rewards; N nodes, E stochastic edges and Q leaves of a prompt's tree; B branch points of
+its trunks; L latent tokens and D channels of a packed latent; S text tokens; H, W pixels. Arrays are numpy, so that
+Ray's object store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from g2rpo_ray.algo import Tree
+
 FloatArray = NDArray[np.float32]
+Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]
 
 
@@ -26,8 +29,8 @@ class PromptEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
-class AnchorUnit:
-    """One prompt's deterministic trajectory: T evaluations."""
+class TrunkUnit:
+    """The roots of one prompt's tree and their trunks, as far as its branches need them, or to the image."""
 
     iteration: int
     slot: int  # place of the prompt in its iteration, 0..P-1
@@ -35,12 +38,15 @@ class AnchorUnit:
 
     @property
     def name(self) -> str:
-        return f"anchor/{self.iteration}/{self.slot}"
+        return f"trunk/{self.iteration}/{self.slot}"
 
 
 @dataclass(frozen=True, slots=True)
 class BranchUnit:
-    """Members [first_member, first_member + members) of the group that branches off one anchor at one step."""
+    """Children [first_member, first_member + members) of all roots at one branch step, with everything below them.
+
+    They are counted root by root: child c of root r is number r · G + c.
+    """
 
     iteration: int
     slot: int
@@ -68,23 +74,25 @@ class SampleUnit:
         return f"sample/{self.prompt}/{self.seeds[0]}"
 
 
-Unit = AnchorUnit | BranchUnit | SampleUnit
+Unit = TrunkUnit | BranchUnit | SampleUnit
 
 
 @dataclass(frozen=True, slots=True)
-class Anchor:
-    """The anchor trajectory at the branch steps, in the order of `sampler.branch_steps`."""
+class Trunk:
+    """The trunks at their branch points, in the order of `tree.branch_points`."""
 
-    latents: FloatArray  # [M, L, D]
-    velocities: FloatArray  # [M, L, D]
+    latents: FloatArray  # [B, L, D]
+    velocities: FloatArray  # [B, L, D]
 
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """The stochastic transitions of one branch unit, under the policy that sampled them."""
+    """The stochastic edges of one branch unit, under the policy that sampled them."""
 
-    next_latents: FloatArray  # [G', L, D]
-    log_prob: FloatArray  # [G'], nats, mean over latent dimensions
+    nodes: Ints  # [n], those of the unit that trained edges start or end at
+    latents: FloatArray  # [n, L, D]
+    edges: Ints  # [e], all of the unit
+    log_prob: FloatArray  # [e], nats, mean over latent dimensions; NaN where a step has no noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +149,20 @@ class WeightsManifest:
 
 @dataclass(frozen=True, slots=True)
 class PromptRollout:
-    """Everything the learner needs of one prompt: M branch steps of G members each.
+    """Everything the learner needs of one prompt; the tree says what the arrays mean.
 
-    On its way through the driver `embedding`, `anchor` and the entries of `branches` are object references; the
-    learner rank that receives the record fetches them. `branches[m]` are the units of branch step m, in member order.
+    On its way through the driver `embedding`, `trunk` and the entries of `branches` are object references; the learner
+    rank that receives the record fetches them.
     """
 
+    iteration: int
     slot: int
     prompt: str
-    rewards: FloatArray  # [R, M, J, G], NaN where a score is missing
+    tree: Tree
+    scores: FloatArray  # [R, Q] by the trained rewards, NaN where one is missing
     embedding: Any  # PromptEmbedding
-    anchor: Any  # Anchor
-    branches: tuple[tuple[Any, ...], ...]  # M tuples of Branches
+    trunk: Any  # Trunk
+    branches: tuple[Any, ...]  # of Branches
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +170,7 @@ class Rollout:
     """One iteration's rollouts, and what it took to make them."""
 
     prompts: list[PromptRollout]
-    anchor_scores: dict[str, FloatArray]  # [P] by reward, trained or not: the on-policy evaluation
+    anchor_scores: dict[str, FloatArray]  # by reward, trained or not, of all trunks' images: the on-policy evaluation
     reports: list[UnitReport]
     weights_version: int
     seconds: float  # from the first unit to the last score

@@ -1,41 +1,83 @@
-"""What the ranks of a learner share: how prompts are spread, the loss's denominators, and metrics that add up.
+"""What the ranks of a learner share: how prompts are spread, what each optimizer step is made of, metrics that add up.
 
 Torch and numpy only: the driver uses this too, and neither DeepSpeed nor a model may be imported there. Shapes as in
 `g2rpo_ray.types`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from g2rpo_ray.algo import complete_members, without_spread
+from g2rpo_ray.algo import batch_std, scored_edges
+from g2rpo_ray.config import LearnerConfig
 from g2rpo_ray.types import PromptRollout
+
+StepKey = tuple[int, int | None]
+"""Part of the iteration's prompts, and schedule index at which the edges start; None: at any."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """One optimizer step, over all ranks."""
+
+    key: StepKey
+    edges: int  # trained ones that have all their scores: the denominator of the loss
+    states: int  # most that one rank has; the others evaluate as many, since each pass may be a collective
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
     """What a rank must know of the whole batch, so that its part of the loss does not depend on where the rest is."""
 
-    members: tuple[int, ...]  # [M], over all prompts, those with all their scores: the denominators of the loss
+    prompts: int
+    steps: tuple[StepShape, ...]  # in order; a step without a scored edge is none
+    batch_std: tuple[float, ...]  # [R]
     on_policy: bool = True  # sampled with the weights that are updated: the ratio must begin at 1
 
     @classmethod
-    def of(cls, rollouts: Sequence[PromptRollout], on_policy: bool = True) -> "BatchShape":
-        scored = [complete_members(torch.isfinite(torch.tensor(rollout.rewards))) for rollout in rollouts]  # P x [M, G]
-        return cls(tuple(torch.stack(scored).sum((0, 2)).tolist()), on_policy)
+    def of(
+        cls, shards: Sequence[Sequence[PromptRollout]], learner: LearnerConfig, on_policy: bool = True
+    ) -> "BatchShape":
+        """`shards`: of all ranks, as `spread` makes them."""
+        real = {rollout.slot: rollout for shard in shards for rollout in shard if np.isfinite(rollout.scores).any()}
+        prompts = max((rollout.slot for shard in shards for rollout in shard), default=0) + 1
+        edges: dict[StepKey, int] = {}
+        for rollout in real.values():
+            scored = scored_edges(rollout.tree, torch.tensor(rollout.scores)).numpy() & rollout.tree.trained
+            for key, node in state_keys(rollout, prompts, learner):
+                edges[key] = edges.get(key, 0) + int(scored[rollout.tree.source == node].sum())
+        counts: list[dict[StepKey, int]] = []
+        for shard in shards:
+            counts.append({})
+            for rollout in shard:
+                for key, _ in state_keys(rollout, prompts, learner):
+                    counts[-1][key] = counts[-1].get(key, 0) + 1
+        steps = tuple(
+            StepShape(key, number, max(count.get(key, 0) for count in counts))
+            for key, number in sorted(edges.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+            if number
+        )
+        ordered = [real[slot] for slot in sorted(real)]
+        scores = [torch.tensor(rollout.scores) for rollout in ordered]
+        std = batch_std([rollout.tree for rollout in ordered], scores).tolist() if ordered else []
+        return cls(prompts, steps, tuple(std), on_policy)
+
+
+def state_keys(rollout: PromptRollout, prompts: int, learner: LearnerConfig) -> Iterator[tuple[StepKey, int]]:
+    """The states of a prompt, each with the optimizer step that it belongs to."""
+    part = rollout.slot * learner.updates_per_rollout // prompts
+    for node in rollout.tree.states:
+        start = int(rollout.tree.index[node]) if learner.schedule == "per_step" else None
+        yield (part, start), int(node)
 
 
 def spread(rollouts: Sequence[PromptRollout], ranks: int) -> list[list[PromptRollout]]:
-    """One shard a rank, all of the same length: under ZeRO every rank must run the same forward and backward passes.
-
-    Shards that would be shorter get a prompt without scores, none of whose members counts in the loss.
-    """
-    mute = replace(rollouts[0], rewards=np.full_like(rollouts[0].rewards, np.nan))
-    padded = [*rollouts, *[mute] * (-len(rollouts) % ranks)]
-    return [padded[rank::ranks] for rank in range(ranks)]
+    """The prompts of each rank; one that would have none gets one without scores, which counts in no loss."""
+    mute = replace(rollouts[0], scores=np.full_like(rollouts[0].scores, np.nan))
+    return [list(rollouts[rank::ranks]) or [mute] for rank in range(ranks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +93,14 @@ class RankMetrics:
     def largest(self, name: str, value: float) -> None:
         self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
-
-def add_advantages(metrics: RankMetrics, rollout: PromptRollout, advantage: torch.Tensor, valid: torch.Tensor) -> None:
-    """Count one prompt's advantages [M, G] over its `valid` members, and its groups (r, i, j) without spread."""
-    rewards = torch.tensor(rollout.rewards)
-    scored = torch.isfinite(rewards)
-    flat = without_spread(rewards, scored) & scored.any(-1)  # a group without any score is missing, not flat
-    values = advantage[valid].double()
-    metrics.add("advantage/zero_std_groups", int(flat.sum()))
-    metrics.add("members", values.numel())
-    metrics.add("advantage", float(values.sum()))
-    metrics.add("advantage_squared", float(values.square().sum()))
-    metrics.largest("advantage/abs_max", float(values.abs().max()) if values.numel() else 0.0)
+    def add_advantages(self, values: torch.Tensor, flat_groups: int) -> None:
+        """Count the advantages of scored edges, and the comparison groups without spread."""
+        values = values.double()
+        self.add("advantage/zero_std_groups", flat_groups)
+        self.add("edges", values.numel())
+        self.add("advantage", float(values.sum()))
+        self.add("advantage_squared", float(values.square().sum()))
+        self.largest("advantage/abs_max", float(values.abs().max()) if values.numel() else 0.0)
 
 
 def reduce_metrics(ranks: Sequence[RankMetrics]) -> dict[str, float]:
@@ -73,9 +111,9 @@ def reduce_metrics(ranks: Sequence[RankMetrics]) -> dict[str, float]:
             sums.add(name, value)
         for name, value in rank.maxima.items():
             maxima.largest(name, value)
-    members = sums.sums.pop("members")
-    mean = sums.sums.pop("advantage") / members
-    variance = sums.sums.pop("advantage_squared") / members - mean**2
+    edges = sums.sums.pop("edges")
+    mean = sums.sums.pop("advantage") / edges
+    variance = sums.sums.pop("advantage_squared") / edges - mean**2
     return {
         **sums.sums,
         **maxima.maxima,

@@ -1,7 +1,6 @@
-"""One DeepSpeed rank: advantages, forward, loss, backward, optimizer step, checkpoint. No Ray.
+"""One DeepSpeed rank: losses of its states, backward, optimizer steps, checkpoint. No Ray.
 
-    shard of prompts ─► advantages [M, G] ─┐
-    anchor's x_i ─► one velocity for all G members ─► log-probs ─► clipped loss ─► backward ─► AdamW under ZeRO
+    shard of prompts ─► states of each optimizer step ─► losses (learner/loss.py) ─► backward ─► AdamW under ZeRO
 
 DeepSpeed runs in its float32 mode on a module of mixed dtypes: the base model is frozen in its own dtype, and the LoRA
 is float32, so that it is its own master copy and a learning rate of 1e-6 is not lost in rounding.
@@ -12,7 +11,6 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +26,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from g2rpo_ray.algo import (
-    clipped_loss,
-    complete_members,
-    integrate_advantages,
-    reference_kl,
-    transition,
-)
 from g2rpo_ray.config import Config, LearnerConfig
 from g2rpo_ray.files import resolve
-from g2rpo_ray.models import FluxModel, add_lora, export_lora, load_lora, lora_disabled, lora_parameters, read_lora
+from g2rpo_ray.models import FluxModel, add_lora, export_lora, load_lora, lora_parameters, read_lora
 from g2rpo_ray.rollout.plan import sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
-from learner.batch import BatchShape, RankMetrics, add_advantages
+from learner.batch import BatchShape, RankMetrics, StepShape
+from learner.loss import EdgeLoss, State, states_of
 
 CHECKPOINT = "learner.safetensors"
 FORMAT = "g2rpo_ray.learner/1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_BUCKET = 50_000_000  # gradient elements reduced at once; DeepSpeed's own default reserves 2 GB for them
-
-
-@dataclass(frozen=True, slots=True)
-class _BranchState:
-    """One prompt at one branch step: what a velocity is evaluated at, and the members that it serves."""
-
-    rollout: PromptRollout
-    step: int  # m, place in sampler.branch_steps
-    advantage: Tensor  # [G]
-    valid: Tensor  # [G] bool
-
-
-@dataclass(frozen=True, slots=True)
-class _OptimizerStep:
-    """The states whose gradients one optimizer step sums up, and how many members they have over all ranks."""
-
-    states: list[_BranchState]
-    members: int
 
 
 class LearnerEngine:
@@ -104,21 +78,22 @@ class LearnerEngine:
         if saved is not None:
             for key in MOMENTS:
                 self._set_moments(key, saved[key])
-        self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
+        sigmas = sigma_grid(config.sampler, self._model.image_tokens)
+        self._loss = EdgeLoss(config, self._model, transformer, sigmas, self._device)
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
-        """One iteration's update from this rank's prompts, their embedding, anchor and branches being arrays.
+        """One iteration's update from this rank's prompts, their embedding, trunk and branches being arrays.
 
         Raises:
             RuntimeError: before the first optimizer step, and on all ranks together, if the policy that sampled is not
                 the one that is updated; or if a gradient is not finite.
         """
         metrics = RankMetrics()
-        steps = self._plan(shard, batch, metrics)
-        if not steps:
-            raise RuntimeError("learner: no member of any group has all its scores; is a reward failing?")
-        for number, step in enumerate(steps):
-            deviation = self._backward(step, metrics, share=1 / len(steps))
+        if not batch.steps:
+            raise RuntimeError("learner: no edge of any tree has all its scores; is a reward failing?")
+        states = states_of(self._config, shard, batch, metrics)
+        for number, step in enumerate(batch.steps):
+            deviation = self._backward(states[step.key], step, metrics, share=1 / len(batch.steps))
             metrics.largest(f"actor/ratio_max_dev_step/{number}", deviation)
             metrics.largest("actor/ratio_max_dev", deviation)
             if number == 0:
@@ -151,32 +126,12 @@ class LearnerEngine:
             save_file(tensors, Path(directory) / CHECKPOINT, {"learner": header})
             export_lora(Path(directory) / "lora", lora, self._config.lora)
 
-    def _plan(self, shard: Sequence[PromptRollout], batch: BatchShape, metrics: RankMetrics) -> list[_OptimizerStep]:
-        """What each optimizer step of the update is made of.
-
-        A branch step without a single scored member has none: momentum and weight decay must not act alone.
-        """
-        weights = [reward.weight for reward in self._config.rewards.values()]
-        states: list[list[_BranchState]] = [[] for _ in batch.members]
-        for rollout in shard:
-            rewards = torch.tensor(rollout.rewards)
-            valid = complete_members(torch.isfinite(rewards))
-            advantage = integrate_advantages(rewards, reward_weights=weights, clip=self._learner.advantage_clip)
-            add_advantages(metrics, rollout, advantage, valid)
-            for m, of_step in enumerate(states):
-                of_step.append(_BranchState(rollout, m, advantage[m].to(self._device), valid[m].to(self._device)))
-        if self._learner.schedule == "accumulate":
-            steps = [_OptimizerStep([state for of_step in states for state in of_step], sum(batch.members))]
-        else:
-            steps = [_OptimizerStep(of_step, members) for of_step, members in zip(states, batch.members, strict=True)]
-        return [step for step in steps if step.members]
-
-    def _backward(self, step: _OptimizerStep, metrics: RankMetrics, share: float) -> float:
+    def _backward(self, states: Sequence[State], step: StepShape, metrics: RankMetrics, share: float) -> float:
         """Accumulate the gradient of one optimizer step; returns this rank's largest |ratio − 1|."""
         deviation = 0.0
         size = self._learner.micro_batch
-        for start in range(0, len(step.states), size):
-            losses, parts = zip(*self._losses(step.states[start : start + size], step.members), strict=True)
+        for start in range(0, len(states), size):
+            losses, parts = zip(*self._loss(states[start : start + size], step), strict=True)
             # DeepSpeed takes the mean over the ranks, of parts that add up
             self._engine.backward(torch.stack(losses).sum() * self._ranks, scale_wrt_gas=False)
             for part in parts:
@@ -184,49 +139,6 @@ class LearnerEngine:
                 for name, value in part.items():
                     metrics.add(f"actor/{name}", float(value) * share)
         return deviation
-
-    def _losses(self, states: Sequence[_BranchState], members: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """What each state adds to an optimizer step's loss: one velocity a state, whatever the size of its group."""
-        indices = [self._config.sampler.branch_steps[state.step] for state in states]
-        x = torch.stack([torch.tensor(state.rollout.anchor.latents[state.step]) for state in states]).to(self._device)
-        sigma = self._sigmas[indices].to(self._device)
-        conditioning = self._model.condition([state.rollout.embedding for state in states])
-        reference: Sequence[Tensor | None] = [None] * len(states)
-        if self._learner.kl_beta > 0:
-            with torch.no_grad(), lora_disabled(self._engine.module):
-                reference = self._model.velocity(x, sigma, conditioning).split(1)
-        velocity = self._model.velocity(x, sigma, conditioning).split(1)
-        return [
-            self._state_loss(*arguments, members)
-            for arguments in zip(states, indices, x.split(1), velocity, reference, strict=True)
-        ]
-
-    def _state_loss(
-        self, state: _BranchState, index: int, x: Tensor, velocity: Tensor, reference: Tensor | None, members: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the members that branch off x [1, L, D], by its velocity [1, L, D]; metrics over `members`."""
-        branches = state.rollout.branches[state.step]
-        next_x = torch.cat([torch.tensor(branch.next_latents) for branch in branches]).to(self._device)  # [G, L, D]
-        old_log_prob = torch.cat([torch.tensor(branch.log_prob) for branch in branches]).to(self._device)  # [G]
-        sampler = self._config.sampler
-        new = transition(sampler.kernel, x, velocity, self._sigmas, index, sampler.eta, next_x=next_x)
-        assert new.log_prob is not None  # eta > 0, and no branch step without noise: the configuration sees to it
-        loss, metrics = clipped_loss(
-            new.log_prob,
-            old_log_prob,
-            state.advantage,
-            clip_range=self._learner.clip_range,
-            valid=state.valid,
-            denominator=members,
-        )
-        metrics["kl"] = torch.zeros_like(loss)
-        if reference is not None:
-            base = transition(sampler.kernel, x, reference, self._sigmas, index, sampler.eta, next_x=next_x)
-            kl = reference_kl(new.mean, base.mean, new.std)[0] * state.valid.sum() / members
-            loss = loss + self._learner.kl_beta * kl
-            metrics["kl"] = kl.detach()
-        metrics["loss"] = loss.detach()
-        return loss, metrics
 
     def _require_on_policy(self, deviation: float) -> None:
         """Stop all ranks together if any of them finds a ratio off 1 before anything was updated."""

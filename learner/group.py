@@ -140,7 +140,8 @@ class LearnerGroup:
 
         `on_policy`: the rollouts were sampled with the weights that are updated, so that the ratio must begin at 1.
         """
-        shards, batch = spread(rollouts, len(self._ranks)), BatchShape.of(rollouts, on_policy)
+        shards = spread(rollouts, len(self._ranks))
+        batch = BatchShape.of(shards, self._config.learner, on_policy)
         parts = await _all(rank.update.remote(shard, batch) for rank, shard in zip(self._ranks, shards, strict=True))
         return reduce_metrics(parts)
 
@@ -219,8 +220,5 @@ def _read_behaviour(checkpoint: Path) -> dict[int, dict[str, FloatArray]]:
 
 def _fetch(rollout: PromptRollout) -> PromptRollout:
     """The record with arrays in place of references."""
-    units = [unit for step in rollout.branches for unit in step]
-    embedding, anchor, *fetched = ray.get([rollout.embedding, rollout.anchor, *units])
-    rest = iter(fetched)
-    branches = tuple(tuple(next(rest) for _ in step) for step in rollout.branches)
-    return replace(rollout, embedding=embedding, anchor=anchor, branches=branches)
+    embedding, trunk, *branches = ray.get([rollout.embedding, rollout.trunk, *rollout.branches])
+    return replace(rollout, embedding=embedding, trunk=trunk, branches=tuple(branches))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -143,6 +144,6 @@ def kill_all(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     for child in children:
-        if child.is_running():
+        with suppress(psutil.NoSuchProcess):  # Ray's own watchers end them, too
             child.kill()
     psutil.wait_procs(children, timeout=30)

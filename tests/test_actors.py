@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.pool import AHEAD, Pool, PoolStopped, here, is_lost_object
+from actors.members import AHEAD
+from actors.pool import Pool, PoolStopped, here, is_lost_object
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights

@@ -1,12 +1,16 @@
 """Settings: what is read, what is refused, and that the refusal names the key, the value and what is allowed."""
 
+import ast
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from g2rpo_ray.config import dump_config, load_config
+from g2rpo_ray import methods
+from g2rpo_ray.config import LearnerConfig, SamplerConfig, dump_config, load_config
+from g2rpo_ray.config.schema import CreditConfig, EvaluationConfig
 from g2rpo_ray.launch.preflight import check_files
+from g2rpo_ray.methods import method_names, preset
 
 
 def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the_same():
@@ -29,8 +33,9 @@ def test_the_paper_s_rows_differ_in_rewards_and_granularities_alone():
     for path in Path("configs").glob("flux_hps*.yaml"):
         config = load_config(str(path)).model_dump()
         strides[path.stem] = (tuple(config["rewards"]), config["sampler"]["strides"])
-        for section in ("model", "lora", "learner", "data", "evaluation"):
+        for section in ("method", "model", "lora", "credit", "learner", "data", "evaluation"):
             assert config[section] == base[section]
+        assert config["sampler"] | {"strides": base["sampler"]["strides"]} == base["sampler"]
     both = ("hpsv2", "clip")
     assert strides == {
         f"flux_hps{clip}{row}": (both if clip else ("hpsv2",), granularities)
@@ -39,11 +44,38 @@ def test_the_paper_s_rows_differ_in_rewards_and_granularities_alone():
     }
 
 
+def test_the_paper_s_setting_is_in_the_configuration_of_its_name():
+    """Its own numbers, as the paper has them; the learning rate is a LoRA's."""
+    config = load_config("configs/flux_hps.yaml")
+    sampler, learner = config.sampler, config.learner
+    assert (sampler.steps, sampler.branch_steps, sampler.group_size) == (16, tuple(range(8)), 12)
+    assert (sampler.kernel, sampler.eta, sampler.strides, sampler.layout) == ("flow", 0.7, (1, 2, 3), "paper")
+    assert (sampler.shift, sampler.roots, sampler.stochastic_edges, config.evaluation.anchors) == (3, 1, 1, True)
+    assert (config.credit.group, config.credit.spread, config.credit.clip) == ("siblings", "group", 5)
+    assert (learner.objective, learner.clip_range, learner.kl_beta, learner.schedule) == ("clip", 1e-4, 0, "per_step")
+    assert (learner.weight_decay, learner.grad_clip, learner.betas) == (1e-4, 1, (0.9, 0.999))
+    assert (config.data.prompts_per_iteration, config.iterations, config.model.height) == (16, 300, 720)
+
+
 def test_overrides_are_yaml_values_at_dotted_keys():
     config = load_config(None, ["sampler.strides=[1, 3]", "rewards.preference.weight=0.5", "name=other"])
     assert config.sampler.strides == (1, 3)
     assert config.rewards["preference"].weight == 0.5
     assert config.name == "other"
+
+
+def test_a_mapping_in_an_override_takes_the_place_of_the_file_s_and_one_in_a_file_is_merged(tmp_path):
+    assert list(load_config().eval_rewards) == ["colour", "shape"]
+    assert load_config(None, ["eval_rewards={}"]).eval_rewards == {}
+    judge = "{kind: jpeg_compressibility}"
+    assert list(load_config(None, [f"eval_rewards={{judge: {judge}}}"]).eval_rewards) == ["judge"]
+    config = load_config(None, ["rewards.preference.kind=tests.faulty:build", "rewards.preference.options={errors: 1}"])
+    assert config.rewards["preference"].options == {"errors": 1}
+    (tmp_path / "more.yaml").write_text(f"extends: embedded:config.yaml\neval_rewards: {{judge: {judge}}}\n")
+    config = load_config(str(tmp_path / "more.yaml"))
+    assert list(config.eval_rewards) == ["colour", "shape", "judge"]
+    shape = load_config(None, ["sampler={steps: 10, eta: 0.5}"]).sampler  # the rest is the preset's, not the file's
+    assert (shape.eta, shape.group_size, shape.strides) == (0.5, 12, (1, 2, 3))
 
 
 def test_a_file_extends_another_and_gives_only_what_differs(tmp_path):
@@ -54,10 +86,22 @@ def test_a_file_extends_another_and_gives_only_what_differs(tmp_path):
     assert config.sampler.steps == load_config().sampler.steps
 
 
-def test_a_dumped_configuration_reads_back_the_same(tmp_path):
-    config = load_config(None, ["sampler.shift=dynamic"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sampler.shift=dynamic"],
+        ["credit.granularity_weights=[1, 0.5]", "learner.objective=guard"],
+        ["sampler.trained_share=0.3", "method=branch_grpo"],  # where it is in the line does not matter
+        *([f"method={name}"] for name in method_names()),
+    ],
+    ids=str,
+)
+def test_a_dumped_configuration_reads_back_the_same(tmp_path, overrides):
+    config = load_config(None, overrides)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "config.yaml")) == config
+    again = load_config(str(tmp_path / "config.yaml"), [f"method={config.method}"])
+    assert again == config  # naming it again changes nothing
 
 
 def test_nothing_changes_after_loading():
@@ -75,12 +119,28 @@ def test_nothing_changes_after_loading():
         ("sampler.steps=many", ["sampler.steps: 'many' given", "integer"]),
         ("sampler.steps=0", ["sampler.steps: 0 given", "greater than 0"]),
         ("sampler.strides=[0, 1]", ["sampler.strides: [0, 1] given", "from 1 up"]),
-        ("sampler.branch_steps=[8, 10]", ["sampler.branch_steps: [8, 10] given", "0..9", "steps=10"]),
+        ("sampler.branch_steps=[8, 10]", ["sampler.branch_steps: [8, 10] given", "0..9", "10 steps"]),
         ("sampler.branch_steps=[2, 1]", ["sampler.branch_steps", "ascending"]),
         ("sampler.kernel=sde", ["sampler.kernel: 'sde' given", "'flow', 'dance' or 'cps'"]),
         ("sampler.shift=0.0", ["sampler.shift", "positive"]),
         ("name=../elsewhere", ["name: '../elsewhere' given"]),
         ("model.path.x=1", ["model.path.x", "path is not a section"]),
+        ("sampler.stochastic_edges=8", ["sampler.branch_steps: [0, 1, 2, 3, 4] given", "0..2", "8 stochastic edges"]),
+        ("sampler.group_size=1", ["credit.group: siblings given", "starts at index 0", "raise sampler.group_size"]),
+        ("sampler.group_size=0", ["sampler.group_size: 0 given", "greater than or equal to 1"]),
+        ("sampler.roots=300", ["sampler.roots × branch steps", "24000 images a prompt; at most 20000"]),
+        ("sampler.trained_share=0", ["sampler.trained_share: 0 given", "greater than 0"]),
+        ("credit.granularity_weights=[1]", ["credit.granularity_weights: [1.0] given", "sampler.strides=[1, 2]"]),
+        ("credit.group=all", ["credit.group: 'all' given", "'siblings' or 'step'"]),
+        ("credit.spread=all", ["credit.spread: 'all' given", "'group' or 'batch'"]),
+        ("learner.objective=ppo", ["learner.objective: 'ppo' given", "'clip', 'guard', 'dppo' or 'reinforce'"]),
+        ("learner.subpaths=[2]", ["learner.subpaths: [2] given", "learner.objective=reinforce alone (it is clip)"]),
+        ("learner.updates_per_rollout=9", ["learner.updates_per_rollout: 9 given", "prompts_per_iteration=8"]),
+        ("learner.advantage_clip=3", ["learner.advantage_clip: unknown key"]),
+        ("method=grpo", ["method: 'grpo' given", "allowed are branch_grpo, dance_grpo, e_grpo, flow_grpo", "dot"]),
+        ("method=3", ["method: 3 given", "tempflow_grpo"]),
+        ("method=no.such_module", ["method: no.such_module cannot be imported", "PYTHONPATH"]),
+        ("method=tests.faulty", ["method: tests.faulty has no STEPS and preset"]),
         ("learner.zero_stage=4", ["learner.zero_stage: 4 given", "1, 2 or 3"]),
         ("just words", ["--set: 'just words' given", "section.key=value"]),
         ("seed=[", ["--set seed", "not a YAML value"]),
@@ -125,3 +185,144 @@ def test_null_takes_a_reward_out():
     assert list(config.eval_rewards) == ["colour"]
     with pytest.raises(ValueError, match="rewards"):
         load_config(None, ["rewards.preference=null"])
+
+
+def extending(folder, *texts):
+    """The path of the last of several files, each of which extends the one before it."""
+    before = "embedded:config.yaml"
+    for number, text in enumerate(texts):
+        (folder / f"{number}.yaml").write_text(f"extends: {before}\n{text}\n")
+        before = f"{number}.yaml"
+    return str(folder / before)
+
+
+def test_a_preset_is_above_what_is_extended_and_below_what_is_given_with_it_or_later(tmp_path):
+    path = extending(
+        tmp_path,
+        "sampler: {eta: 0.5, group_size: 4, roots: 3}\ncredit: {clip: 3}\nlearner: {lr: 0.5, clip_range: 0.5}",
+        "method: mix_grpo\nsampler: {group_size: 6}",
+        "sampler: {slide_every: 7}",
+    )
+    config = load_config(path, ["credit.spread=batch"])
+    sampler = config.sampler
+    assert (sampler.stochastic_edges, sampler.branch_schedule, sampler.branch_steps) == (4, "slide", (0,))
+    assert (sampler.eta, sampler.roots, config.credit.clip, config.learner.clip_range) == (0.7, 1, 5, 1e-4)  # replaced
+    assert (sampler.group_size, sampler.slide_every, config.credit.spread) == (6, 7, "batch")  # given with it, or later
+    assert (config.credit.group, config.learner.updates_per_rollout, config.evaluation.anchors) == ("step", 4, False)
+    assert (sampler.steps, config.learner.lr, config.model.path) == (10, 0.5, "embedded:pipeline")  # not a method's
+    # an override of `method` is above every file, and below the other overrides wherever they are
+    config = load_config(path, ["sampler.eta=0.2", "method=tempflow_grpo"])
+    assert (config.sampler.eta, config.sampler.group_size, config.sampler.slide_every) == (0.2, 6, 25)
+    assert config.learner.edge_weight == 1.73
+
+
+def test_a_preset_follows_the_steps_wherever_they_are_given(tmp_path):
+    path = extending(tmp_path, "sampler: {steps: 7}", "method: flow_grpo")
+    assert load_config(path).sampler.stochastic_edges == 7
+    assert load_config(path, ["sampler.steps=4"]).sampler.untrained == (3,)
+
+
+def test_naming_the_same_method_again_changes_nothing(tmp_path):
+    once = ["method: mix_grpo\nsampler: {eta: 0.5}", "sampler: {group_size: 4}"]
+    again = [*once, "method: mix_grpo"]
+    config = load_config(extending(tmp_path, *once))
+    assert (config.sampler.eta, config.sampler.group_size) == (0.5, 4)
+    assert load_config(extending(tmp_path, *again)) == config
+    assert load_config(extending(tmp_path, *again), ["method=mix_grpo"]) == config
+    other = load_config(extending(tmp_path, *once, "method: g2rpo", "method: mix_grpo"))
+    assert (other.sampler.eta, other.sampler.group_size) == (0.7, 12)  # another one was between them
+
+
+def test_a_method_of_one_s_own_by_its_import_path(tmp_path, monkeypatch):
+    folder = tmp_path / "my_methods_of_test_config"
+    folder.mkdir()
+    (folder / "windows.py").write_text(
+        "STEPS = 16\n\n\ndef preset(steps):\n"
+        "    sampler = {'branch_steps': [0, steps // 2], 'stochastic_edges': 2}\n"
+        "    return {'sampler': sampler, 'credit': {'group': 'step'}}\n"
+    )
+    (folder / "wrong.py").write_text("STEPS = 16\n\n\ndef preset(steps):\n    return {'samplr': {}}\n")
+    (folder / "misspelt.py").write_text("STEPS = 16\n\n\ndef preset(steps):\n    return {'credit': {'grp': 'step'}}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(None, ["method=my_methods_of_test_config.windows", "sampler.group_size=5"])
+    assert (config.sampler.branch_steps, config.sampler.stochastic_edges, config.credit.group) == ((0, 5), 2, "step")
+    assert (config.sampler.group_size, config.sampler.strides) == (5, (1,))  # what it does not give is neutral
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    with pytest.raises(ValueError, match="gives samplr; a preset's sections are sampler, credit, learner, evaluation"):
+        load_config(None, ["method=my_methods_of_test_config.wrong"])
+    with pytest.raises(ValueError, match="credit.grp: unknown key; did you mean group"):
+        load_config(None, ["method=my_methods_of_test_config.misspelt"])
+
+
+def test_the_defaults_of_the_schema_are_the_preset_of_g2rpo():
+    sections = {
+        "sampler": SamplerConfig(), "credit": CreditConfig(), "learner": LearnerConfig(),
+        "evaluation": EvaluationConfig(),
+    }  # fmt: skip
+    given = preset("g2rpo", 16)
+    assert given.keys() == sections.keys()
+    for name, section in sections.items():
+        defaults = section.model_dump(mode="json")
+        assert {key: defaults[key] for key in given[name]} == given[name]
+        if name in ("sampler", "credit"):  # a method decides all of these
+            assert given[name].keys() == defaults.keys() - {"shift"}
+    assert preset("g2rpo") == given  # 16 are the paper's
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_loads_on_the_quickstart_at_any_number_of_steps(name):
+    own = preset(name)["sampler"]["steps"]
+    for steps in (own, 25, 10, 4):
+        config = load_config(None, [f"method={name}", f"sampler.steps={steps}"])
+        assert (config.method, config.sampler.steps) == (name, steps)
+        given = preset(name, steps)
+        if name == load_config().method:  # the quickstart's file names it and has numbers of its own
+            given["sampler"] |= {"group_size": 8, "strides": [1, 2]}
+        assert {key: config.sampler.model_dump(mode="json")[key] for key in given["sampler"]} == given["sampler"]
+        assert config.credit.model_dump(mode="json") == given["credit"]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_is_a_few_lines_of_data(name):
+    text = (Path(methods.__path__[0]) / f"{name}.py").read_text()
+    docstring = ast.parse(text).body[0]
+    assert ast.get_docstring(ast.parse(text))
+    code = text.splitlines()[docstring.end_lineno :]
+    assert len([line for line in code if line.strip() and not line.strip().startswith("#")]) <= 30
+
+
+def test_a_comparison_group_of_one_edge_is_refused():
+    with pytest.raises(ValueError, match="credit.group: siblings given, but a trained edge that starts at index 1 has"):
+        load_config(None, ["method=mix_grpo", "credit.group=siblings"])  # a chain's edges have no siblings
+    with pytest.raises(
+        ValueError, match="credit.group: step given, but a trained edge that starts at index 0 has none"
+    ):
+        load_config(None, ["method=flow_grpo", "sampler.roots=1"])
+    assert load_config(None, ["method=flow_grpo", "sampler.roots=1", "sampler.group_size=24"])  # `same_latent`
+    only_first = ["method=mix_grpo", "credit.group=siblings", "sampler.untrained=[1, 2, 3]"]
+    with pytest.raises(ValueError, match="a trained edge that starts at index 4 has none"):
+        load_config(None, only_first)  # the window slides
+    assert load_config(None, [*only_first, "sampler.branch_schedule=fixed"])
+
+
+def test_a_tree_without_a_trained_edge_is_refused():
+    with pytest.raises(ValueError, match=r"sampler.untrained: \[0\] given, but all edges from branch_steps=\[0\]"):
+        load_config(None, ["sampler.branch_steps=[0]", "sampler.untrained=[0]"])
+    drawn = ["sampler.branch_schedule=draw", "sampler.branch_steps=[1, 5]", "sampler.untrained=[5]"]
+    with pytest.raises(ValueError, match=r"but all edges from branch_steps=\[5\] start there"):
+        load_config(None, drawn)
+
+
+def test_a_trained_step_without_noise_is_refused():
+    """Flow-CPS has no noise in a step that ends at the image."""
+    chain = ["method=flow_grpo", "sampler.kernel=cps", "sampler.eta=0.8"]
+    assert load_config(None, chain).sampler.untrained == (9,)
+    with pytest.raises(
+        ValueError, match="sampler.kernel: cps given, which has no noise in a step that ends at the"
+    ) as e:
+        load_config(None, [*chain, "sampler.untrained=[]"])
+    assert "reach index 10" in str(e.value)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="sampler.kernel: cps given"):
+        load_config(None, ["method=flow_grpo_fast", "sampler.branch_steps=[3, 8]"])

@@ -9,12 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 from g2rpo_ray.config import load_config
 from g2rpo_ray.launch.preflight import fit_batches
+from g2rpo_ray.methods import method_names
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
 from g2rpo_ray.models.estimate import LIBRARIES, peak_bytes, rollout_memory, with_micro_batch
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import branch_plan
+from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree
 from g2rpo_ray.rollout.sampler import Sampler
-from g2rpo_ray.types import AnchorUnit, BranchUnit, PromptEmbedding
+from g2rpo_ray.types import BranchUnit, PromptEmbedding, TrunkUnit
 
 PAPER = ["steps=16", "branch_steps=[0,1,2,3,4,5,6,7]", "strides=[1,2,3]", "group_size=12", "layout=paper"]
 EMBEDDING = PromptEmbedding("x", np.ones(64, np.float32), np.ones((16, 64), np.float32), "float32")
@@ -25,8 +26,9 @@ def model():
     return FluxModel.load(load_config().model, "cpu", transformer=True, vae=True)
 
 
-def paper(**rollout):
-    return load_config(None, [f"sampler.{s}" for s in PAPER] + [f"rollout.{k}={v}" for k, v in rollout.items()])
+def paper(*given, **rollout):
+    settings = [f"sampler.{s}" for s in PAPER] + [f"rollout.{k}={v}" for k, v in rollout.items()]
+    return load_config(None, [*settings, *given])
 
 
 class CountingModel(FluxModel):
@@ -41,61 +43,129 @@ class CountingModel(FluxModel):
         return 0.1 * x
 
     def decode(self, x):
-        self.decoded.append(len(x))
+        self.decoded.append(x.clone())
         self.decoded_after.append(len(self.batches))
         return torch.zeros(len(x), 32, 32, 3, dtype=torch.uint8)
 
 
-def counting(model, **rollout):
+def counting(model, config):
     counted = CountingModel(model)
-    counted.transformer = FluxModel.load(load_config().model, "cpu", transformer=True).transformer
-    return counted, Sampler(paper(**rollout), counted)
+    counted.transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    return counted, Sampler(config, counted)
 
 
-def compute(sampler, size=12, steps=range(8)):
-    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
-    for step in steps:
-        for first in range(0, 12, size):
-            sampler.branch(BranchUnit(0, 0, "x", step, first, size), EMBEDDING, anchor)
+def compute(sampler, config, steps=None):
+    """All units of a prompt, or its trunk and the units of some branch steps."""
+    unit = TrunkUnit(0, 0, "x")
+    trunk, anchors = sampler.trunk(unit, EMBEDDING)
+    units = [
+        branch
+        for branch in branch_units(config, prompt_tree(config, 0, 0, "x"), unit)
+        if steps is None or branch.branch_step in steps
+    ]
+    return trunk, anchors, [(branch, *sampler.branch(branch, EMBEDDING, trunk)) for branch in units]
 
 
 @pytest.mark.parametrize("size", [12, 6, 3])
 @pytest.mark.parametrize("micro_batch", [5, 12, 36])
 def test_every_needed_velocity_is_evaluated_once(model, size, micro_batch):
-    counted, sampler = counting(model, micro_batch=micro_batch)
-    compute(sampler, size)
-    assert sampler.evaluations == sum(counted.batches) == 2020
+    config = paper(micro_batch=micro_batch, members_per_unit=size)
+    counted, sampler = counting(model, config)
+    compute(sampler, config)
+    assert sampler.evaluations == sum(counted.batches) == 1912
     assert max(counted.batches) == min(micro_batch, 3 * size)
 
 
+def test_the_quickstart_takes_402_evaluations_a_prompt(model):
+    _, sampler = counting(model, load_config())
+    compute(sampler, load_config())
+    assert sampler.evaluations == 402
+
+
+def test_without_anchors_a_trunk_ends_where_the_last_branch_leaves(model):
+    """Steps 8 to 15 of the anchor serve nobody else; the velocity at step 7 serves its branches."""
+    config = paper("evaluation.anchors=false")
+    counted, sampler = counting(model, config)
+    trunk, anchors, _ = compute(sampler, config, steps=[])
+    assert counted.batches == [1] * 8
+    assert (len(trunk.latents), len(trunk.velocities), len(anchors)) == (8, 8, 0)
+    compute(sampler, config)
+    assert sampler.evaluations == 8 + (1912 - 8)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_prompt_of_any_method_costs_what_its_tree_says(model, method):
+    for size in ("null", "5"):
+        config = load_config(None, [f"method={method}", "sampler.steps=6", f"rollout.members_per_unit={size}"])
+        counted, sampler = counting(model, config)
+        tree = prompt_tree(config, 0, 0, "x")
+        _, anchors, branches = compute(sampler, config)
+        assert sampler.evaluations == sum(counted.batches) == tree.evaluations
+        assert len(anchors) + sum(len(images) for *_, images in branches) == len(tree.images)
+        edges = np.concatenate([made.edges for _, made, _ in branches])
+        assert sorted(edges) == list(range(len(tree.source)))
+
+
+def test_a_member_does_not_depend_on_the_size_of_its_group_or_its_unit(model):
+    def grown(group, **rollout):
+        config = paper(f"sampler.group_size={group}", **rollout)
+        _, sampler = counting(model, config)
+        trunk, _, branches = compute(sampler, config, steps=[3])
+        tree = prompt_tree(config, 0, 0, "x")
+        child = {subtree.edges.start: subtree.child for subtree in tree.subtrees}
+        edge = {int(tree.target[edge]): edge for edge in child}
+        latents = {
+            child[edge[node]]: latent
+            for _, made, _ in branches
+            for node, latent in zip(made.nodes.tolist(), made.latents, strict=True)
+        }
+        log_prob = {child[e]: p for _, made, _ in branches for e, p in zip(made.edges, made.log_prob, strict=True)}
+        return trunk.latents[3], [latents[number] for number in range(6)], [log_prob[number] for number in range(6)]
+
+    expected = grown(12)
+    assert len({latent.tobytes() for latent in expected[1]}) == 6
+    for found in (grown(6), grown(8, members_per_unit=3), grown(12, members_per_unit=5, micro_batch=4)):
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_batches_are_full_until_the_last_trajectories_end(model):
-    counted, sampler = counting(model, micro_batch=12)
-    compute(sampler, steps=[0])
-    # 12 members from index 1: 15 evaluations at stride 1, 8 at stride 2, 5 + 1 at stride 3; the first one shared
+    config = paper(micro_batch=12)
+    counted, sampler = counting(model, config)
+    compute(sampler, config, steps=[0])
+    # 12 members from index 1: 15 evaluations at stride 1 (1, 2 ... 15), 8 at stride 2 (1, 3, 5 ... 15), where the first
+    # is shared, 6 at stride 3 (1, 3, 6 ... 15), where index 3 after index 1 is stride 2's, too
     assert counted.batches[:16] == [1] * 16
-    assert counted.batches[16:] == [12] * (1 + 14 + 7 + 5)
-    assert branch_plan(paper().sampler).branch_evaluations(0) == 27
+    assert counted.batches[16:] == [12] * (15 + 7 + 4)
+    tree = prompt_tree(config, 0, 0, "x")
+    assert branch_part(tree, BranchUnit(0, 0, "x", 0, 0, 12)).evaluations == 12 * 26
 
 
 def test_a_prompt_takes_few_batches(model):
     found = {}
     for micro_batch in (12, 36):
-        counted, sampler = counting(model, micro_batch=micro_batch)
-        compute(sampler)
+        config = paper(micro_batch=micro_batch)
+        counted, sampler = counting(model, config)
+        compute(sampler, config)
         found[micro_batch] = len(counted.batches)
-    assert found == {12: 16 + 2004 // 12, 36: 16 + 8 + sum(range(7, 15))}  # 36: as many as the longest path takes
+    assert found == {12: 16 + 1896 // 12, 36: 16 + 8 + sum(range(7, 15))}  # 36: as many as the longest path takes
 
 
 def test_pictures_are_decoded_in_batches_beside_the_last_velocities(model):
-    counted, sampler = counting(model, micro_batch=12, decode_batch=16)
-    compute(sampler, steps=[3])
-    assert counted.decoded == [1, 16, 16, 4]
+    """At step 3 a member's paths (4, 5 ... 15), (4, 5, 7 ... 15) and (4, 6, 9, 12, 15) are 12, 5 more and 4 more."""
+    config = paper(micro_batch=12, decode_batch=16)
+    counted, sampler = counting(model, config)
+    compute(sampler, config, steps=[3])
+    assert list(map(len, counted.decoded)) == [1, 16, 16, 4]
     velocities = len(counted.batches)
-    # the last three batches of velocities end 12 trajectories each: 12, 24 and 36 of them are there
+    assert velocities == 16 + 12 + 5 + 4
+    # the last three batches of velocities end the trajectories of 4 members each: 12, 24 and 36 of them are there
     assert counted.decoded_after == [16, velocities - 1, velocities, velocities]
-    counted, sampler = counting(model, micro_batch=36, decode_batch=16)
-    compute(sampler, steps=[3])
-    assert counted.decoded == [1, 4, 16, 16]  # the same batches: the last 4 are of the largest stride, and end first
+    config = paper(micro_batch=36, decode_batch=16)
+    together, sampler = counting(model, config)
+    compute(sampler, config, steps=[3])
+    # all trajectories advance together: those of stride 3 end first, those of stride 1 last, and with them each batch
+    assert together.decoded_after == [16] + [16 + 12] * 3
+    assert all(map(torch.equal, together.decoded, counted.decoded))  # the same images are in the same batches
 
 
 class Copies(TorchFunctionMode):
@@ -116,16 +186,18 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_a_unit_copies_does_not_depend_on_how_long_its_paths_are(model):
-    counted, sampler = counting(model, micro_batch=36, decode_batch=12)
-    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
+@pytest.mark.parametrize("edges", [1, 3])
+def test_what_a_unit_copies_does_not_depend_on_how_long_its_paths_are(model, edges):
+    config = paper(f"sampler.stochastic_edges={edges}", "credit.group=step", micro_batch=36, decode_batch=12)
+    counted, sampler = counting(model, config)
+    trunk, *_ = compute(sampler, config, steps=[])
     for step in (0, 7):
         counted.batches.clear()
         with Copies() as copies:
-            sampler.branch(BranchUnit(0, 0, "x", step, 0, 12), EMBEDDING, anchor)
-        # in: latents and velocity of the anchor, noise of 12 members, prompt, what the batches hold; out: latents,
+            sampler.branch(BranchUnit(0, 0, "x", step, 0, 12), EMBEDDING, trunk)
+        # in: latents and velocity of the trunk, noise of each edge, prompt, what the batches hold; out: latents,
         # log-probabilities, pictures
-        assert copies.found == {"tensor": 3, "to device": 12 + 2, "cpu": 2, "copy_": 3}
+        assert copies.found == {"tensor": 3, "to device": 12 * edges + 2, "cpu": 2, "copy_": 3}
 
 
 def noise_lora(transformer, seed):
@@ -164,10 +236,10 @@ def test_what_the_prompt_decides_is_evaluated_once_a_unit():
     once = [transformer.context_embedder, transformer.pos_embed, time_text.text_embedder, time_text.guidance_embedder]
     for module in [*once, transformer.x_embedder]:
         module.register_forward_hook(lambda module, *_: calls.update([module]))
-    anchor, _ = sampler.anchor(AnchorUnit(0, 0, "x"), EMBEDDING)
+    trunk, _ = sampler.trunk(TrunkUnit(0, 0, "x"), EMBEDDING)
     assert [calls[module] for module in once] == [1] * 4
     assert calls[transformer.x_embedder] == 16
-    sampler.branch(BranchUnit(0, 0, "x", 7, 0, 2), EMBEDDING, anchor)
+    sampler.branch(BranchUnit(0, 0, "x", 7, 0, 2), EMBEDDING, trunk)
     assert [calls[module] for module in once] == [2] * 4
 
 

@@ -4,12 +4,14 @@ Engines run in spawned process groups without Ray, one group for each number of 
 """
 
 import asyncio
+import itertools
 import math
 import multiprocessing
 import os
 import pickle
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -19,7 +21,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from g2rpo_ray.algo import integrate_advantages, run_anchor, shifted_sigmas, transition
+from g2rpo_ray.algo import ANCHOR, grow
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import (
     FluxModel,
@@ -32,29 +34,99 @@ from g2rpo_ray.models import (
     verify,
 )
 from g2rpo_ray.record.storage import Folder
-from g2rpo_ray.types import Anchor, Branches, PromptEmbedding, PromptRollout
+from g2rpo_ray.rollout.noise import generator
+from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, sigma_grid, trunk_part
+from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, Trunk, TrunkUnit
 from learner.batch import BatchShape, reduce_metrics, spread
 from learner.group import LearnerGroup, LearnerLost
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
 STAGES, SCHEDULES, WORLDS = (1, 2, 3), ("per_step", "accumulate"), (1, 2)
-SAMPLER = {"steps": 6, "branch_steps": (0, 1, 3), "strides": (1, 2), "group_size": 4, "eta": 0.7}
+SAMPLER = {
+    "steps": 6, "shift": 3.0, "kernel": "flow", "eta": 0.7, "roots": 1, "branch_steps": (0, 1, 3), "group_size": 4,
+    "stochastic_edges": 1, "strides": (1, 2),
+}  # fmt: skip
+CREDIT = {"group": "siblings", "spread": "group", "clip": 5.0}
+LEARNER = {
+    "device": "cpu", "resources": {"CPU": 1}, "objective": "clip", "schedule": "per_step", "lr": 1e-3,
+    "clip_range": 2.4e-5, "grad_clip": 4e-3,
+}  # fmt: skip
 WEIGHTS = {"first": 1.0, "second": 0.5}
+ITERATION = 2
 NOT_ON_POLICY = 1e9  # a second update with the same rollouts
 
+METHODS = {
+    "chains": {  # Flow-GRPO
+        "sampler": {
+            "eta": 0.9, "roots": 3, "branch_steps": (0,), "group_size": 1, "stochastic_edges": 6, "untrained": (5,),
+            "strides": (1,),
+        },
+        "credit": {"group": "step", "spread": "batch"},
+        "learner": {"schedule": "accumulate", "updates_per_rollout": 2, "zero_stage": 1},
+    },
+    "chains that split": {  # BranchGRPO
+        "sampler": {
+            "kernel": "dance", "eta": 0.3, "branch_steps": (0,), "group_size": 2, "stochastic_edges": 5,
+            "splits": (1, 3), "width": 2, "strides": (1,),
+        },
+        "credit": {"group": "step"},
+        "learner": {"schedule": "accumulate", "updates_per_rollout": 3, "micro_batch": 2},
+    },
+    "sliding window": {  # MixGRPO's window, of which DanceGRPO's draw trains a part
+        "sampler": {
+            "kernel": "dance", "eta": 0.3, "branch_steps": (0,), "branch_schedule": "slide", "slide_every": 1,
+            "stochastic_edges": 4, "trained_share": 0.6, "strides": (1,),
+        },
+        "credit": {"group": "step"},
+    },
+    "guard": {"learner": {"objective": "guard"}},
+    "guard over chains": {  # the drift of edges whose noise has later numbers in its key
+        "sampler": {"branch_steps": (0, 2), "roots": 2, "group_size": 2, "stochastic_edges": 3, "strides": (2,)},
+        "credit": {"group": "step"},
+        "learner": {"objective": "guard", "clip_range": 2.2e-5},
+    },
+    "dppo": {"learner": {"objective": "dppo", "schedule": "accumulate", "updates_per_rollout": 3, "lr": 2e-2}},
+    "weighted edges": {  # TempFlow-GRPO
+        "sampler": {"roots": 2, "group_size": 3},
+        "credit": {"spread": "batch", "granularity_weights": (1.0, 0.5), "clip": 1.0},
+        "learner": {"edge_weight": 1.73, "schedule": "accumulate", "updates_per_rollout": 2, "kl_beta": 30},
+    },
+    **{
+        ("subpaths", stage): {  # Pave-GRPO, along the long edges of E-GRPO
+            "sampler": {"eta": 0.8, "edge_length": 2},
+            "learner": {"objective": "reinforce", "subpaths": (2, 3), "zero_stage": stage, "micro_batch": 4},
+        }
+        for stage in (2, 3)
+    },
+    **{
+        ("drawn branch step", schedule): {  # Flow-GRPO-Fast; from step 3 the third edge is not trained
+            "sampler": {
+                "kernel": "cps", "eta": 0.8, "roots": 3, "branch_schedule": "draw", "group_size": 1,
+                "stochastic_edges": 3, "untrained": (5,), "strides": (1,),
+            },
+            "credit": {"group": "step", "spread": "batch"},
+            "learner": {"schedule": schedule, "clip_range": 2e-5, "zero_stage": 3},
+            "prompts": 4,
+        }
+        for schedule in SCHEDULES
+    },
+}  # fmt: skip
 
-def settings(pipeline, ranks=1, model=None, lora_rank=3, lora_initial=None, **learner):
-    learner = {"device": "cpu", "resources": {"CPU": 1}, "lr": 1e-3, "clip_range": 2e-5, "grad_clip": 4e-3} | learner
+
+def settings(pipeline, ranks=1, model=None, lora_rank=3, lora_initial=None, sampler=None, credit=None, **learner):
     return Config.model_validate(
         {
             "name": "test",
             "seed": 3,
             "model": {"path": str(pipeline), "dtype": "float32", "height": 16, "width": 16} | (model or {}),
             "lora": {"rank": lora_rank, "alpha": 6, "initial": lora_initial},
-            "sampler": SAMPLER,
+            "sampler": SAMPLER | (sampler or {}),
+            "credit": CREDIT | (credit or {}),
+            "rollout": {"members_per_unit": 3, "micro_batch": 8},
             "rewards": {name: {"kind": "unused", "weight": weight} for name, weight in WEIGHTS.items()},
-            "learner": learner | {"ranks": ranks},
+            "learner": LEARNER | learner | {"ranks": ranks},
             "data": {"train_prompts": "unused", "heldout_prompts": "unused"},
+            "evaluation": {"anchors": True},
         }
     )
 
@@ -66,94 +138,213 @@ def policy(config):
 
 
 def sample_rollouts(config, prompts, seed=0):
-    """Rollouts by the policy at its start, with random rewards: a missing score at step 0, and one at step 1."""
+    """Rollouts by the policy at its start, with random scores, two of which are missing where trees are large."""
     model, rng = policy(config), np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    sigmas = shifted_sigmas(SAMPLER["steps"], config.sampler.shift)
-    rollouts = []
-    for slot in range(prompts):
-        pooled, sequence = (rng.standard_normal(shape, np.float32) for shape in [(POOLED_DIM,), (5, TEXT_DIM)])
-        embedding = PromptEmbedding(f"prompt {slot}", pooled, sequence, "float32")
-        conditioning = model.condition([embedding])
-        x = torch.randn(1, *model.latent_shape, generator=generator)
-        with torch.no_grad():
-            velocity = partial(model.velocity, conditioning=conditioning)
-            anchor = run_anchor(velocity, x, sigmas, SAMPLER["branch_steps"])
-        branches = []
-        for m, index in enumerate(SAMPLER["branch_steps"]):
-            noise = torch.randn(SAMPLER["group_size"], *model.latent_shape, generator=generator)
-            step = transition("flow", anchor.latents[m], anchor.velocities[m], sigmas, index, 0.7, noise=noise)
-            units = zip(step.next_x.split([3, 1]), step.log_prob.split([3, 1]), strict=True)  # two units a step
-            branches.append(tuple(Branches(next_x.numpy(), log_prob.numpy()) for next_x, log_prob in units))
-        rewards = rng.standard_normal((2, 3, 2, SAMPLER["group_size"])).astype(np.float32)
-        rewards[1, 0, 1, 2] = np.nan
-        rewards[0, 1, 0, slot] = np.nan
-        arrays = Anchor(anchor.latents[:, 0].numpy(), anchor.velocities[:, 0].numpy())
-        rollouts.append(PromptRollout(slot, embedding.prompt, rewards, embedding, arrays, tuple(branches)))
-    return rollouts
+    return [sample(config, model, slot, rng) for slot in range(prompts)]
 
 
-# The reference: one process, one state at a time, torch's own AdamW and clipping, every formula written out.
+@torch.no_grad()
+def sample(config, model, slot, rng):
+    """The tree of one prompt, grown unit by unit as rollout workers do."""
+    pooled, sequence = (rng.standard_normal(shape, np.float32) for shape in [(POOLED_DIM,), (5, TEXT_DIM)])
+    embedding = PromptEmbedding(f"prompt {slot}", pooled, sequence, "float32")
+    unit = TrunkUnit(ITERATION, slot, embedding.prompt)
+    tree = prompt_tree(config, ITERATION, slot, embedding.prompt)
+    part, roots = trunk_part(tree), range(config.sampler.roots)
+    key = ("root", config.seed, ITERATION, slot, embedding.prompt)
+    x = torch.stack([model.initial_noise(generator(*key, root)) for root in roots])
+    grown_from = partial(
+        grow, partial(model.velocity, conditioning=model.condition([embedding])), tree,
+        sigmas=sigma_grid(config.sampler, model.image_tokens), micro_batch=config.rollout.micro_batch,
+    )  # fmt: skip
+    trunk = grown_from(part.nodes, roots, x, keep=part.touched)
+
+    def noise(edges):
+        return torch.stack([model.initial_noise(generator(*edge_key(config, unit, tree, edge))) for edge in edges])
+
+    branches = []
+    for branch in branch_units(config, tree, unit):
+        part = branch_part(tree, branch)
+        points = np.flatnonzero(np.isin(tree.branch_points, tree.source[part.edges]))
+        grown = grown_from(
+            part.nodes, tree.branch_points[points].tolist(), trunk.latents[points], v=trunk.velocities[points],
+            kernel=config.sampler.kernel, eta=config.sampler.eta, noise=noise, keep=part.touched,
+        )  # fmt: skip
+        nodes, edges = np.array(part.touched), np.array(part.edges)
+        branches.append(Branches(nodes, grown.latents.numpy(), edges, grown.log_prob.numpy()))
+    return PromptRollout(
+        ITERATION, slot, embedding.prompt, tree, random_scores(tree, slot, rng), embedding,
+        Trunk(trunk.latents.numpy(), trunk.velocities.numpy()), tuple(branches),
+    )  # fmt: skip
+
+
+def random_scores(tree, slot, rng):
+    """[R, Q]. Those of anchors are far off: they must be in no mean and no spread."""
+    scores = rng.standard_normal((len(WEIGHTS), len(tree.leaf))).astype(np.float32)
+    scores[:, tree.tag == ANCHOR] += 1000
+    leaves = np.flatnonzero(tree.tag != ANCHOR)
+    for reward, leaf in ((1, 5), (0, 8 + 2 * slot)):  # of SAMPLER's tree: one at step 0, and one at step 1
+        if leaf < len(leaves):
+            scores[reward, leaves[leaf]] = np.nan
+    return scores
+
+
+def scored(rollouts, change):
+    """The rollouts with other scores: `change` gets the schedule index at which each leaf's subtree starts, and them.
+
+    Anchors have −1.
+    """
+
+    def changed(rollout):
+        start = np.full(len(rollout.tree.leaf), -1)
+        for subtree in rollout.tree.subtrees:
+            start[subtree.leaves] = subtree.branch_step
+        return replace(rollout, scores=change(start, rollout.scores).astype(np.float32))
+
+    return [changed(rollout) for rollout in rollouts]
+
+
+# The reference: one process, one edge at a time, torch's own AdamW and clipping, every formula written out.
 
 
 def by_hand(config, rollouts):
-    """(LoRA, metrics) after an update by a plain PyTorch program."""
-    model, learner = policy(config), config.learner
+    """An update in plain PyTorch: LoRA, metrics, share of edges whose gradient is cut off, distance to where it is."""
+    model, start, learner = policy(config), policy(config), config.learner
     lora = list(lora_parameters(model.transformer).values())
     optimizer = torch.optim.AdamW(lora, lr=learner.lr, weight_decay=learner.weight_decay)
-    steps = range(len(SAMPLER["branch_steps"]))
-    losses, norms, kls = [], [], []
-    for window in [[m] for m in steps] if learner.schedule == "per_step" else [steps]:
-        parts = [part for rollout in rollouts for m in window for part in member_losses(model, rollout, m, learner)]
-        if not parts:
-            continue
-        loss, kl = (torch.stack(column).mean() for column in zip(*parts, strict=True))
+    part = np.concatenate([[k] * len(p) for k, p in enumerate(np.array_split(rollouts, learner.updates_per_rollout))])
+    steps = {}
+    for rollout, advantage in zip(rollouts, advantages(config, rollouts), strict=True):
+        for edge, a in advantage.items():
+            step = (part[rollout.slot], rollout.tree.start[edge] if learner.schedule == "per_step" else 0)
+            steps.setdefault(step, []).append((rollout, edge, a))
+    found, norms, margins = [], [], []
+    for step in sorted(steps):
+        parts = [edge_loss(config, model, start, *edge) for edge in steps[step]]
+        *means, margin = (torch.stack(column) for column in zip(*parts, strict=True))
+        loss, *others = (column.mean() for column in means)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(lora, learner.grad_clip)))
         optimizer.step()
-        losses.append(loss.item())
-        kls.append(kl.item())
-    metrics = {"actor/loss": np.mean(losses), "actor/grad_norm": max(norms), "actor/kl": np.mean(kls)}
-    return lora_state(model.transformer), metrics
+        found.append([loss.item(), *(other.item() for other in others)])
+        margins.append(margin.min().item())
+    loss, kl, ratio, cut = np.mean(found, axis=0)
+    metrics = {"actor/loss": loss, "actor/kl": kl, "actor/ratio_mean": ratio, "actor/grad_norm": max(norms)}
+    return lora_state(model.transformer), metrics, cut, min(margins)
 
 
-def member_losses(model, rollout, m, learner):
-    index = SAMPLER["branch_steps"][m]
-    sigmas = [3 * t / (1 + 2 * t) for t in (1 - i / SAMPLER["steps"] for i in range(SAMPLER["steps"] + 1))]
-    sigma, delta = sigmas[index], sigmas[index + 1] - sigmas[index]
-    g = 0.7 * math.sqrt(sigma / (1 - (sigmas[1] if index == 0 else sigma)))
-    std = g * math.sqrt(-delta)
-    x = torch.tensor(rollout.anchor.latents[m])
+def advantages(config, rollouts):
+    """For each rollout the advantage of each trained edge that has all its values."""
+    return [advantages_of(config, rollout, rollouts) for rollout in rollouts]
+
+
+def advantages_of(config, rollout, rollouts):
+    tree, credit = rollout.tree, config.credit
+    edges, tags = range(len(tree.source)), range(len(config.sampler.strides))
+    above = [edges_above(tree, node) for node in tree.leaf]
+    advantage = {edge: 0.0 for edge in edges if tree.trained[edge]}
+    for (r, weight), tag in itertools.product(enumerate(WEIGHTS.values()), tags):
+        weight = weight * (credit.granularity_weights or [1.0, 1.0])[tag]
+        values = []
+        for edge in edges:
+            below = [q for q in range(len(tree.leaf)) if edge in above[q] and tree.tag[q] == tag]
+            values.append(mean([score for score in rollout.scores[r, below] if np.isfinite(score)]))
+        everything = [x.scores[r, q] for x in rollouts for q in range(len(x.tree.leaf)) if x.tree.tag[q] != ANCHOR]
+        for edge in advantage:
+            alike = tree.source if credit.group == "siblings" else tree.start
+            group = [values[e] for e in edges if alike[e] == alike[edge] and np.isfinite(values[e])]
+            scale = np.nanstd(np.array(everything, np.float64)) + 1e-4
+            if credit.spread == "group":
+                scale = np.std(group, ddof=1) + 1e-8 if len(group) > 1 else 1e-8
+            advantage[edge] += weight * (values[edge] - mean(group)) / scale
+    return {edge: float(np.clip(a, -credit.clip, credit.clip)) for edge, a in advantage.items() if np.isfinite(a)}
+
+
+def edges_above(tree, node):
+    found = []
+    while node >= 0:
+        found.append(tree.edge[node])
+        node = tree.parent[node]
+    return found
+
+
+def mean(numbers):
+    return sum(map(float, numbers)) / len(numbers) if len(numbers) else math.nan
+
+
+def edge_loss(config, model, start, rollout, edge, a):
+    """Of one edge: loss, KL, ratio, whether the objective cuts its gradient off, and how far it is from that.
+
+    `start` is the old policy.
+    """
+    sampler, learner, tree = config.sampler, config.learner, rollout.tree
+    sigmas = [3 * t / (1 + 2 * t) for t in (1 - i / sampler.steps for i in range(sampler.steps + 1))]
+    sigma, end = sigmas[tree.start[edge]], sigmas[tree.end[edge]]
+    latents = dict(zip(tree.branch_points, rollout.trunk.latents, strict=True))
+    old = {}
+    for unit in rollout.branches:
+        latents |= dict(zip(unit.nodes, unit.latents, strict=True))
+        old |= dict(zip(unit.edges, unit.log_prob, strict=True))
+    x, next_x = torch.tensor(latents[tree.source[edge]]), torch.tensor(latents[tree.target[edge]])
     conditioning = model.condition([rollout.embedding])
 
-    def mean():
-        v = model.velocity(x[None], torch.tensor([sigma], dtype=torch.float32), conditioning)[0]
-        return x + v * delta + g**2 / (2 * sigma) * (x + (1 - sigma) * v) * delta
+    def velocity(of, x, sigma):
+        return of.velocity(x[None], torch.tensor([sigma], dtype=torch.float32), conditioning)[0]
 
-    mu, kl = mean(), torch.tensor(0.0)
+    def gaussian(v, x=x, sigma=sigma):
+        """Mean and std of the step to the edge's end."""
+        delta = end - sigma
+        if sampler.kernel == "cps":
+            std = end * math.sin(sampler.eta * math.pi / 2)
+            return (1 - end) * (x - sigma * v) + math.sqrt(end**2 - std**2) * (x + (1 - sigma) * v), std
+        g = sampler.eta
+        if sampler.kernel == "flow":
+            g *= math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+        return x + v * delta + g**2 / (2 * sigma) * (x + (1 - sigma) * v) * delta, g * math.sqrt(-delta)
+
+    def log_density(mu, std):
+        if sampler.kernel == "cps":
+            return -((next_x - mu) ** 2).mean()
+        return (-((next_x - mu) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean()
+
+    v = velocity(model, x, sigma)
+    mu, std = gaussian(v)
+    kl = torch.tensor(0.0)
     if learner.kl_beta:
         with torch.no_grad(), lora_disabled(model.transformer):
-            reference = mean()
+            reference, _ = gaussian(velocity(model, x, sigma))
         kl = ((mu - reference) ** 2).mean() / (2 * std**2)
-    next_x = torch.tensor(np.concatenate([unit.next_latents for unit in rollout.branches[m]]))
-    old = torch.tensor(np.concatenate([unit.log_prob for unit in rollout.branches[m]]))
-    rewards = rollout.rewards[:, m].astype(np.float64)  # [R, J, G]
-    members = np.flatnonzero(np.isfinite(rewards).all((0, 1)))
-    if not len(members):
-        return []
-    advantage = np.zeros(SAMPLER["group_size"])
-    for r, weight in enumerate(WEIGHTS.values()):
-        for scores in rewards[r]:
-            advantage += weight * (scores - np.nanmean(scores)) / (np.nanstd(scores, ddof=1) + 1e-8)
-    losses = []
-    for member in members:
-        density = -((next_x[member] - mu) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
-        ratio = torch.exp(density.mean() - old[member])
-        a = float(np.clip(advantage[member], -5, 5))
-        clipped = torch.clamp(ratio, 1 - learner.clip_range, 1 + learner.clip_range)
-        losses.append((torch.maximum(-a * ratio, -a * clipped) + learner.kl_beta * kl, kl.detach()))
-    return losses
+    new = log_density(mu, std)
+    log_ratio = new - float(old[edge])
+    with torch.no_grad():
+        old_mu, _ = gaussian(velocity(start, x, sigma))
+    drift = ((mu - old_mu) ** 2).mean() / (2 * std**2)
+    cut, margin = False, math.inf
+    if learner.objective in ("clip", "guard"):
+        ratio = torch.exp(std * (log_ratio + drift) if learner.objective == "guard" else log_ratio)
+        free, clipped = -a * ratio, -a * torch.clamp(ratio, 1 - learner.clip_range, 1 + learner.clip_range)
+        loss, cut = torch.maximum(free, clipped), bool(clipped > free)
+        margin = abs(abs(ratio.item() - 1) - learner.clip_range)
+        loss = loss / (sigma - end) if learner.objective == "guard" else loss
+    elif learner.objective == "dppo":
+        ratio = torch.exp(log_ratio)
+        cut = bool(drift >= 1e-5) and ((ratio > 1 and a > 0) or (ratio < 1 and a < 0))
+        loss = 0 * ratio if cut else -a * ratio
+        margin = abs(drift.item() - 1e-5)
+    else:
+        ratio = torch.exp(log_ratio)
+        loss = -a * torch.exp(new - new.detach())
+        for parts in learner.subpaths:
+            there, speed = x, v
+            for k in range(1, parts):
+                there = there + (end - sigma) / parts * speed
+                between = sigma + k * (end - sigma) / parts
+                speed = velocity(model, there, between)
+            along = log_density(*gaussian(speed, there, between))
+            loss = loss - a * torch.exp(along - along.detach()) / len(learner.subpaths)
+    loss = loss * (learner.edge_weight * std if learner.edge_weight else 1) + learner.kl_beta * kl
+    return loss, kl.detach(), ratio.detach(), torch.tensor(float(cut)), torch.tensor(margin)
 
 
 # Process groups
@@ -166,6 +357,7 @@ class Job:
     updates: int = 1
     load: str | None = None
     save: str | None = None  # after the updates
+    on_policy: bool = True
 
     def run(self, rank, ranks):
         """(LoRA, metrics of the last update, error)."""
@@ -173,11 +365,12 @@ class Job:
 
         engine = LearnerEngine(self.config, rank, ranks, self.load)
         metrics, error = {}, None
-        shard, batch = spread(self.rollouts, ranks)[rank], BatchShape.of(self.rollouts)
+        shards = spread(self.rollouts, ranks)
+        batch = BatchShape.of(shards, self.config.learner, self.on_policy)
         try:
             for _ in range(self.updates):
                 parts = [None] * ranks
-                part = engine.update(shard, batch)
+                part = engine.update(shards[rank], batch)
                 torch.distributed.all_gather_object(parts, part)
                 metrics = reduce_metrics(parts)
         except RuntimeError as raised:
@@ -234,30 +427,37 @@ def rollouts(pipeline):
 def jobs(pipeline, rollouts):
     """What both process groups do."""
 
-    def job(updates=1, shards=rollouts, model=None, **learner):
-        return Job(settings(pipeline, model=model, **learner), shards, updates)
+    def job(updates=1, shards=rollouts, model=None, on_policy=True, **learner):
+        return Job(settings(pipeline, model=model, **learner), shards, updates, on_policy=on_policy)
 
     drifted = [
-        replace(r, branches=tuple(tuple(replace(u, log_prob=u.log_prob - 1e-3) for u in units) for units in r.branches))
+        replace(r, branches=tuple(replace(unit, log_prob=unit.log_prob - 1e-3) for unit in r.branches))
         for r in rollouts
     ]
-    unscored = [replace(r, rewards=np.where(np.arange(3)[:, None, None] == 1, np.nan, r.rewards)) for r in rollouts]
     found = {
         (schedule, stage): job(schedule=schedule, zero_stage=stage, gradient_checkpointing=stage == 3)
         for schedule in SCHEDULES
         for stage in STAGES
     }
     for stage in STAGES:
-        found["kl", stage] = job(kl_beta=0.3, zero_stage=stage, micro_batch=2)
+        found["kl", stage] = job(kl_beta=30, zero_stage=stage, micro_batch=2)
         found["twice", stage] = job(updates=2, zero_stage=stage, ratio_tolerance=NOT_ON_POLICY)
     found["drifted"] = job(shards=drifted)
-    found["unscored step"] = job(shards=unscored)
+    found["stale"] = job(shards=drifted, on_policy=False)
+    found["unscored step"] = job(shards=scored(rollouts, lambda start, scores: np.where(start == 1, np.nan, scores)))
+    found["equal scores"] = job(
+        shards=scored(rollouts, lambda start, scores: np.where((start == 3) & [[True], [False]], 0.5, scores))
+    )
     found["one prompt"] = job(shards=rollouts[:1], zero_stage=3)
-    found["no scores"] = job(shards=[replace(r, rewards=np.full_like(r.rewards, np.nan)) for r in rollouts])
-    broken = [replace(r, anchor=replace(r.anchor, latents=r.anchor.latents * np.nan)) for r in rollouts]
+    found["no scores"] = job(shards=scored(rollouts, lambda start, scores: scores * np.nan))
+    broken = [replace(r, trunk=replace(r.trunk, latents=r.trunk.latents * np.nan)) for r in rollouts]
     for stage in STAGES:
         found["not finite", stage] = job(shards=broken, zero_stage=stage, ratio_tolerance=math.inf)
     found["bfloat16"] = job(model={"dtype": "bfloat16"}, zero_stage=3, lr=1e-7, ratio_tolerance=1.0)
+    for name, method in METHODS.items():
+        sections, prompts = {k: method.get(k) for k in ("sampler", "credit")}, method.get("prompts", 3)
+        config = settings(pipeline, **sections, **method.get("learner", {}))
+        found[name] = Job(config, sample_rollouts(config, prompts))
     return found
 
 
@@ -294,28 +494,62 @@ def with_ranks(config, ranks):
     return config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": ranks})})
 
 
+def is_that_of_a_plain_program(name, result, jobs, expected):
+    lora, metrics, error = result
+    expected_lora, expected_metrics, _, margin = expected
+    assert error is None
+    assert margin > 4e-7  # rounding decides of no edge whether it is clipped
+    same(lora, expected_lora, 1e-5)
+    start = lora_state(policy(jobs[name].config).transformer)
+    assert max(np.abs(lora[key] - start[key]).max() for key in lora) > 5e-4  # it went somewhere
+    for key, value in expected_metrics.items():
+        close = {"abs": 1e-12, "rel": 1e-3} if key == "actor/kl" else {"abs": 1e-5, "rel": 1e-4}
+        assert metrics[key] == pytest.approx(value, **close), key
+
+
 @pytest.mark.parametrize("ranks", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", [*SCHEDULES, "kl"])
 def test_update_is_that_of_a_plain_program(kind, stage, ranks, jobs, reference, results):
-    lora, metrics, error = results[0][ranks][kind, stage]
-    expected, expected_metrics = reference((kind, 1))
-    assert error is None
-    same(lora, expected, 1e-5)
-    start = lora_state(policy(jobs[kind, stage].config).transformer)
-    assert max(np.abs(lora[name] - start[name]).max() for name in lora) > 5e-4  # it went somewhere
-    for name, value in expected_metrics.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5, rel=1e-4), name
+    is_that_of_a_plain_program((kind, stage), results[0][ranks][kind, stage], jobs, reference((kind, 1)))
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
-def test_metrics(ranks, jobs, rollouts, results):
-    metrics = results[0][ranks]["per_step", 2][1]
-    valid = np.stack([np.isfinite(r.rewards).all((0, 2)) for r in rollouts])
-    weights = list(WEIGHTS.values())
-    advantage = np.stack([integrate_advantages(torch.tensor(r.rewards), reward_weights=weights) for r in rollouts])[
-        valid
-    ]
+@pytest.mark.parametrize("name", METHODS, ids=str)
+def test_update_of_other_trees_and_objectives_is_that_of_a_plain_program(name, ranks, jobs, reference, results):
+    is_that_of_a_plain_program(name, results[0][ranks][name], jobs, reference(name))
+
+
+@pytest.mark.parametrize("name", [("per_step", 1), *METHODS], ids=str)
+def test_every_objective_cuts_off_some_edges_and_not_all(name, jobs, reference):
+    cut = reference(name)[2]
+    one_step = jobs[name].config.learner.objective == "reinforce" or name == ("drawn branch step", "accumulate")
+    assert cut == 0 if one_step else 0 < cut < 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_drawn_trees_give_ranks_unequal_numbers_of_states(schedule, jobs):
+    job = jobs["drawn branch step", schedule]
+    trees = [rollout.tree for rollout in job.rollouts]
+    assert len({tuple(tree.start) for tree in trees}) > 1
+    assert len({len(tree.states) for tree in trees}) > 1
+    counts = [Counter() for _ in range(2)]
+    for shard, count in zip(spread(job.rollouts, 2), counts, strict=True):
+        count.update(start for r in shard for start in r.tree.index[r.tree.states])
+    batch = BatchShape.of(spread(job.rollouts, 2), job.config.learner)
+    if schedule == "accumulate":
+        assert counts[0].total() != counts[1].total()
+        assert [step.states for step in batch.steps] == [max(count.total() for count in counts)]
+    else:
+        starts = sorted(counts[0] | counts[1])
+        assert any(not all(count[start] for count in counts) for start in starts)  # a rank has none of its own
+        assert [step.states for step in batch.steps] == [max(count[start] for count in counts) for start in starts]
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_metrics(ranks, jobs, results):
+    job, metrics = jobs["per_step", 2], results[0][ranks]["per_step", 2][1]
+    advantage = np.array([a for of_prompt in advantages(job.config, job.rollouts) for a in of_prompt.values()])
     assert metrics["advantage/mean"] == pytest.approx(advantage.mean(), abs=1e-6)
     assert metrics["advantage/std"] == pytest.approx(advantage.std(), rel=1e-6)
     assert metrics["advantage/abs_max"] == pytest.approx(np.abs(advantage).max())
@@ -325,15 +559,14 @@ def test_metrics(ranks, jobs, rollouts, results):
     assert metrics["actor/ratio_max_dev"] == max(metrics[f"actor/ratio_max_dev_step/{k}"] for k in range(3)) > 1e-6
     assert metrics["actor/ratio_mean"] == pytest.approx(1, abs=metrics["actor/ratio_max_dev"])
     assert 0 < metrics["actor/clip_fraction"] < 1
-    assert metrics["actor/grad_norm"] > jobs["per_step", 2].config.learner.grad_clip  # both kinds of clipping at work
+    assert metrics["actor/grad_norm"] > job.config.learner.grad_clip  # both kinds of clipping at work
 
 
 def test_first_ratio_is_one(results):
     for ranks in WORLDS:
         done = results[0][ranks]
-        for kind in (*SCHEDULES, "kl"):
-            for stage in STAGES:
-                assert done[kind, stage][1]["actor/ratio_initial_max_dev"] <= 1e-6
+        for name in [*itertools.product((*SCHEDULES, "kl"), STAGES), *METHODS]:
+            assert done[name][1]["actor/ratio_initial_max_dev"] <= 1e-6, name
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
@@ -348,6 +581,11 @@ def test_drifted_log_probs_stop_before_any_step(ranks, jobs, results):
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
+def test_log_probs_of_older_weights_are_allowed_where_they_are_expected(ranks, jobs, reference, results):
+    is_that_of_a_plain_program("stale", results[0][ranks]["stale"], jobs, reference("stale"))
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_stops(stage, ranks, jobs, results):
     lora, _, error = results[0][ranks]["not finite", stage]
@@ -359,10 +597,17 @@ def test_a_gradient_that_is_not_finite_stops(stage, ranks, jobs, results):
 def test_missing_scores(ranks, reference, results):
     for name in ("unscored step", "one prompt"):
         lora, metrics, _ = results[0][ranks][name]
-        expected, expected_metrics = reference(name)
+        expected, expected_metrics, *_ = reference(name)
         same(lora, expected, 1e-5)
         assert metrics["actor/loss"] == pytest.approx(expected_metrics["actor/loss"], abs=1e-5)
-    assert "no member of any group" in results[0][ranks]["no scores"][2]
+    assert "no edge of any tree" in results[0][ranks]["no scores"][2]
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_groups_of_equal_scores_are_counted(ranks, jobs, reference, results):
+    is_that_of_a_plain_program("equal scores", results[0][ranks]["equal scores"], jobs, reference("equal scores"))
+    prompts, granularities = 3, 2
+    assert results[0][ranks]["equal scores"][1]["advantage/zero_std_groups"] == prompts * granularities
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
@@ -421,8 +666,8 @@ def by_reference(rollout):
     return replace(
         rollout,
         embedding=ray.put(rollout.embedding),
-        anchor=ray.put(rollout.anchor),
-        branches=tuple(tuple(ray.put(unit) for unit in units) for units in rollout.branches),
+        trunk=ray.put(rollout.trunk),
+        branches=tuple(ray.put(unit) for unit in rollout.branches),
     )
 
 
@@ -482,7 +727,7 @@ def test_death_of_a_rank(cluster, pipeline, rollouts):
         group = LearnerGroup(settings(pipeline, ranks=2, lora_rank=128))  # too large to travel in the answer itself
         await group.start(120)
         published = await group.publish(0)
-        deadly = replace(by_reference(rollouts[1]), anchor=ray.put(Bomb()))
+        deadly = replace(by_reference(rollouts[1]), trunk=ray.put(Bomb()))
         start = time.monotonic()
         with pytest.raises(LearnerLost):  # whatever rank 0's collective made of it
             await group.update([by_reference(rollouts[0]), deadly])

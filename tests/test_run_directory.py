@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from g2rpo_ray.algo import ANCHOR, Shape, plan_tree
 from g2rpo_ray.config import load_config
 from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
 from g2rpo_ray.record.heldout import compare, picture_grid, table
 from g2rpo_ray.record.journal import Journal, is_finished, summarize
+from g2rpo_ray.record.metrics import rollout_metrics, signals, utilisation
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.timeline import write_timeline
 from g2rpo_ray.record.tracking import json_lines, read_lines
@@ -113,12 +115,21 @@ def test_metrics_after_the_checkpoint_of_a_killed_run_are_dropped(tmp_path):
     ("judge", "warned"), [(lambda i: 1 - i / 100, True), (lambda i: i / 100, False), (lambda i: np.nan, False)]
 )
 def test_a_trained_reward_that_rises_while_every_judge_falls_is_called_out(tmp_path, capsys, judge, warned):
-    config = load_config(None, ["eval_rewards={judge: {kind: jpeg_compressibility}}", "iterations=20"])
+    config = one_granularity("eval_rewards={judge: {kind: jpeg_compressibility}}", "iterations=20")
     with Journal(config, tmp_path, 0) as journal:
         for i in range(20):
             anchors = {"preference": np.array([i / 100], np.float32), "judge": np.array([judge(i)], np.float32)}
             journal.iteration(i + 1, replace(rollout([0.1, 0.2]), anchor_scores=anchors), {}, {})
     assert ("may exploit" in capsys.readouterr().out) == warned
+
+
+def test_where_no_anchor_is_scored_nothing_is_called_out(tmp_path, capsys):
+    config = one_granularity("eval_rewards={judge: {kind: jpeg_compressibility}}", "iterations=20")
+    with Journal(config, tmp_path, 0) as journal:
+        for i in range(20):
+            journal.iteration(i + 1, replace(rollout([0.1, 0.2 + i]), anchor_scores={}), {}, {})
+    assert "may exploit" not in capsys.readouterr().out
+    assert not [name for line in read_lines(tmp_path / "metrics.jsonl") for name in line if name.startswith("eval/")]
 
 
 def test_comparison_by_hand():
@@ -152,17 +163,63 @@ def held_out(value):
     return Samples(["a", "b"], scores, pictures, evaluations=60)
 
 
+def one_granularity(*overrides):
+    return load_config(None, ["sampler.strides=[1]", *overrides])
+
+
 def rollout(scores):
-    prompt = PromptRollout(0, "a", np.array(scores, np.float32).reshape(1, 1, 1, -1), None, None, ())
+    """Of one prompt with a child for each score."""
+    tree = plan_tree(Shape(4, children=len(scores)))
+    return made([prompt_rollout(tree, [scores])], {"preference": np.array([0.5], np.float32)})
+
+
+def prompt_rollout(tree, scores, slot=0):
+    return PromptRollout(0, slot, "a", tree, np.array(scores, np.float32), None, None, ())
+
+
+def made(prompts, anchor_scores):
     reports = [
-        UnitReport("anchor/0/0", "rollout-0", Place(1, "n", "a"), 0.0, 0, 10, 1, 2.0, 0.5),
-        UnitReport("b", "rollout-1", Place(2, "n", "a"), 0.0, 0, 90, 2, 3.0, 0),
+        UnitReport("trunk/0/0", "rollout-0", Place(1, "n", "a"), 0.0, 0, 10, 1, 2.0, 0.5),
+        UnitReport("branch/0/0/0/0", "rollout-1", Place(2, "n", "a"), 0.0, 0, 90, 2, 3.0, 0),
     ]
-    return Rollout([prompt], {"preference": np.array([0.5], np.float32)}, reports, 0, 4.0, 3.5)
+    return Rollout(prompts, anchor_scores, reports, 0, 4.0, 3.5)
+
+
+def test_metrics_of_an_iteration_by_hand():
+    """Two prompts of three children at two granularities; an anchor's score is in no mean but that of the anchors."""
+    config = load_config(None, ["rewards.taste={kind: jpeg_compressibility, weight: 2}"])
+    tree = plan_tree(Shape(6, children=3, strides=(1, 2), anchors=True))
+    assert tree.tag.tolist() == [ANCHOR, 0, 1, 0, 1, 0, 1]
+    first = [[100, 1, 1, 2, 3, 3, 2], [100, 1, 3, 2, 2, 3, 1]]
+    second = [[100, 1, 2, 2, 4, 3, np.nan], [100, 4, 4, 5, 5, 6, 6]]
+    anchors = {"preference": np.array([0.5, np.nan], np.float32), "colour": np.array([1.0, 0.0], np.float32)}
+    whole = made([prompt_rollout(tree, first), prompt_rollout(tree, second, 1)], anchors)
+    metrics = rollout_metrics(whole, config)
+    assert metrics["reward/preference/mean"] == pytest.approx((12 + 12) / 11)
+    squares = sum((x - 24 / 11) ** 2 for x in (1, 1, 2, 3, 3, 2, 1, 2, 2, 4, 3))
+    assert metrics["reward/preference/std"] == pytest.approx(math.sqrt(squares / 11))
+    assert metrics["reward/taste/mean"] == pytest.approx((12 + 30) / 12)
+    assert (metrics["eval/preference/mean"], metrics["eval/colour/mean"]) == (0.5, 0.5)
+    assert "eval/taste/mean" not in metrics
+    # granularity 1 has advantages (-1, 0, 1), and twice that; granularity 2 has (-1, 1, 0) + 2 (1, 0, -1) = (1, 1, -2);
+    # of the second prompt the two children that have all scores agree
+    found = [-9 / math.sqrt(18 * 6), 1]
+    assert metrics["signal/agreement/2"] == pytest.approx(sum(found) / 2)
+    # the first reward: children's means 1, 2.5, 2.5 and 1.5, 3
+    assert metrics["signal/spread/0"] == pytest.approx((math.sqrt(0.75) + math.sqrt(1.125)) / 2)
+    assert (metrics["rollout/evaluations"], metrics["rollout/images"], metrics["rollout/weights_version"]) == (
+        100,
+        3,
+        0,
+    )
+    assert (metrics["perf/evaluations_per_s"], metrics["perf/images_per_s"]) == (25, 0.75)
+    assert metrics["perf/rollout_utilisation"] == utilisation(whole.reports, 4.0) == 5 / (2 * 4)
+    alone = made([prompt_rollout(plan_tree(Shape(6, children=3)), [[1, 2, 3]])], {})
+    assert signals(alone, one_granularity()) == {"signal/spread/0": 1.0}  # nothing to agree with
 
 
 def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):
-    config = load_config(None, ["iterations=2"])
+    config = one_granularity("iterations=2")
     with Journal(config, tmp_path, 0) as journal:
         journal.heldout(0, held_out(0.5))
         with journal.timed("rollout"):
@@ -194,9 +251,9 @@ def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):
 def test_a_timeline_tells_who_did_what_when(tmp_path):
     spans = [
         Span("rollout-0", "10.0.0.1", "weights", 100.0, 0.5, 3),
-        Span("rollout-0", "10.0.0.1", "anchor/4/0", 100.5, 2.0, 3),
+        Span("rollout-0", "10.0.0.1", "trunk/4/0", 100.5, 2.0, 3),
         Span("rollout-1", "10.0.0.2", "branch/4/0/1/0", 102.5, 6.0, 3),
-        Span("reward clip-0", "10.0.0.2", "anchor/4/0", 103.0, 1.0),
+        Span("reward clip-0", "10.0.0.2", "trunk/4/0", 103.0, 1.0),
         Span("run", "driver", "update", 109.0, 1.0),
     ]
     write_timeline(tmp_path, 5, spans)
@@ -207,9 +264,9 @@ def test_a_timeline_tells_who_did_what_when(tmp_path):
     ]
     assert done == [
         (rows["rollout-0"], "weights", "weights", 100e6, 0.5e6),
-        (rows["rollout-0"], "anchor/4/0", "anchor", 100.5e6, 2e6),
+        (rows["rollout-0"], "trunk/4/0", "trunk", 100.5e6, 2e6),
         (rows["rollout-1"], "branch/4/0/1/0", "branch", 102.5e6, 6e6),
-        (rows["reward clip-0"], "anchor/4/0", "score", 103e6, 1e6),
+        (rows["reward clip-0"], "trunk/4/0", "score", 103e6, 1e6),
         (rows["run"], "update", "update", 109e6, 1e6),
     ]
     drawn = np.array(Image.open(tmp_path / "timeline" / "000005.png").convert("RGB"))

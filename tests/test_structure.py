@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent.parent / "g2rpo_ray"
 HEAVY = ("ray", "deepspeed", "diffusers", "transformers", "peft")
 
 
@@ -18,21 +19,32 @@ def test_the_algorithm_needs_torch_alone():
     assert not loaded & {*HEAVY, "pydantic", "yaml", "PIL"}
 
 
+def test_a_method_is_data_and_needs_nothing():
+    names = [path.stem for path in (PACKAGE / "methods").glob("[a-z]*.py")]
+    assert "g2rpo" in names
+    loaded = modules_after("import " + ", ".join(f"g2rpo_ray.methods.{name}" for name in names))
+    assert not loaded & {*HEAVY, "torch", "numpy", "pydantic", "yaml"}
+
+
 SHELLS = ("run", "evaluate", "scale")  # they load Ray when there is something to run
 
 
 def test_only_the_shells_know_ray():
-    package = Path(__file__).parent.parent / "g2rpo_ray"
-    modules = [path.relative_to(package.parent).with_suffix("") for path in package.rglob("*.py")]
+    """Nothing of g2rpo_ray loads it: what runs on Ray is in actors/ and learner/group.py."""
+    modules = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
     names = sorted(".".join(module.parts) for module in modules if module.name != "__init__")
     assert {f"g2rpo_ray.{shell}" for shell in SHELLS} < set(names)
     assert "ray" not in modules_after("import " + ", ".join(names))
+    assert "ray" in modules_after("import actors.session")  # what the loop calls: loaded when there is a cluster
 
 
-def test_the_engine_knows_deepspeed_but_not_ray():
+def test_the_learner_knows_deepspeed_in_its_engine_alone_and_ray_in_its_shells_alone():
     loaded = modules_after("import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import learner.engine")
     assert "deepspeed" in loaded
     assert "ray" not in loaded
+    assert not modules_after("import learner.loss") & {"ray", "deepspeed"}
+    assert not modules_after("import learner.batch") & set(HEAVY)  # the driver uses it, too
+    assert "deepspeed" not in modules_after("import learner.group")
 
 
 def test_asking_for_help_loads_nothing_heavy():

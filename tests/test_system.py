@@ -38,13 +38,15 @@ def test_a_run_leaves_what_the_documentation_promises(reference):
     lines = metrics(output, "reference")
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
     for line in lines[1:]:
-        # T + G · Σ_i (Σ_j |path| − 1 − (J − 1)): the unique number, 2 prompts
-        assert line["rollout/evaluations"] == 2 * (5 + 4 * ((4 + 3 - 1) + (2 + 2 - 1)))
-        assert line["rollout/images"] == 2 * (1 + 2 * 2 * 4)
+        # T + G · Σ_i (nodes of the branch's paths before the image, those that paths share counted once), 2 prompts:
+        # 1, 2, 3, 4 and 1, 2, 4 share 1 and 2; the paths from step 2, both 3, 4, are one, and so is its image
+        assert line["rollout/evaluations"] == 2 * (5 + 4 * ((4 + 1) + 2))
+        assert line["rollout/images"] == 2 * (1 + 4 * (2 + 1))
         assert line["rollout/weights_version"] == line["iteration"] - 1
         assert line["actor/ratio_initial_max_dev"] <= 1e-6
         assert line["actor/ratio_max_dev_step/1"] > 1e-6  # the second step of per_step leaves 1
         assert {"reward/preference/mean", "reward/preference/std", "eval/preference/mean"} <= line.keys()
+        assert {"signal/agreement/2", "signal/spread/0", "signal/spread/2"} <= line.keys()
         assert {"advantage/abs_max", "actor/loss", "actor/grad_norm", "actor/clip_fraction"} <= line.keys()
         assert {"timing_s/step", "timing_s/rollout", "timing_s/update", "timing_s/broadcast"} <= line.keys()
     assert "heldout/preference/mean" in lines[0]
@@ -108,7 +110,7 @@ def test_scores_that_fail_are_left_out_and_counted(tmp_path):
         rewards__preference__options="{errors: 1, missing: 1}", rewards__preference__batch_size=8,
     )  # fmt: skip
     line = metrics(tmp_path, "faulty")[1]
-    assert line["reward/preference/missing"] == 2 * 2  # one of the 8 images of each branch unit
+    assert line["reward/preference/missing"] == 2 * 2  # one of the 8 or 4 images of each branch unit
     assert line["reward/preference/mean"] > 1
 
 

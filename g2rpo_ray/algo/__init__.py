@@ -1,26 +1,51 @@
-"""The mathematics of G²RPO (arXiv 2510.01982): torch and the standard library only, usable without the rest."""
+"""The mathematics of sampling trees (G²RPO, arXiv 2510.01982, and its field): torch alone, usable without the rest."""
 
-from g2rpo_ray.algo.advantage import complete_members, integrate_advantages, without_spread
-from g2rpo_ray.algo.branching import AnchorTrajectory, BranchPlan, Velocity, complete, run_anchor
-from g2rpo_ray.algo.kernels import Transition, ode_step, transition
-from g2rpo_ray.algo.loss import clipped_loss, reference_kl
+from g2rpo_ray.algo.credit import (
+    batch_std,
+    edge_advantages,
+    edge_values,
+    groups,
+    normalise,
+    scored_edges,
+    without_spread,
+)
+from g2rpo_ray.algo.growth import Grown, Velocity, grow, integrate
+from g2rpo_ray.algo.kernels import Transition, ode_step, step_between, transition
+from g2rpo_ray.algo.objectives import NEEDS_DRIFT, OBJECTIVES, edge_losses, edge_ratios, mean_shift, policy_loss
 from g2rpo_ray.algo.schedule import completion_path, resolution_shift, shifted_sigmas
+from g2rpo_ray.algo.signal import agreement, spreads
+from g2rpo_ray.algo.tree import ANCHOR, Shape, Subtree, Tree, plan_tree
 
 __all__ = [
-    "AnchorTrajectory",
-    "BranchPlan",
+    "ANCHOR",
+    "NEEDS_DRIFT",
+    "OBJECTIVES",
+    "Grown",
+    "Shape",
+    "Subtree",
     "Transition",
+    "Tree",
     "Velocity",
-    "clipped_loss",
-    "complete",
-    "complete_members",
+    "agreement",
+    "batch_std",
     "completion_path",
-    "integrate_advantages",
+    "edge_advantages",
+    "edge_losses",
+    "edge_ratios",
+    "edge_values",
+    "groups",
+    "grow",
+    "integrate",
+    "mean_shift",
+    "normalise",
     "ode_step",
-    "reference_kl",
+    "plan_tree",
+    "policy_loss",
     "resolution_shift",
-    "run_anchor",
+    "scored_edges",
     "shifted_sigmas",
+    "spreads",
+    "step_between",
     "transition",
     "without_spread",
 ]

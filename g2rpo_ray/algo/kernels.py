@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A step from schedule index i to i + 1."""
+    """A step from one schedule index to a later one."""
 
     next_x: Tensor  # [N, ...]
     mean: Tensor  # [N, ...]
@@ -33,29 +33,47 @@ def transition(
     index: int,
     eta: float,
     *,
+    next_index: int | None = None,
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> Transition:
-    """Take (given `noise`) or rescore (given `next_x`) the step from `index` to `index + 1`.
+    """Take (given `noise`) or rescore (given `next_x`) the step from `index` to `next_index`.
 
     Args:
-        kernel: `ode`; `flow` (Flow-GRPO, g = η√(σ/(1−σ)), at σ = 1 with the next sigma below the root); `dance`
-            (DanceGRPO, g = η); `cps` (Flow-CPS). With η = 0 each of them is the ODE step.
+        kernel: `ode`; `flow` (Flow-GRPO, g = η√(σ/(1−σ)), at σ = 1 with σ_1 below the root); `dance` (DanceGRPO,
+            g = η); `cps` (Flow-CPS). With η = 0 each of them is the ODE step.
         x, velocity: [N, ...], float32 or float64; a dimension of 1 broadcasts against `noise` or `next_x`.
         sigmas: the grid, [T + 1].
+        next_index: default `index + 1`; a later one makes one long step of several (E-GRPO).
         noise: standard normal ε, [N, ...].
         next_x: the state that was reached, [N, ...].
 
     Raises:
         ValueError: an unknown kernel, or a stochastic step that is given neither or both of noise and next_x.
     """
-    sigma, next_sigma = float(sigmas[index]), float(sigmas[index + 1])
+    sigma, next_sigma = float(sigmas[index]), float(sigmas[index + 1 if next_index is None else next_index])
+    return step_between(kernel, x, velocity, sigma, next_sigma, eta, first=float(sigmas[1]), noise=noise, next_x=next_x)
+
+
+def step_between(
+    kernel: str,
+    x: Tensor,
+    velocity: Tensor,
+    sigma: float,
+    next_sigma: float,
+    eta: float,
+    *,
+    first: float,
+    noise: Tensor | None = None,
+    next_x: Tensor | None = None,
+) -> Transition:
+    """`transition` between two noise levels that need not be on the grid; `first` is the grid's σ_1."""
     if kernel not in ("ode", "flow", "dance", "cps"):
         raise ValueError(f"kernel: {kernel!r} given; allowed are 'ode', 'flow', 'dance' and 'cps'")
     if kernel == "cps":
         mean, std = _cps(x, velocity, sigma, next_sigma, eta)
     else:
-        mean, std = _gaussian(x, velocity, sigma, next_sigma, _diffusion(kernel, eta, sigmas, index))
+        mean, std = _gaussian(x, velocity, sigma, next_sigma, _diffusion(kernel, eta, sigma, first))
     if std == 0.0:
         return Transition(next_x=mean, mean=mean, std=0.0, log_prob=None)
     if noise is not None and next_x is None:
@@ -69,14 +87,12 @@ def transition(
     return Transition(reached, mean, std, log_density.flatten(1).mean(1))
 
 
-def _diffusion(kernel: str, eta: float, sigmas: Tensor, index: int) -> float:
+def _diffusion(kernel: str, eta: float, sigma: float, first: float) -> float:
     if kernel == "ode":
         return 0.0
     if kernel == "dance":
         return eta
-    sigma = float(sigmas[index])
-    below_one = float(sigmas[1]) if sigma == 1.0 else sigma  # 1 − σ is 0 at pure noise
-    return eta * math.sqrt(sigma / (1 - below_one))
+    return eta * math.sqrt(sigma / (1 - (first if sigma == 1.0 else sigma)))  # 1 − σ is 0 at pure noise
 
 
 def _gaussian(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, g: float) -> tuple[Tensor, float]:

@@ -4,6 +4,7 @@ import glob
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from g2rpo_ray.files import resolve
 
 KEYS = ("prompt", "caption", "text")
 """What a prompt is called in an object or a column; the first of them that is there counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a run trains on and is judged by."""
+
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+    dropped: int  # training prompts that are held out too, and not trained on
 
 
 def read_prompts(path: str, key: str) -> tuple[str, ...]:

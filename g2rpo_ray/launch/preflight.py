@@ -1,27 +1,16 @@
-"""What can be found wrong before anything starts: files, model, adapter, checkpoint; and the plan in words."""
+"""What can be found wrong before anything starts: files, model, adapter, checkpoint."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
 from g2rpo_ray.config import Config
-from g2rpo_ray.data import iteration_prompts, read_prompts, without_heldout
+from g2rpo_ray.data import Prompts, iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.storage import Folder
-from g2rpo_ray.rollout.plan import branch_plan
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """What a run trains on and is judged by."""
-
-    train: tuple[str, ...]
-    heldout: tuple[str, ...]
-    dropped: int  # training prompts that are held out too, and not trained on
 
 
 def open_run(config: Config) -> Folder:
@@ -131,38 +120,3 @@ def _check_adapters(config: Config, checkpoint: Checkpoint | None, model_is_here
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
     return []
-
-
-def _memory(config: Config) -> str:
-    if not Path(resolve(config.model.path)).is_dir():
-        return "its memory is known when the model's files are on this machine"
-    from g2rpo_ray.models.estimate import rollout_memory
-
-    needed = {part: size / 2**30 for part, size in rollout_memory(config).items()}
-    work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
-    batch = f"in batches of {config.rollout.micro_batch}"
-    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work {batch}, beside what libraries take"
-
-
-def describe_plan(config: Config) -> str:
-    """What an iteration evaluates, in how many units, and what it leaves in memory."""
-    plan, prompts, group = branch_plan(config.sampler), config.data.prompts_per_iteration, config.sampler.group_size
-    members = min(config.rollout.members_per_unit or group, group)
-    units = prompts * len(plan.branch_steps) * -(-group // members)
-    images = len(plan.branch_steps) * len(plan.strides) * group
-    stored = prompts * images * config.model.height * config.model.width * 3
-    return "\n".join(
-        [
-            f"a prompt:      {plan.evaluations} velocity evaluations (one branch at a time: {plan.naive_evaluations}), "
-            f"{images} images to score",
-            f"an iteration:  {prompts} prompts, {prompts} anchor units, {units} branch units of {members} members, "
-            f"{prompts * plan.evaluations} evaluations",
-            f"the run:       {config.iterations} iterations, "
-            f"{config.iterations * prompts * plan.evaluations} evaluations",
-            f"largest unit:  {max(map(plan.branch_evaluations, plan.branch_steps)) * members} evaluations, "
-            f"in batches of at most {config.rollout.micro_batch}",
-            f"rollout actor: {_memory(config)}",
-            f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
-            f"{config.rollout.max_unscored_units} units wait",
-        ]
-    )

@@ -13,10 +13,11 @@ from PIL import Image
 
 from g2rpo_ray.config import Config, dump_config
 from g2rpo_ray.record.heldout import compare_all, picture_grid, table
+from g2rpo_ray.record.metrics import hacked, mean_of_present, rollout_metrics
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.timeline import write_timeline
 from g2rpo_ray.record.tracking import Metrics, Sink, Tracker, read_lines, to_json
-from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span, UnitReport
+from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span
 
 HACKING_WINDOW = 20  # iterations over which trained and judging rewards are compared
 
@@ -110,7 +111,7 @@ class Journal:
         again = {"perf/lost_s": counts.get("perf/lost_s", 0.0) + self._lost, "learner/restarts": self._rewinds}
         counts = {**counts, **again}
         self._lost, self._rewinds = 0.0, 0
-        metrics = rollout_metrics(rollout, list(self._config.rewards))
+        metrics = rollout_metrics(rollout, self._config)
         reward = {"timing_s/reward": rollout.seconds - rollout.sampling_seconds}
         self._write(done, {**metrics, **update, **counts, **reward})
         self._tracker.advance({name: metrics[f"reward/{name}/mean"] for name in self._config.rewards})
@@ -168,49 +169,3 @@ def summarize(config: Config, run: Path) -> str:
 def _read_scores(run: Path, done: int) -> dict[str, FloatArray]:
     record = json.loads(scores_file(run, done).read_text())
     return {name: np.array(scores, dtype=np.float32) for name, scores in record["scores"].items()}
-
-
-def rollout_metrics(rollout: Rollout, trained: Sequence[str]) -> dict[str, float]:
-    """What an iteration's rollouts tell, by the names of the run directory; a missing score is in none of the means."""
-    rewards = np.stack([prompt.rewards for prompt in rollout.prompts])  # [P, R, M, J, G]
-    evaluations = sum(report.evaluations for report in rollout.reports)
-    images = sum(report.images for report in rollout.reports)
-    metrics: dict[str, float] = {
-        "rollout/evaluations": evaluations,
-        "rollout/images": images,
-        "rollout/weights_version": rollout.weights_version,
-        "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
-        "perf/images_per_s": images / rollout.seconds,
-        "perf/evaluations_per_s": evaluations / rollout.seconds,
-    }
-    for place, name in enumerate(trained):
-        metrics[f"reward/{name}/mean"] = mean_of_present(rewards[:, place])
-        metrics[f"reward/{name}/std"] = float(np.nanstd(rewards[:, place]))
-    for name, scores in rollout.anchor_scores.items():
-        metrics[f"eval/{name}/mean"] = mean_of_present(scores)
-    return metrics
-
-
-def hacked(window: Sequence[Metrics], trained: Sequence[str], judges: Sequence[str]) -> bool:
-    """Whether every trained reward rose and every judge fell, from the first half of the window to the second.
-
-    Both are means over the anchors: on-policy samples without noise.
-    """
-
-    def rise(name: str) -> float:
-        scores = np.array([line[f"eval/{name}/mean"] for line in window])
-        return float(scores[len(scores) // 2 :].mean() - scores[: len(scores) // 2].mean())
-
-    return bool(judges) and all(rise(name) > 0 for name in trained) and all(rise(name) < 0 for name in judges)
-
-
-def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:
-    """Share of the time of the actors that took part which they spent computing, between first unit and last score."""
-    actors = {report.actor for report in reports}
-    return sum(report.seconds for report in reports) / (len(actors) * seconds)
-
-
-def mean_of_present(scores: FloatArray) -> float:
-    """Mean of the scores that are there, NaN where none is."""
-    there = scores[np.isfinite(scores)]
-    return float(there.mean(dtype=np.float64)) if there.size else float("nan")

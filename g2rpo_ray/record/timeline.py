@@ -13,7 +13,7 @@ from g2rpo_ray.types import Span
 
 WIDTH, LABEL, ROW, AXIS = 1400, 260, 18, 24  # pixels of the picture: all, names, a row, the axis
 COLOURS = {
-    "anchor": "#4c78a8", "branch": "#72b7b2", "sample": "#b279a2", "weights": "#e45756", "score": "#f2a93b",
+    "trunk": "#4c78a8", "branch": "#72b7b2", "sample": "#b279a2", "weights": "#e45756", "score": "#f2a93b",
     "rollout": "#dddddd", "update": "#54a24b", "broadcast": "#e45756", "evaluation": "#b279a2", "checkpoint": "#9d755d",
 }  # fmt: skip
 

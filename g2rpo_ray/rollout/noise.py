@@ -6,7 +6,7 @@ import torch
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by the key, e.g. ("branch", run seed, iteration, slot, branch step, member).
+    """A CPU generator seeded by the key, e.g. ("root", run seed, iteration, slot, prompt, number of the root).
 
     The same key gives the same numbers on every machine, whoever asks and in whatever order, so that a work unit can be
     computed by any actor, or twice, with one result.

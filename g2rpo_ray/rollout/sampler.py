@@ -1,20 +1,20 @@
-"""What a rollout worker does with a work unit: anchors, branches, held-out samples. No Ray here."""
+"""What a rollout worker does with a work unit: trunks, branches, held-out samples. No Ray here."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import Velocity, complete, run_anchor, transition
+from g2rpo_ray.algo import Tree, Velocity, grow, integrate
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import FluxModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
 from g2rpo_ray.rollout.decoder import Decoder
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import branch_plan, sigma_grid
-from g2rpo_ray.types import Anchor, AnchorUnit, Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit
+from g2rpo_ray.rollout.plan import branch_part, edge_key, prompt_tree, sigma_grid, trunk_part
+from g2rpo_ray.types import Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit, Trunk, TrunkUnit
 
 
 class Sampler:
@@ -34,7 +34,6 @@ class Sampler:
         if config.rollout.compile:  # dynamic: the last batches of a unit are smaller than the others
             self._model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
         self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
-        self._plan = branch_plan(config.sampler)
         self._decoder = Decoder(config, self._model)
         self.evaluations = 0
         """Velocity evaluations since the start, a latent each."""
@@ -43,37 +42,49 @@ class Sampler:
         load_lora(self._model.transformer, state)
 
     @torch.inference_mode()
-    def anchor(self, unit: AnchorUnit, embedding: PromptEmbedding) -> tuple[Anchor, Images]:
-        """The trajectory at the branch steps, and the image [1, H, W, 3] at its end: T evaluations."""
-        x = self._initial("anchor", self._config.seed, unit.iteration, unit.slot, unit.prompt)
+    def trunk(self, unit: TrunkUnit, embedding: PromptEmbedding) -> tuple[Trunk, Images]:
+        """The trunks at their branch points, and their images [I, H, W, 3], if `evaluation.anchors`."""
+        tree = self._tree(unit)
+        part, roots = trunk_part(tree), range(self._config.sampler.roots)
+        key = (self._config.seed, unit.iteration, unit.slot, unit.prompt)
+        x = torch.stack([self._initial("root", *key, root) for root in roots])
+        decoding = self._decoder.unit(len(part.images))
         with self._velocity(embedding) as velocity:
-            trajectory = run_anchor(velocity, x[None], self._sigmas, self._config.sampler.branch_steps)
-        anchor = Anchor(_array(trajectory.latents[:, 0]), _array(trajectory.velocities[:, 0]))
-        return anchor, self._decode(trajectory.final)
+            grown = grow(
+                velocity, tree, part.nodes, roots, x, self._sigmas, keep=part.touched,
+                micro_batch=self._config.rollout.micro_batch, ended=decoding.ended,
+            )  # fmt: skip
+        return Trunk(_array(grown.latents), _array(grown.velocities)), decoding.images()
 
     @torch.inference_mode()
-    def branch(self, unit: BranchUnit, embedding: PromptEmbedding, anchor: Anchor) -> tuple[Branches, Images]:
-        """One stochastic step from the anchor for each member, and the images [J · G', H, W, 3] by granularity."""
-        sampler = self._config.sampler
-        place = sampler.branch_steps.index(unit.branch_step)
-        x, v = (torch.tensor(a[place], device=self._device) for a in (anchor.latents, anchor.velocities))
-        key = (self._config.seed, unit.iteration, unit.slot, unit.prompt, unit.branch_step)
-        members = range(unit.first_member, unit.first_member + unit.members)
-        noise = torch.stack([self._initial("branch", *key, member) for member in members])
-        step = transition(sampler.kernel, x[None], v[None], self._sigmas, unit.branch_step, sampler.eta, noise=noise)
-        assert step.log_prob is not None
-        paths = self._plan.paths(unit.branch_step)
-        decoding = self._decoder.unit(len(paths) * unit.members)
+    def branch(self, unit: BranchUnit, embedding: PromptEmbedding, trunk: Trunk) -> tuple[Branches, Images]:
+        """The children's stochastic edges, and the images [I, H, W, 3] below them, in the order of their nodes."""
+        tree, sampler = self._tree(unit), self._config.sampler
+        part = branch_part(tree, unit)
+        points = [place for place, node in enumerate(tree.branch_points) if node in set(tree.source[part.edges])]
+        x, v = (torch.tensor(a[points], device=self._device) for a in (trunk.latents, trunk.velocities))
+
+        def noise(edges: Sequence[int]) -> Tensor:
+            return torch.stack([self._initial(*edge_key(self._config, unit, tree, edge)) for edge in edges])
+
+        decoding = self._decoder.unit(len(part.images))
         with self._velocity(embedding) as velocity:
-            complete(velocity, step.next_x, paths, self._sigmas, self._config.rollout.micro_batch, decoding.ended)
-        return Branches(_array(step.next_x), _array(step.log_prob)), decoding.images()
+            grown = grow(
+                velocity, tree, part.nodes, tree.branch_points[points].tolist(), x, self._sigmas, v=v,
+                kernel=sampler.kernel, eta=sampler.eta, noise=noise, keep=part.touched,
+                micro_batch=self._config.rollout.micro_batch, ended=decoding.ended,
+            )  # fmt: skip
+        nodes, edges = np.array(part.touched, np.int64), np.array(part.edges, np.int64)
+        return Branches(nodes, _array(grown.latents), edges, _array(grown.log_prob)), decoding.images()
 
     @torch.inference_mode()
     def sample(self, unit: SampleUnit, embedding: PromptEmbedding) -> Images:
         """Deterministic samples [seeds, H, W, 3]; the noise depends on prompt and seed alone, not on the steps."""
         x = torch.stack([self._initial("sample", seed, unit.prompt) for seed in unit.seeds])
-        parts = x.split(self._config.rollout.micro_batch)
-        return self._decode(torch.cat([self._integrate(unit, embedding, part) for part in parts]))
+        x = torch.cat([self._integrate(unit, embedding, part) for part in x.split(self._config.rollout.micro_batch)])
+        decoding = self._decoder.unit(len(x))
+        decoding.ended(range(len(x)), x)
+        return decoding.images()
 
     def _integrate(self, unit: SampleUnit, embedding: PromptEmbedding, x: Tensor) -> Tensor:
         """The latents at the last step, of noise [seeds, L, D]."""
@@ -83,11 +94,14 @@ class Sampler:
         steps = len(sigmas) - 1
         adapted = math.floor(unit.adapter_share * steps + 0.5)
         with self._velocity(embedding) as velocity:
-            x = run_anchor(velocity, x, sigmas[: adapted + 1]).final
+            x = integrate(velocity, x, sigmas[: adapted + 1])
         if adapted == steps:
             return x
         with lora_disabled(self._model.transformer), self._velocity(embedding) as velocity:
-            return run_anchor(velocity, x, sigmas[adapted:]).final
+            return integrate(velocity, x, sigmas[adapted:])
+
+    def _tree(self, unit: TrunkUnit | BranchUnit) -> Tree:
+        return prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt)
 
     def _initial(self, *key: int | str) -> Tensor:
         return self._model.initial_noise(generator(*key)).to(self._device)
@@ -103,11 +117,6 @@ class Sampler:
 
         with one_prompt(self._model.transformer):
             yield velocity
-
-    def _decode(self, x: Tensor) -> Images:
-        decoding = self._decoder.unit(len(x))
-        decoding.ended(range(len(x)), x)
-        return decoding.images()
 
 
 def _array(tensor: Tensor) -> FloatArray:

@@ -1,25 +1,16 @@
-"""Settings: frozen, unknown keys refused, one YAML loader with inheritance and dotted overrides."""
+"""Every setting, with its type, its bounds and what it means."""
 
-import difflib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import numpy as np
+from pydantic import Field, field_validator, model_validator
 
-from g2rpo_ray.files import resolve
-
-QUICKSTART = "embedded:config.yaml"
+from g2rpo_ray.algo import groups, plan_tree
+from g2rpo_ray.config.section import Section
+from g2rpo_ray.config.tree import CreditConfig, SamplerConfig
 
 Device = Literal["cpu", "cuda"]
 Resources = dict[str, float]
-
-
-class Section(BaseModel):
-    """What all sections share: nothing changes after loading, nothing unknown gets in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def ray_options(resources: Resources) -> dict[str, Any]:
@@ -58,40 +49,6 @@ class LoraConfig(Section):
     """Adapter to start from, as this program or diffusers wrote it: file or folder."""
 
 
-class SamplerConfig(Section):
-    steps: int = Field(16, gt=0)
-    """T, sampling steps."""
-    shift: float | Literal["dynamic"] = 3.0
-    """Schedule shift s, or FLUX's resolution-dependent one."""
-    kernel: Literal["flow", "dance", "cps"] = "flow"
-    eta: float = Field(0.7, gt=0)
-    """Noise level of the stochastic step."""
-    branch_steps: tuple[int, ...] = tuple(range(8))
-    """M: schedule indices at which a group branches off the anchor, ascending."""
-    strides: tuple[int, ...] = (1, 2, 3)
-    """Λ: the granularities at which each branch is completed."""
-    layout: Literal["paper", "authors"] = "paper"
-    """How a stride walks to the image: as in the paper, or as in the authors' code."""
-    group_size: int = Field(12, ge=2)
-    """G, members of a group."""
-
-    @model_validator(mode="after")
-    def _steps_fit(self) -> "SamplerConfig":
-        if isinstance(self.shift, float) and self.shift <= 0:
-            raise ValueError(f"shift: {self.shift} given; must be positive, or `dynamic`")
-        last = self.steps - (2 if self.kernel == "cps" else 1)  # cps has no noise in the step that ends at sigma 0
-        if not self.branch_steps or list(self.branch_steps) != sorted(set(self.branch_steps)):
-            raise ValueError(f"branch_steps: {list(self.branch_steps)} given; name each step once, in ascending order")
-        if self.branch_steps[0] < 0 or self.branch_steps[-1] > last:
-            raise ValueError(
-                f"branch_steps: {list(self.branch_steps)} given; allowed are 0..{last} with steps={self.steps} and "
-                f"kernel={self.kernel}: drop the others or raise sampler.steps"
-            )
-        if not self.strides or min(self.strides) < 1 or len(set(self.strides)) != len(self.strides):
-            raise ValueError(f"strides: {list(self.strides)} given; granularities are distinct whole numbers from 1 up")
-        return self
-
-
 class RolloutConfig(Section):
     min_actors: int = Field(1, ge=1)
     """Rollout actors without which the run does not start. The result does not depend on their number."""
@@ -109,7 +66,7 @@ class RolloutConfig(Section):
     """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise
     than the learner does: watch actor/ratio_initial_max_dev."""
     members_per_unit: int | None = Field(None, ge=1)
-    """Members of a group that one work unit holds; unset: the whole group."""
+    """Children that one work unit holds, of all roots at one branch step; unset: all of them."""
     decode_batch: int = Field(1, ge=1)
     """Most latents in one pass of the VAE, which takes gigabytes an image at 720 px."""
     max_staleness: Literal[0, 1] = 0
@@ -160,10 +117,18 @@ class LearnerConfig(Section):
     """Ray resources of one rank."""
     zero_stage: Literal[1, 2, 3] = 2
     micro_batch: int = Field(1, ge=1)
-    """Branch states (prompt, step) in one forward and backward pass."""
+    """States (parents of trained edges) in one forward and backward pass."""
     gradient_checkpointing: bool = False
+    objective: Literal["clip", "guard", "dppo", "reinforce"] = "clip"
+    """What is minimised: see g2rpo_ray/algo/objectives.py."""
+    subpaths: tuple[int, ...] = ()
+    """Of `reinforce` (Pave-GRPO): an edge is rescored along n − 1 ODE substeps and the rest, too, for each n here."""
+    edge_weight: float | None = Field(None, gt=0)
+    """c: an edge weighs c · std of its step (TempFlow-GRPO: 1.73); unset: 1."""
     schedule: Literal["per_step", "accumulate"] = "per_step"
-    """An optimizer step after each branch step, or one an iteration."""
+    """An optimizer step for each schedule index at which trained edges start, ascending, or one for all together."""
+    updates_per_rollout: int = Field(1, ge=1, le=1024)
+    """Equal parts of an iteration's prompts; each makes the optimizer steps of its own, one after another."""
     lr: float = Field(2e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -174,7 +139,6 @@ class LearnerConfig(Section):
     """ε of the clipped surrogate."""
     kl_beta: float = Field(0.0, ge=0)
     """β of the KL to the model without LoRA."""
-    advantage_clip: float = Field(5.0, gt=0)
     max_restarts: int = Field(10, ge=0)
     """Times that the run starts a lost learner again, from the latest checkpoint."""
     ratio_tolerance: float = Field(1e-6, gt=0)
@@ -195,6 +159,9 @@ class DataConfig(Section):
 
 
 class EvaluationConfig(Section):
+    anchors: bool = True
+    """Carry the trunks on to the image and score it with all rewards: the on-policy evaluation `eval/*`. `method` fills
+    it."""
     every: int = Field(50, ge=0)
     """Iterations between held-out evaluations; 0: only before the first and after the last."""
     seeds: int = Field(2, ge=1)
@@ -226,12 +193,16 @@ class Config(Section):
     output: str = "runs"
     """Where run directories are made: a path that every node of the cluster sees, or a URI such as s3://bucket/runs."""
     seed: int = Field(0, ge=0)
+    method: str = "g2rpo"
+    """What fills the tree's shape, `credit` and the objective, unless they are given beside it or later: a name in
+    docs/methods.md, or the import path of a module of your own, with a dot."""
     iterations: int = Field(300, ge=1)
     startup_timeout_s: float = Field(600, gt=0)
     """How long the run waits for its actors to start."""
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     sampler: SamplerConfig = SamplerConfig()
+    credit: CreditConfig = CreditConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Trained on, by name."""
@@ -253,97 +224,42 @@ class Config(Section):
         both = sorted(set(self.rewards) & set(self.eval_rewards))
         if both:
             raise ValueError(f"eval_rewards: {both[0]} is in `rewards` too; give one of them another name")
+        self._check_credit()
+        self._check_objective()
         return self
+
+    def _check_credit(self) -> None:
+        weights, strides = self.credit.granularity_weights, self.sampler.strides
+        if weights is not None and len(weights) != len(strides):
+            raise ValueError(
+                f"credit.granularity_weights: {list(weights)} given; give one for each of "
+                f"sampler.strides={list(strides)}"
+            )
+        for branch_steps in self.sampler.placements():
+            tree = plan_tree(self.sampler.shape(branch_steps))
+            number = groups(tree, self.credit.group)
+            alone = tree.trained & (np.bincount(number)[number] < 2)
+            if alone.any():
+                raise ValueError(
+                    f"credit.group: {self.credit.group} given, but a trained edge that starts at index "
+                    f"{tree.start[alone][0]} has none to be compared with: raise sampler.group_size or sampler.roots, "
+                    "or set credit.group to step"
+                )
+
+    def _check_objective(self) -> None:
+        learner, prompts = self.learner, self.data.prompts_per_iteration
+        if learner.subpaths and (learner.objective != "reinforce" or min(learner.subpaths) < 2):
+            raise ValueError(
+                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 up, for learner.objective="
+                f"reinforce alone (it is {learner.objective})"
+            )
+        if learner.updates_per_rollout > prompts:
+            raise ValueError(
+                f"learner.updates_per_rollout: {learner.updates_per_rollout} given; at most "
+                f"data.prompts_per_iteration={prompts}"
+            )
 
     @property
     def all_rewards(self) -> dict[str, RewardConfig]:
         """Trained rewards first: their order is the R axis of the advantage."""
         return {**self.rewards, **self.eval_rewards}
-
-
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (None: the embedded default), apply `dotted.key=value` overrides and validate.
-
-    A file may name another with `extends: FILE` (beside itself, or `embedded:X`) and give only what differs.
-
-    Raises:
-        ValueError: one line that names the key or file, what was given and what is allowed.
-    """
-    tree = _read(resolve(path or QUICKSTART))
-    for override in overrides:
-        _set(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
-
-
-def dump_config(config: Config) -> str:
-    """The full, resolved configuration as YAML that `load_config` reads back to the same value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"--config: {path} must hold a mapping of settings, not {type(tree).__name__}")
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    if not isinstance(parent, str):
-        raise ValueError(f"extends: in {path}: {parent!r} given; must be the name of a file")
-    return _merge(_read(str(Path(path).parent / resolve(parent))), tree)
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"--set: {override!r} given; must look like section.key=value")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ValueError(f"--set {key}: {parent} is not a section")
-        tree = child
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
-
-
-def _one_line(error: ValidationError) -> str:
-    first, *others = error.errors()
-    location = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # our own validators name the key themselves
-        line = ".".join([*location, message])
-    elif first["type"] == "extra_forbidden":
-        line = f"{'.'.join(location)}: unknown key; {_allowed(location)}"
-    elif first["type"] == "missing":
-        line = f"{'.'.join(location)}: missing; add it to the file or give --set {'.'.join(location)}=..."
-    else:
-        line = f"{'.'.join(location)}: {first['input']!r} given; {message[0].lower()}{message[1:]}"
-    return line + (f" (and {len(others)} more)" if others else "")
-
-
-def _allowed(location: list[str]) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        section = RewardConfig if section is dict else section.model_fields[part].annotation
-        section = dict if part in ("rewards", "eval_rewards") else section
-    keys = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], keys, n=1)
-    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}"

@@ -1,0 +1,172 @@
+"""What the training loop does not show: interruption, stale rollouts, a learner that is lost, what is due when."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+from actors.interrupt import Interrupt
+from actors.pool import is_lost_object
+from actors.prometheus import prometheus_sink
+from actors.system import System, open_system
+from actors.weights import PublishedWeights
+from g2rpo_ray.config import Config
+from g2rpo_ray.data import Prompts, drawn_prompts, iteration_prompts
+from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint
+from g2rpo_ray.record.journal import Journal, is_finished, summarize
+from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.record.tracking import Metrics
+from g2rpo_ray.types import Rollout
+from learner.group import LearnerLost
+
+Loop = Callable[["Session"], Awaitable[None]]
+
+
+class Interrupted(Exception):
+    """Somebody asked to end while a rollout was under way."""
+
+
+async def run_session(
+    loop: Loop, config: Config, prompts: Prompts, run: Folder, here: Path, checkpoint: Checkpoint | None
+) -> bool:
+    """Run the loop from the checkpoint, or the start, to the last iteration; False if somebody asked to end before.
+
+    A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
+    `here` is the run directory, or a copy of it on this machine.
+    """
+    used = drawn_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, config.iterations)
+    done = checkpoint.iteration if checkpoint else 0
+    interrupt = Interrupt()
+    with Journal(config, here, done, [prometheus_sink(config.name)], kept=run) as journal:
+        async with open_system(System, config, run) as system:
+            journal.say(f"{config.name}: starting the actors")
+            if prompts.dropped:
+                journal.say(f"{prompts.dropped} training prompts are held out too and are not trained on")
+            if not await interrupt.unless(system.start([*used, *prompts.heldout], checkpoint, journal.say)):
+                journal.say(f"stopped before anything was computed; {done} iterations are saved")
+                return False
+            journal.say(f"{config.name}: actors are ready")
+            session = Session(config, prompts, run, system, journal, interrupt, done)
+            while not await session.attempt(loop):
+                pass
+        if not is_finished(config, Folder(here), session.done):
+            journal.say(f"stopped after iteration {session.done}, which is saved: the same command goes on from there")
+            return False
+        journal.say(summarize(config, here))
+    return True
+
+
+class Session:
+    """A run that is going on; the loop calls its methods in turn."""
+
+    def __init__(
+        self, config: Config, prompts: Prompts, run: Folder, system: System, journal: Journal, interrupt: Interrupt,
+        done: int,
+    ):  # fmt: skip
+        self.done = done
+        """Iterations that are done."""
+        self._config, self._prompts, self._run = config, prompts, run
+        self._system, self._journal, self._interrupt = system, journal, interrupt
+        self._saved, self._restarts = done, 0
+        self._rollouts: dict[int, asyncio.Task[Rollout]] = {}
+        self._weights: PublishedWeights
+
+    async def iterations(self) -> AsyncIterator[int]:
+        """Numbers, from 0 up, of the iterations that are left, until somebody asks to end."""
+        last = self._config.iterations
+        if self._config.rollout.max_staleness and 0 < self.done < last:  # as when the run was not interrupted
+            self._sample(self.done, await self._system.publish_again(self.done - 1))
+        self._weights = await self._system.publish(self.done)
+        if self.done in (0, last):
+            await self._evaluate()
+        while self.done < last and not self._interrupt:
+            yield self.done
+
+    async def rollout(self, iteration: int) -> Rollout:
+        """The scored trees of an iteration's prompts; with `max_staleness` the next one's are begun, too."""
+        for ahead in range(self._config.rollout.max_staleness + 1):
+            self._sample(iteration + ahead, self._weights)
+        with self._journal.timed("rollout"):
+            rollout = await self._interrupt.unless(self._rollouts.pop(iteration))
+        if rollout is None:
+            raise Interrupted
+        return rollout
+
+    async def update(self, rollout: Rollout) -> Metrics:
+        """The learner's step or steps; their metrics."""
+        with self._journal.timed("update"):
+            on_policy = rollout.weights_version == self.done
+            return await self._system.learner.update(rollout.prompts, on_policy)
+
+    async def publish(self, version: int) -> None:
+        """The learner's LoRA, from now on what rollouts are made with."""
+        with self._journal.timed("broadcast"):
+            self._weights = await self._system.publish(version)
+
+    async def record(self, done: int, rollout: Rollout, update: Metrics) -> None:
+        """Write the iteration down; evaluate and save where that is due.
+
+        Raises:
+            LearnerLost: its node is about to go; what it has done is saved.
+        """
+        self.done, system = done, self._system
+        judged = self._due(self._config.evaluation.every)
+        score = await self._evaluate() if judged else None
+        self._journal.iteration(done, rollout, update, system.counts(), system.take_spans())
+        if judged or self._due(self._config.checkpoint.every) or system.learner_leaves:
+            await self._save(score)
+        if system.learner_leaves and done < self._config.iterations:
+            raise LearnerLost("its node is about to go")
+
+    async def attempt(self, loop: Loop) -> bool:
+        """Run the loop, and save what it did; False if the learner was lost and is started again."""
+        try:
+            if self._restarts:
+                await self._system.start_learner(find_checkpoint(self._run, "auto"))
+                self._journal.say("the learner is ready again")
+            with suppress(Interrupted):
+                await loop(self)
+            if self.done > self._saved:
+                await self._save()
+            return True
+        except Exception as error:
+            self._restarts += 1
+            lost = isinstance(error, LearnerLost) or is_lost_object(error)
+            if not lost or self._restarts > self._config.learner.max_restarts:
+                raise
+            self._go_back(error)
+            return False
+        finally:
+            for task in self._rollouts.values():
+                task.cancel()
+            self._rollouts.clear()
+
+    def _go_back(self, error: Exception) -> None:
+        checkpoint = find_checkpoint(self._run, "auto")
+        self.done = self._saved = checkpoint.iteration if checkpoint else 0
+        self._journal.say(f"learner lost ({str(error).splitlines()[0]}); going on from iteration {self.done}")
+        self._journal.rewind(self.done)
+
+    def _sample(self, iteration: int, weights: PublishedWeights) -> None:
+        if iteration not in self._rollouts and iteration < self._config.iterations:
+            per_iteration, seed = self._config.data.prompts_per_iteration, self._config.seed
+            drawn = iteration_prompts(self._prompts.train, per_iteration, seed, iteration)
+            work = self._system.collector.rollout(iteration, drawn, weights)
+            self._rollouts[iteration] = asyncio.create_task(work)
+
+    async def _evaluate(self) -> float | None:
+        with self._journal.timed("evaluation"):
+            work = self._system.collector.samples(self.done, self._prompts.heldout, self._weights)
+            samples = await self._interrupt.unless(work)
+        return self._journal.heldout(self.done, samples) if samples else None
+
+    async def _save(self, score: float | None = None) -> None:
+        with self._journal.timed("checkpoint"):
+            files = await self._system.learner.save(new_checkpoint(self._run, self.done))
+            await asyncio.to_thread(self._journal.keep)  # before there is a checkpoint to go on from
+            keep = self._config.checkpoint.keep
+            await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, score)
+        self._saved = self.done
+
+    def _due(self, every: int) -> bool:
+        return self.done == self._config.iterations or (every > 0 and self.done % every == 0)

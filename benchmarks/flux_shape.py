@@ -1,0 +1,77 @@
+"""FLUX.1-dev's shape with random weights, and what one evaluation of it takes, counted without a device."""
+
+from typing import Any
+
+from common import Row
+
+import torch  # isort: skip  # common makes the packages importable
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from g2rpo_ray.config import LoraConfig, ModelConfig
+from g2rpo_ray.models import FluxModel, add_lora
+from g2rpo_ray.models.estimate import peak_bytes, velocity_inputs
+
+
+def flux_model(config: ModelConfig, device: str) -> FluxModel:
+    """FLUX.1-dev's shape, random weights."""
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    with torch.device(device):
+        transformer: Any = FluxTransformer2DModel(guidance_embeds=True)
+        vae = flux_vae()
+    torch.set_default_dtype(torch.float32)
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **parts)
+    transformer.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval()
+    return FluxModel(config, device, pipeline, 64, 8)
+
+
+def flux_vae() -> Any:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
+        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def operations(transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple[float, int]:
+    """Floating-point operations of one evaluation of n latents (PyTorch counts), and the peak of its tensors."""
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        inputs = velocity_inputs(transformer, n, image_tokens, text_tokens, dtype)
+        transformer(**inputs)
+    with torch.device("meta"), torch.inference_mode():
+        return float(counter.get_total_flops()), peak_bytes(lambda: transformer(**inputs))
+
+
+def count_flux() -> list[Row]:
+    rows, tokens, bf16 = [], (2025, 512), torch.bfloat16
+    torch.set_default_dtype(bf16)
+    with torch.device("meta"):
+        transformer: Any = FluxTransformer2DModel(guidance_embeds=True)
+        vae = flux_vae()
+        latent = torch.empty(1, 16, 90, 90)
+    weights = 2 * sum(parameter.numel() for parameter in transformer.parameters())
+    rows.append(_counted("velocity, batch 1", *operations(transformer, 1, *tokens, bf16), weights))
+    rows.append(_counted("velocity, batch 12", *operations(transformer, 12, *tokens, bf16), weights))
+    add_lora(transformer, LoraConfig(), 0)
+    lora = weights + sum(4 * p.numel() for p in transformer.parameters() if p.requires_grad)
+    rows.append(_counted("velocity, batch 12, LoRA 64", *operations(transformer, 12, *tokens, bf16), lora))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        vae.decode(latent)
+    with torch.inference_mode():
+        peak = peak_bytes(lambda: vae.decode(latent))
+    parameters = 2 * sum(parameter.numel() for parameter in vae.decoder.parameters())
+    rows.append(_counted("decode, one image", float(counter.get_total_flops()), peak, parameters))
+    torch.set_default_dtype(torch.float32)
+    return rows
+
+
+def _counted(what: str, flops: float, peak: int, weights: int) -> Row:
+    return {
+        "FLUX, 720 px, bfloat16": what,
+        "TFLOP": flops / 1e12,
+        "weights GB": weights / 1e9,
+        "tensors GB": peak / 1e9,
+    }

@@ -1,0 +1,250 @@
+"""The sampling tree: what a method evaluates, where it is stochastic, and which images each stochastic step leads to.
+
+    shape ─► nodes (latents at a schedule index), edges (stochastic steps), leaves (images), in an order of their own
+
+A node's velocity is evaluated once, if it has children, whatever their number: the evaluations of a rollout are its
+inner nodes. What is reached by ODE from one node at one index is one node, so granularities whose paths begin alike
+share those states, and an image that several of them share is one leaf node with an entry for each.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from g2rpo_ray.algo.schedule import completion_path
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+MOST_IMAGES = 20_000  # of a prompt: a larger tree would take minutes to plan, and days to grow
+
+ANCHOR = -1
+"""The tag of an anchor's image: it is scored, and in no advantage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A prompt's forest, by few numbers. Indices are those of the schedule, 0 (noise) to `steps` (image).
+
+    R roots are initial noises, each with a trunk of ODE steps. At each branch step `children` leave the trunk by a
+    stochastic edge; each goes on for `stochastic_edges` of them in all, `edge_length` steps long; from there to the
+    image by ODE, at every granularity.
+    """
+
+    steps: int
+    roots: int = 1
+    branch_steps: tuple[int, ...] = (0,)
+    children: int = 1
+    stochastic_edges: int = 1
+    edge_length: int = 1
+    splits: tuple[int, ...] = ()  # indices at which a node among stochastic edges has `width` children in place of one
+    width: int = 2
+    strides: tuple[int, ...] = (1,)
+    layout: str = "paper"
+    untrained: tuple[int, ...] = ()  # indices from which no edge is trained
+    anchors: bool = False  # the trunks go on to the image, which is scored
+
+
+@dataclass(frozen=True, slots=True)
+class Subtree:
+    """One child of one branch point with all below it: ranges, as nodes, edges and leaves are in depth-first order."""
+
+    root: int
+    branch_step: int
+    child: int
+    nodes: range
+    edges: range
+    leaves: range
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A forest as plain arrays. N nodes, E stochastic edges, Q leaves: (image, granularity) pairs.
+
+    Order of nodes: roots; trunks root by root; then root by root, branch step by branch step, child by child, depth
+    first.
+    """
+
+    index: Ints  # [N] schedule index
+    parent: Ints  # [N], −1: a root
+    edge: Ints  # [N], the stochastic edge that leads here; −1: reached by ODE
+    source: Ints  # [E] node
+    target: Ints  # [E] node
+    start: Ints  # [E] schedule index of the source
+    end: Ints  # [E] schedule index of the target
+    trained: Bools  # [E]
+    leaf: Ints  # [Q] node
+    tag: Ints  # [Q] granularity: place in `strides`; ANCHOR: an anchor's image
+    subtrees: tuple[Subtree, ...]  # what a branch unit may hold
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is worked out from the fields: a tree travels to every rank of the learner."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def inner(self) -> Bools:
+        """[N]: whether a node has children, and so is evaluated."""
+        inner = np.zeros(len(self.index), bool)
+        inner[self.parent[self.parent >= 0]] = True
+        return inner
+
+    @cached_property
+    def height(self) -> Ints:
+        """[N]: evaluations from a node to the furthest of its leaves, its own included."""
+        height = np.zeros(len(self.index), np.int64)
+        for node in range(len(self.index) - 1, -1, -1):  # a parent's number is below its children's
+            if (parent := self.parent[node]) >= 0:
+                height[parent] = max(height[parent], height[node] + 1)
+        return height
+
+    @property
+    def evaluations(self) -> int:
+        """Velocity evaluations of one prompt."""
+        return int(self.inner.sum())
+
+    @cached_property
+    def images(self) -> Ints:
+        """The nodes that are images, each once, ascending: what is decoded and scored."""
+        return np.unique(self.leaf)
+
+    @cached_property
+    def states(self) -> Ints:
+        """The parents of trained edges, each once, ascending: what the learner evaluates, forward and backward."""
+        return np.unique(self.source[self.trained])
+
+    @property
+    def trunk(self) -> range:
+        """The roots and their trunks."""
+        return range(self.subtrees[0].nodes.start)
+
+    @cached_property
+    def branch_points(self) -> Ints:
+        """The trunks' nodes that subtrees leave from, ascending."""
+        return np.unique([self.source[subtree.edges.start] for subtree in self.subtrees])
+
+    def below(self, edge: int) -> range:
+        """The leaves [Q] below an edge."""
+        first, last = self._leaves_below[edge]
+        return range(first, last)
+
+    @cached_property
+    def _leaves_below(self) -> list[tuple[int, int]]:
+        """Leaves are in depth-first order, so those below an edge are a range."""
+        found: dict[int, tuple[int, int]] = {}
+        for place, node in enumerate(self.leaf):
+            at = int(node)
+            while at >= 0:
+                if (edge := int(self.edge[at])) >= 0:
+                    found[edge] = (found.get(edge, (place, 0))[0], place + 1)
+                at = int(self.parent[at])
+        return [found[edge] for edge in range(len(self.source))]
+
+    def members(self, branch_step: int, first: int, count: int) -> list[Subtree]:
+        """Subtrees [first, first + count) of those that branch off at a step: root by root, child by child."""
+        there = [subtree for subtree in self.subtrees if subtree.branch_step == branch_step]
+        return there[first : first + count]
+
+
+@lru_cache(maxsize=256)
+def plan_tree(shape: Shape) -> Tree:
+    """The forest of one prompt. It depends on the shape alone; nothing is evaluated.
+
+    Raises:
+        ValueError: a shape that leads nowhere: the message says which number, and what is allowed.
+    """
+    _check(shape)
+    return _Planner(shape).tree()
+
+
+def _check(shape: Shape) -> None:
+    reach = shape.stochastic_edges * shape.edge_length
+    last = shape.steps - reach
+    if reach < 1:
+        raise ValueError("stochastic_edges, edge_length: both must be from 1 up")
+    if not shape.branch_steps or list(shape.branch_steps) != sorted(set(shape.branch_steps)):
+        raise ValueError(f"branch_steps: {list(shape.branch_steps)} given; name each step once, in ascending order")
+    if shape.branch_steps[0] < 0 or shape.branch_steps[-1] > last:
+        raise ValueError(
+            f"branch_steps: {list(shape.branch_steps)} given; allowed are 0..{last}, from where "
+            f"{shape.stochastic_edges} stochastic edges of length {shape.edge_length} end within {shape.steps} steps"
+        )
+    if not shape.strides or min(shape.strides) < 1 or len(set(shape.strides)) != len(shape.strides):
+        raise ValueError(f"strides: {list(shape.strides)} given; granularities are distinct whole numbers from 1 up")
+    if min(shape.roots, shape.children, shape.width) < 1:
+        raise ValueError("roots, children, width: each must be from 1 up")
+    split = sum(1 for index in shape.splits if 0 < index < shape.steps)
+    images = shape.roots * len(shape.branch_steps) * shape.children * len(shape.strides) * shape.width**split
+    if images > MOST_IMAGES:
+        raise ValueError(
+            f"roots × branch steps × children × strides × width^splits: {images} images a prompt; at most {MOST_IMAGES}"
+        )
+
+
+class _Planner:
+    """Grows the lists of a tree in its order of nodes."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._nodes: list[tuple[int, int, int]] = []  # index, parent, edge
+        self._edges: list[tuple[int, int]] = []  # source, target
+        self._leaves: list[tuple[int, int]] = []  # node, tag
+        self._by_ode: dict[tuple[int, int], int] = {}  # (node, index) -> what an ODE edge from it to there leads to
+
+    def tree(self) -> Tree:
+        shape = self._shape
+        trunks = [[self._node(0, -1)] for _ in range(shape.roots)]
+        for trunk in trunks:
+            for index in range(1, (shape.steps if shape.anchors else shape.branch_steps[-1]) + 1):
+                trunk.append(self._ode(trunk[-1], index))
+            if shape.anchors:
+                self._leaves.append((trunk[-1], ANCHOR))
+        subtrees = tuple(
+            self._subtree(root, step, child, trunk[step])
+            for root, trunk in enumerate(trunks)
+            for step in shape.branch_steps
+            for child in range(shape.children)
+        )
+        index, parent, edge = np.array(self._nodes, np.int64).T
+        source, target = np.array(self._edges, np.int64).T
+        leaf, tag = np.array(self._leaves, np.int64).T
+        trained = ~np.isin(index[source], shape.untrained)
+        return Tree(index, parent, edge, source, target, index[source], index[target], trained, leaf, tag, subtrees)
+
+    def _subtree(self, root: int, branch_step: int, child: int, point: int) -> Subtree:
+        before = len(self._nodes), len(self._edges), len(self._leaves)
+        self._stochastic(point, self._shape.stochastic_edges)
+        after = len(self._nodes), len(self._edges), len(self._leaves)
+        return Subtree(root, branch_step, child, *(range(a, b) for a, b in zip(before, after, strict=True)))
+
+    def _stochastic(self, source: int, to_go: int) -> None:
+        """One stochastic edge from a node, and all below it; `to_go` edges in a row, this one included."""
+        shape = self._shape
+        end = self._nodes[source][0] + shape.edge_length
+        node = self._node(end, source, edge=len(self._edges))
+        self._edges.append((source, node))
+        if to_go == 1:
+            self._complete(node)
+            return
+        for _ in range(shape.width if end in shape.splits else 1):
+            self._stochastic(node, to_go - 1)
+
+    def _complete(self, node: int) -> None:
+        """From a node to the image, by ODE at every granularity."""
+        index = self._nodes[node][0]
+        for tag, stride in enumerate(self._shape.strides):
+            at = node
+            for then in completion_path(index - 1, self._shape.steps, stride, self._shape.layout)[1:]:
+                at = self._ode(at, then)
+            self._leaves.append((at, tag))
+
+    def _ode(self, source: int, index: int) -> int:
+        if (source, index) not in self._by_ode:
+            self._by_ode[source, index] = self._node(index, source)
+        return self._by_ode[source, index]
+
+    def _node(self, index: int, parent: int, edge: int = -1) -> int:
+        self._nodes.append((index, parent, edge))
+        return len(self._nodes) - 1

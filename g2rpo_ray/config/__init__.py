@@ -1,0 +1,26 @@
+"""Settings: frozen, unknown keys refused, read from YAML."""
+
+from g2rpo_ray.config.loading import dump_config, load_config
+from g2rpo_ray.config.schema import (
+    Config,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    Resources,
+    RewardConfig,
+    ray_options,
+)
+from g2rpo_ray.config.tree import SamplerConfig
+
+__all__ = [
+    "Config",
+    "LearnerConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Resources",
+    "RewardConfig",
+    "SamplerConfig",
+    "dump_config",
+    "load_config",
+    "ray_options",
+]

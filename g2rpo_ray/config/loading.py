@@ -1,0 +1,130 @@
+"""One YAML loader, with inheritance, presets of methods and dotted overrides; refusals are one line."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from g2rpo_ray.config.schema import Config, RewardConfig
+from g2rpo_ray.files import resolve
+from g2rpo_ray.methods import DEFAULT_METHOD, preset
+
+QUICKSTART = "embedded:config.yaml"
+MOST_STEPS = 1000  # as sampler.steps has it
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: the embedded default), apply `dotted.key=value` overrides and validate.
+
+    A file may name another with `extends: FILE` (beside itself, or `embedded:X`) and give only what differs. Where a
+    file or the overrides give `method`, its preset goes below what is given there and above all that is extended. A
+    mapping in a file is merged with the one that it extends; one in an override takes the place of the file's.
+
+    Raises:
+        ValueError: one line that names the key or file, what was given and what is allowed.
+    """
+    layers = _layers(resolve(path or QUICKSTART))
+    given: dict[str, Any] = {}
+    for override in overrides:
+        # in the files' place, too, for a mapping there would be merged with; but a method is named where it is given
+        for tree in [given] if override.startswith("method=") else [*layers, given]:
+            _set(tree, override)
+    settings = with_preset([*layers, given])
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The full, resolved configuration as YAML that `load_config` reads back to the same value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def with_preset(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All layers, the later ones over the earlier, and the last named method's preset below the layer that names it."""
+    named = [(number, layer["method"]) for number, layer in enumerate(layers) if "method" in layer]
+    name = named[-1][1] if named else DEFAULT_METHOD
+    at = 0
+    for number, method in reversed(named):
+        if method != name:
+            break
+        at = number  # naming the same one again changes nothing
+    below, above = merge(*layers[:at]), merge(*layers[at:])
+    sampler = merge(below, above).get("sampler")
+    steps = sampler.get("steps") if isinstance(sampler, Mapping) else None
+    if steps is not None and not (isinstance(steps, int) and 0 < steps <= MOST_STEPS):
+        return merge(below, above)  # the validation says what is wrong with it
+    return merge(below, preset(name, steps), above)
+
+
+def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of the later trees over those of the earlier ones, key by key."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def _layers(path: str) -> list[dict[str, Any]]:
+    """A file and those that it extends, the most basic one first."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"--config: {path} must hold a mapping of settings, not {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return [tree]
+    if not isinstance(parent, str):
+        raise ValueError(f"extends: in {path}: {parent!r} given; must be the name of a file")
+    return [*_layers(str(Path(path).parent / resolve(parent))), tree]
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"--set: {override!r} given; must look like section.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {key}: {parent} is not a section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first, *others = error.errors()
+    location = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own validators name the key themselves
+        line = ".".join([*location, message])
+    elif first["type"] == "extra_forbidden":
+        line = f"{'.'.join(location)}: unknown key; {_allowed(location)}"
+    elif first["type"] == "missing":
+        line = f"{'.'.join(location)}: missing; add it to the file or give --set {'.'.join(location)}=..."
+    else:
+        line = f"{'.'.join(location)}: {first['input']!r} given; {message[0].lower()}{message[1:]}"
+    return line + (f" (and {len(others)} more)" if others else "")
+
+
+def _allowed(location: list[str]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        section = RewardConfig if section is dict else section.model_fields[part].annotation
+        section = dict if part in ("rewards", "eval_rewards") else section
+    keys = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], keys, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}"

@@ -1,0 +1,107 @@
+"""The command line of a run: what is checked before anything starts, and what a user is told at the end."""
+
+import argparse
+import asyncio
+import logging
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from g2rpo_ray.config import load_config
+from g2rpo_ray.launch.plan import describe_plan
+from g2rpo_ray.launch.preflight import check_files, fit_batches, open_run, read_run_prompts
+from g2rpo_ray.record.checkpoint import find_checkpoint, set_aside
+from g2rpo_ray.record.journal import is_finished, summarize
+from g2rpo_ray.record.storage import Folder
+
+if TYPE_CHECKING:  # Ray is loaded when there is something to run
+    from actors.session import Loop
+
+FAILED, INVALID, INTERRUPTED = 1, 2, 130
+NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora")  # of a run directory: the actors read them where they are
+
+
+def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return _launch(loop, _parser().parse_args(arguments))
+    except KeyboardInterrupt:  # before there was anything to save
+        return INTERRUPTED
+
+
+def _launch(loop: "Loop", options: argparse.Namespace) -> int:
+    name = [f"name={options.name}"] if options.name else []
+    try:
+        config = load_config(options.config, [*options.set, *name])
+        run = open_run(config)
+        checkpoint = find_checkpoint(run, options.resume)
+        prompts = read_run_prompts(config)
+        unchecked = check_files(config, checkpoint)
+        config = fit_batches(config)
+    except ValueError as error:
+        return _refuse(error)
+    if checkpoint and is_finished(config, run, checkpoint.iteration) and not options.check:
+        print(f"{config.name} is finished; --resume never starts it again, --name gives another run\n")
+        with run.workspace(NOT_NEEDED_HERE) as here:
+            print(summarize(config, here))
+        return 0
+    from actors.cluster import check_resources, cluster
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(cluster(options.address))
+            check_resources(config)
+        except ValueError as error:
+            return _refuse(error)
+        if options.check:
+            print("\n".join([describe_plan(config), *(f"not checked:   {line}" for line in unchecked)]))
+            return 0
+        if checkpoint is None:
+            set_aside(run)
+        here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
+        from actors.session import run_session  # imports Ray, which may not be before there is a cluster
+
+        try:
+            done = asyncio.run(run_session(loop, config, prompts, run, here, checkpoint))
+        except asyncio.CancelledError:  # a second signal
+            return INTERRUPTED
+        except Exception as error:
+            return fail(run, error)
+    return 0 if done else INTERRUPTED
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return INVALID
+
+
+def fail(run: Folder, error: Exception) -> int:
+    """One line for the user; the traces, those of actors included, go to a file of the run."""
+    trace = f"the whole trace is in {run / 'error.log'}"
+    try:
+        run.write("error.log", "".join(traceback.format_exception(error)).encode())
+    except OSError as unwritten:
+        trace = f"no trace could be written: {unwritten}"
+    cause = getattr(error, "cause", None) or error
+    print(f"error: {type(cause).__name__}: {textwrap.shorten(str(cause), 500)} ({trace})", file=sys.stderr)
+    return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m g2rpo_ray.run",
+        description="Align a text-to-image flow model by reinforcement learning on sampling trees, on Ray.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML settings; default: the quickstart that ships with it")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
+    parser.add_argument("--name", help="name of the run, its folder below `output`")
+    parser.add_argument(
+        "--resume", metavar="auto|never|PATH", default="auto", help="go on from the latest checkpoint (default), or not"
+    )
+    parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else one on this machine")
+    parser.add_argument("--check", action="store_true", help="check settings, files and resources, print the plan, end")
+    return parser

@@ -1,0 +1,67 @@
+"""The plan of a run in words: what it evaluates, in how many units, what it takes, and who keeps up with whom."""
+
+from pathlib import Path
+
+from g2rpo_ray.config import Config
+from g2rpo_ray.files import resolve
+from g2rpo_ray.rollout.plan import BACKWARD, branch_part, branch_units, possible_trees
+from g2rpo_ray.types import TrunkUnit
+
+
+def learner_states(config: Config, states: float) -> float:
+    """Velocities that the learner evaluates, forward and backward, for so many parents of trained edges."""
+    return states * (1 + sum(parts - 1 for parts in config.learner.subpaths))
+
+
+def describe_plan(config: Config) -> str:
+    """What an iteration evaluates, in how many units, and what it leaves in memory."""
+    trees, prompts, sampler = possible_trees(config), config.data.prompts_per_iteration, config.sampler
+    evaluations, states, images = (
+        sum(counts) / len(trees)
+        for counts in zip(*((t.evaluations, len(t.states), len(t.images)) for t in trees), strict=True)
+    )
+    work = learner_states(config, states)
+    backward = BACKWARD + config.learner.gradient_checkpointing
+    trunk = TrunkUnit(0, 0, "")
+    units = list(branch_units(config, trees[0], trunk))
+    members = max(unit.members for unit in units)
+    largest = max(branch_part(t, unit).evaluations for t in {*trees} for unit in branch_units(config, t, trunk))
+    about = "" if len({t.evaluations for t in trees}) == 1 else "about "
+    an_iteration, updated = prompts * evaluations, prompts * work * backward
+    stored = prompts * images * config.model.height * config.model.width * 3
+    ranks = config.rollout.max_actors * updated / an_iteration
+    return "\n".join(
+        [
+            f"method:        {config.method}: {sampler.roots} roots, branch steps {_list(sampler.branch_steps)} "
+            f"({sampler.branch_schedule}), {sampler.group_size} children, {sampler.stochastic_edges} stochastic edges, "
+            f"granularities {_list(sampler.strides)}",
+            f"a prompt:      {about}{evaluations:g} velocity evaluations, {images:g} images to score, "
+            f"{states:g} learner states",
+            f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
+            f"{members} members, {an_iteration:g} evaluations; update: {prompts * work:g} states forward and "
+            f"backward, as much as {updated:g} evaluations",
+            f"the run:       {config.iterations} iterations, {config.iterations * an_iteration:g} evaluations and "
+            f"{config.iterations * updated:g} of updates",
+            f"balance:       {ranks:.2g} learner ranks keep up with {config.rollout.max_actors} rollout actors of the "
+            f"same device; the update is {updated / (an_iteration + updated):.0%} of the work",
+            f"largest unit:  {largest} evaluations, in batches of at most {config.rollout.micro_batch}",
+            f"rollout actor: {_memory(config)}",
+            f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
+            f"{config.rollout.max_unscored_units} units wait",
+        ]
+    )
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return "{" + ", ".join(map(str, numbers)) + "}"
+
+
+def _memory(config: Config) -> str:
+    if not Path(resolve(config.model.path)).is_dir():
+        return "its memory is known when the model's files are on this machine"
+    from g2rpo_ray.models.estimate import rollout_memory
+
+    needed = {part: size / 2**30 for part, size in rollout_memory(config).items()}
+    work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
+    batch = f"in batches of {config.rollout.micro_batch}"
+    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work {batch}, beside what libraries take"

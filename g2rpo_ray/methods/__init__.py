@@ -1,0 +1,70 @@
+"""The field's methods as presets: a tree, a credit rule and an objective. One file a method; adding one adds a file.
+
+A preset is a function from the number of sampling steps to the settings that differ from NEUTRAL. What belongs to the
+model (learning rate, resolution, schedule shift, batch) is in configs/ and not here. Each module's text names the
+source, and every number in which paper and code differ.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+Settings = dict[str, dict[str, Any]]
+
+DEFAULT_METHOD = "g2rpo"
+
+NEUTRAL: Settings = {
+    "sampler": {
+        "kernel": "flow", "eta": 0.7, "roots": 1, "branch_steps": [0], "branch_schedule": "fixed", "slide_every": 25,
+        "group_size": 12, "stochastic_edges": 1, "edge_length": 1, "splits": [], "width": 2, "strides": [1],
+        "layout": "paper", "untrained": [], "trained_share": 1.0,
+    },
+    "credit": {"group": "siblings", "spread": "group", "granularity_weights": None, "clip": 5.0},
+    "learner": {
+        "objective": "clip", "clip_range": 1e-4, "subpaths": [], "edge_weight": None, "schedule": "accumulate",
+        "updates_per_rollout": 1, "kl_beta": 0.0,
+    },
+    "evaluation": {"anchors": False},
+}  # fmt: skip
+
+
+def method_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def preset(name: str, steps: int | None = None) -> Settings:
+    """All settings of a method at `steps` sampling steps; None: the number that its paper has, which is among them.
+
+    Raises:
+        ValueError: there is no such method, or it gives what is not a method's to give.
+    """
+    module = _module(name)
+    make: Callable[[int], Settings] = module.preset
+    chosen = module.STEPS if steps is None else steps
+    given = make(chosen)
+    if unknown := sorted(set(given) - set(NEUTRAL)):
+        raise ValueError(f"method: {name} gives {unknown[0]}; a preset's sections are {', '.join(NEUTRAL)}")
+    settings = {section: {**values, **given.get(section, {})} for section, values in NEUTRAL.items()}
+    settings["sampler"]["steps"] = chosen
+    return settings
+
+
+def _module(name: Any) -> Any:
+    """The module of a method: one here, or by its import path, for one's own."""
+    known = method_names()
+    if not isinstance(name, str) or (name not in known and "." not in name):
+        raise ValueError(
+            f"method: {name!r} given; allowed are {', '.join(known)}, or the import path of a module of your own, with "
+            "a dot, that has STEPS and preset"
+        )
+    path = f"{__name__}.{name}" if name in known else name
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ValueError(f"method: {name} cannot be imported ({error}); is it on PYTHONPATH?") from None
+    if not hasattr(module, "STEPS") or not hasattr(module, "preset"):
+        raise ValueError(
+            f"method: {name} has no STEPS and preset; see docs/methods.md for what a method's module holds"
+        )
+    return module

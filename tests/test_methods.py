@@ -1,0 +1,59 @@
+"""Every method through the command line: the same bits with any number of actors and after a kill; docs that say so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from g2rpo_ray.methods import method_names
+from tests.runs import finish, kill_at_work, lora, metrics, same_lora, start, wait_for_iteration
+
+SMALL = {
+    "flow_grpo": {"roots": 3, "group_size": 1, "branch_steps": "[0]"},
+    "mix_grpo": {"group_size": 3, "branch_steps": "[0]", "slide_every": 1},
+    "branch_grpo": {"group_size": 2, "branch_steps": "[0]"},
+}
+EVALUATIONS = {  # of the two prompts of each of two iterations, by hand: 5 steps
+    "flow_grpo": [2 * 3 * 5] * 2,
+    "mix_grpo": [2 * (1 + 3 * 4), 2 * (2 + 3 * 3)],  # the window has slid: a longer trunk, shorter chains
+    "branch_grpo": [2 * (1 + 2 * (1 + 2 + 4 + 4))] * 2,  # splits at 1 and 2 of 5
+}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("method", SMALL)
+def test_the_number_of_actors_and_a_kill_change_no_bit(method, tmp_path):
+    settings = {f"sampler__{key}": value for key, value in SMALL[method].items()}
+    settings |= {"method": method, "iterations": 2, "learner__updates_per_rollout": 2, "rollout__members_per_unit": 1}
+    two = start(tmp_path, "two", rollout__max_actors=2, **settings)
+    one = start(tmp_path, "one", **settings)
+    wait_for_iteration(one, tmp_path, "one", 1)
+    kill_at_work(one, "RolloutActor.compute")
+    for process in (two, one):
+        finish(process)
+    lines = metrics(tmp_path, "two")[1:]
+    assert [line["rollout/evaluations"] for line in lines] == EVALUATIONS[method]
+    assert all(line["actor/ratio_initial_max_dev"] <= 1e-6 for line in lines)
+    assert any(line["actor/ratio_max_dev"] > 1e-6 for line in lines)  # the second update of an iteration leaves 1
+    assert sum(line["rollout/restarts"] for line in metrics(tmp_path, "one")[1:]) == 1
+    same_lora(lora(tmp_path, "one"), lora(tmp_path, "two"))
+
+
+def test_a_method_s_tables_in_the_docs_are_what_the_plan_says():
+    done = subprocess.run([sys.executable, "docs/methods.py", "--tables"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in text
+
+
+def test_every_method_has_a_picture_drawn_from_its_plan(tmp_path):
+    done = subprocess.run([sys.executable, "docs/methods.py", "--output", tmp_path], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for method in method_names():
+        assert f"methods/{method}.svg" in text
+        drawn, kept = ((folder / f"{method}.svg").read_text() for folder in (tmp_path, ROOT / "docs" / "methods"))
+        assert drawn.count("<use") == kept.count("<use") > 0  # as many nodes, whatever matplotlib makes of a line
