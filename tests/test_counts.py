@@ -45,7 +45,9 @@ class CountingModel(FluxModel):
     def decode(self, x):
         self.decoded.append(x.clone())
         self.decoded_after.append(len(self.batches))
-        return torch.zeros(len(x), 32, 32, 3, dtype=torch.uint8)
+        pictures = torch.zeros(len(x), 32 * 32 * 3, dtype=torch.uint8)
+        pictures[:, :4] = x[:, 0, :1].contiguous().view(torch.uint8)  # so that each is known by its latent
+        return pictures.view(-1, 32, 32, 3)
 
 
 def counting(model, config):
@@ -154,7 +156,7 @@ def test_pictures_are_decoded_in_batches_beside_the_last_velocities(model):
     """At step 3 a member's paths (4, 5 ... 15), (4, 5, 7 ... 15) and (4, 6, 9, 12, 15) are 12, 5 more and 4 more."""
     config = paper(micro_batch=12, decode_batch=16)
     counted, sampler = counting(model, config)
-    compute(sampler, config, steps=[3])
+    *_, [(_, _, pictures)] = compute(sampler, config, steps=[3])
     assert list(map(len, counted.decoded)) == [1, 16, 16, 4]
     velocities = len(counted.batches)
     assert velocities == 16 + 12 + 5 + 4
@@ -166,6 +168,13 @@ def test_pictures_are_decoded_in_batches_beside_the_last_velocities(model):
     # all trajectories advance together: those of stride 3 end first, those of stride 1 last, and with them each batch
     assert together.decoded_after == [16] + [16 + 12] * 3
     assert all(map(torch.equal, together.decoded, counted.decoded))  # the same images are in the same batches
+    config = paper(micro_batch=36, decode_batch=1)
+    alone, sampler = counting(model, config)
+    *_, [(_, _, others)] = compute(sampler, config, steps=[3])
+    # each as it ends: the third of every member's after 5 batches, the second after 7, the first after 12
+    assert alone.decoded_after == [16] + [16 + 5] * 12 + [16 + 7] * 12 + [16 + 12] * 12
+    assert len({picture.tobytes() for picture in pictures}) == 36
+    assert np.array_equal(others, pictures)  # in the order of their nodes, whatever ended first
 
 
 class Copies(TorchFunctionMode):

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from g2rpo_ray.config import load_config
+from g2rpo_ray.data import iteration_prompts
+from g2rpo_ray.launch.preflight import read_run_prompts
 from g2rpo_ray.methods import method_names
+from g2rpo_ray.rollout.plan import prompt_tree
 from tests.runs import finish, kill_at_work, lora, metrics, same_lora, start, wait_for_iteration
 
 SMALL = {
@@ -39,6 +43,36 @@ def test_the_number_of_actors_and_a_kill_change_no_bit(method, tmp_path):
     assert any(line["actor/ratio_max_dev"] > 1e-6 for line in lines)  # the second update of an iteration leaves 1
     assert sum(line["rollout/restarts"] for line in metrics(tmp_path, "one")[1:]) == 1
     same_lora(lora(tmp_path, "one"), lora(tmp_path, "two"))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("method", method_names())
+def test_each_method_runs_on_the_quickstart_by_its_name_alone(method, tmp_path):
+    """An iteration of four prompts at the preset's own size: evaluations as planned, and a ratio that begins at 1."""
+    given = [
+        f"method={method}",
+        "iterations=1",
+        "data.prompts_per_iteration=4",
+        "evaluation.seeds=1",
+        f"output={tmp_path}",
+    ]
+    sets = [part for value in given for part in ("--set", value)]
+    command = [sys.executable, "-m", "g2rpo_ray.run", "--name", method, *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = load_config(str(tmp_path / method / "config.yaml"))
+    assert config == load_config(None, [*given, f"name={method}"])
+    line = metrics(tmp_path, method)[1]
+    prompts = iteration_prompts(read_run_prompts(config).train, 4, config.seed, 0)
+    trees = [prompt_tree(config, 0, slot, prompt) for slot, prompt in enumerate(prompts)]
+    assert line["rollout/evaluations"] == sum(tree.evaluations for tree in trees)
+    assert line["rollout/images"] == sum(len(tree.images) for tree in trees)
+    assert line["actor/ratio_initial_max_dev"] <= 1e-6
+    assert line["actor/grad_norm"] > 0
+    assert ("eval/preference/mean" in line) == config.evaluation.anchors
+    steps = {f"signal/spread/{step}" for tree in trees for step in tree.start[tree.trained]}
+    assert {key for key in line if key.startswith("signal/spread/")} >= steps
 
 
 def test_a_method_s_tables_in_the_docs_are_what_the_plan_says():

@@ -21,6 +21,10 @@ Ended = Callable[[Iterable[int], Tensor], None]
 """(rows, latents [I, ...]): these rows of the latents are at the image, and will not change."""
 
 
+def _no_noise(edges: Sequence[int]) -> Tensor:
+    raise ValueError(f"noise: none given, but {len(edges)} stochastic edges are in the part")
+
+
 @dataclass(frozen=True, slots=True)
 class Grown:
     """What was asked for of the part that has grown."""
@@ -42,7 +46,7 @@ def grow(
     v: Tensor | None = None,
     kernel: str = "ode",
     eta: float = 0.0,
-    noise: Noise | None = None,
+    noise: Noise = _no_noise,
     micro_batch: int = 1,
     keep: Sequence[int] = (),
     ended: Ended = lambda rows, latents: None,
@@ -66,22 +70,20 @@ def grow(
     latents = x.new_empty(len(keep), *x.shape[1:])
     velocities = latents[:0] if v is not None else torch.empty_like(latents)
     log_prob = x.new_full((int((tree.edge[list(nodes)] >= 0).sum()),), torch.nan)
-    for step, at in zip(steps, _on_device(steps, x.device), strict=True):
-        if step is steps[0]:
-            here, speed = x, v
-            if v is None:
-                state[at["rows"]] = x
-        else:
+    for number, (step, at) in enumerate(zip(steps, _on_device(steps, x.device), strict=True)):
+        here, speed = x, v
+        if number:
             here = state[at["rows"]]
             speed = velocity(here, grid[at["index"]])
             if step.moved and v is None:
                 velocities[at["moved to"]] = speed[at["moved"]]
+        elif v is None:
+            state[at["rows"]] = x
         if step.ode and speed is not None:
             x0, v0 = here[at["ode"]], speed[at["ode"]]
             state[at["ode row"]] = ode_step(x0, v0, grid[at["now"]], grid[at["then"]])
         for (start, end), members in step.stochastic.items():
-            assert speed is not None
-            assert noise is not None, "a part with stochastic edges needs noise"
+            assert speed is not None  # nothing follows from given roots before they are evaluated
             source, row, place = (at[f"{start} {end} {column}"] for column in range(3))
             epsilon = noise([edge for *_, edge in members])
             taken = transition(kernel, here[source], speed[source], sigmas, start, eta, next_index=end, noise=epsilon)
