@@ -489,10 +489,10 @@ def test_what_is_referred_to_is_there(name):
 
 def written_metrics() -> list[str]:
     """Patterns of the metrics that the code writes, read off its text: `section/name`, `{}` standing for any word."""
-    files = [*(ROOT / "g2rpo_ray").glob("*.py"), *(ROOT / "actors").glob("*.py"), *(ROOT / "learner").glob("*.py")]
+    files = [path for room in ("g2rpo_ray/record", "actors", "learner") for path in (ROOT / room).glob("*.py")]
     patterns = {"iteration"}
     parts = set()  # names that are written below `actor/` and `timing_s/`
-    for path in [*files, ROOT / "g2rpo_ray" / "algo" / "loss.py"]:
+    for path in [*files, ROOT / "g2rpo_ray" / "algo" / "objectives.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = node.value
@@ -501,7 +501,9 @@ def written_metrics() -> list[str]:
                 text = "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
             else:
                 continue
-            if re.fullmatch(r"(actor|advantage|eval|heldout|learner|perf|reward|rollout|timing_s)/[\w/{}]+", text):
+            if re.fullmatch(
+                r"(actor|advantage|eval|heldout|learner|perf|reward|rollout|signal|timing_s)/[\w/{}]+", text
+            ):
                 patterns.add(text)
     for open_ended in ("actor/{}", "timing_s/{}"):
         patterns.discard(open_ended)

@@ -61,6 +61,7 @@ def test_sigterm_saves_and_ends(reference, tmp_path):
     same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
 
 
+@pytest.mark.slow
 def test_stale_rollouts_depend_on_no_timing_and_survive_a_dead_driver(tmp_path):
     whole = start(tmp_path, "stale", rollout__max_staleness=1, rollout__max_actors=2)
     process = start(tmp_path, "killed", rollout__max_staleness=1)

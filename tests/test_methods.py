@@ -27,7 +27,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("method", SMALL)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[] if method == "flow_grpo" else pytest.mark.slow) for method in SMALL]
+)
 def test_the_number_of_actors_and_a_kill_change_no_bit(method, tmp_path):
     settings = {f"sampler__{key}": value for key, value in SMALL[method].items()}
     settings |= {"method": method, "iterations": 2, "learner__updates_per_rollout": 2, "rollout__members_per_unit": 1}
