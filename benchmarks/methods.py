@@ -177,7 +177,6 @@ def rows_of(results: list[dict[str, Any]]) -> list[Row]:
                     f"{run['preference_difference'] / run['preference_standard_error']:.1f}" for run in runs
                 ),
                 "shape right, mean": float(np.mean([run["shape_after"] for run in runs])),
-                "s": float(np.mean([run["seconds"] for run in runs])),
             }
         )
     return rows

@@ -128,7 +128,7 @@ def test_nothing_changes_after_loading():
         ("sampler.stochastic_edges=8", ["sampler.branch_steps: [0, 1, 2, 3, 4] given", "0..2", "8 stochastic edges"]),
         ("sampler.group_size=1", ["credit.group: siblings given", "starts at index 0", "raise sampler.group_size"]),
         ("sampler.group_size=0", ["sampler.group_size: 0 given", "greater than or equal to 1"]),
-        ("sampler.roots=300", ["sampler.roots × branch steps", "24000 images a prompt; at most 20000"]),
+        ("sampler.roots=300", ["sampler.roots × branch steps", "24000 images a prompt; with steps=10 at most 20000"]),
         ("sampler.trained_share=0", ["sampler.trained_share: 0 given", "greater than 0"]),
         ("credit.granularity_weights=[1]", ["credit.granularity_weights: [1.0] given", "sampler.strides=[1, 2]"]),
         ("credit.group=all", ["credit.group: 'all' given", "'siblings' or 'step'"]),

@@ -332,6 +332,8 @@ def test_batches_stay_full_until_the_longest_path_is_alone():
         ({"strides": (0, 1)}, ["strides: [0, 1] given", "from 1 up"]),
         ({"roots": 0}, ["roots"]),
         ({"edge_length": 0}, ["edge_length"]),
+        ({"roots": 1000, "children": 1000}, ["1000000 images a prompt", "at most 13333"]),
+        ({"splits": tuple(range(1, 15)), "width": 64}, ["images a prompt", "at most 13333"]),
     ],
 )
 def test_a_shape_that_leads_nowhere_is_refused(change, words):

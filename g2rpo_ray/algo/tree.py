@@ -19,7 +19,7 @@ from g2rpo_ray.algo.schedule import completion_path
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-MOST_IMAGES = 20_000  # of a prompt: a larger tree would take minutes to plan, and days to grow
+MOST_STATES = 200_000  # images × steps of a prompt: a larger tree would take minutes to plan, and days to grow
 
 ANCHOR = -1
 """The tag of an anchor's image: it is scored, and in no advantage."""
@@ -177,9 +177,10 @@ def _check(shape: Shape) -> None:
         raise ValueError("roots, children, width: each must be from 1 up")
     split = sum(1 for index in shape.splits if 0 < index < shape.steps)
     images = shape.roots * len(shape.branch_steps) * shape.children * len(shape.strides) * shape.width**split
-    if images > MOST_IMAGES:
+    if images * shape.steps > MOST_STATES:
         raise ValueError(
-            f"roots × branch steps × children × strides × width^splits: {images} images a prompt; at most {MOST_IMAGES}"
+            f"roots × branch steps × children × strides × width^splits: {images} images a prompt; with steps="
+            f"{shape.steps} at most {MOST_STATES // shape.steps}"
         )
 
 
