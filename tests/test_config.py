@@ -306,6 +306,11 @@ def test_a_comparison_group_of_one_edge_is_refused():
     assert load_config(None, [*only_first, "sampler.branch_schedule=fixed"])
 
 
+def test_subpaths_are_few():
+    with pytest.raises(ValueError, match=r"learner.subpaths: \[2, 10000000000\] given; they are numbers from 2 to 16"):
+        load_config(None, ["method=pave_grpo", "learner.subpaths=[2, 10000000000]"])
+
+
 def test_a_tree_without_a_trained_edge_is_refused():
     with pytest.raises(ValueError, match=r"sampler.untrained: \[0\] given, but all edges from branch_steps=\[0\]"):
         load_config(None, ["sampler.branch_steps=[0]", "sampler.untrained=[0]"])

@@ -10,6 +10,7 @@ from g2rpo_ray.config.section import Section
 from g2rpo_ray.config.tree import CreditConfig, SamplerConfig
 
 Device = Literal["cpu", "cuda"]
+MOST_SUBSTEPS = 16  # of a subpath: each is a forward and backward pass, all held until the last
 Resources = dict[str, float]
 
 
@@ -248,9 +249,10 @@ class Config(Section):
 
     def _check_objective(self) -> None:
         learner, prompts = self.learner, self.data.prompts_per_iteration
-        if learner.subpaths and (learner.objective != "reinforce" or min(learner.subpaths) < 2):
+        fits = all(2 <= parts <= MOST_SUBSTEPS for parts in learner.subpaths)
+        if learner.subpaths and (learner.objective != "reinforce" or not fits):
             raise ValueError(
-                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 up, for learner.objective="
+                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 to {MOST_SUBSTEPS}, for learner.objective="
                 f"reinforce alone (it is {learner.objective})"
             )
         if learner.updates_per_rollout > prompts:
