@@ -252,7 +252,8 @@ class Config(Section):
         fits = all(2 <= parts <= MOST_SUBSTEPS for parts in learner.subpaths)
         if learner.subpaths and (learner.objective != "reinforce" or not fits):
             raise ValueError(
-                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 to {MOST_SUBSTEPS}, for learner.objective="
+                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 to {MOST_SUBSTEPS}, "
+                "for learner.objective="
                 f"reinforce alone (it is {learner.objective})"
             )
         if learner.updates_per_rollout > prompts:
