@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from actors.interrupt import Interrupt
+from actors.learner import LearnerLost
 from actors.pool import is_lost_object
 from actors.prometheus import prometheus_sink
 from actors.system import System, open_system
@@ -17,7 +18,6 @@ from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import Metrics
 from g2rpo_ray.types import Rollout
-from learner.group import LearnerLost
 
 Loop = Callable[["Session"], Awaitable[None]]
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from actors.collector import Collector
 from actors.control import follow_drains, follow_requests
 from actors.encoder import Embeddings, Say
+from actors.learner import LearnerGroup
 from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
@@ -16,7 +17,6 @@ from g2rpo_ray.config import Config, RewardConfig, ray_options
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import Span
-from learner.group import LearnerGroup
 
 
 class System:

@@ -131,9 +131,9 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     import ray
 
     from actors.collector import Collector
+    from actors.keeper import Keeper
     from actors.pool import Pool
     from actors.weights import PublishedWeights
-    from learner.keeper import Keeper
 
     config = paper(members)
     work = Work(config)

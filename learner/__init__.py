@@ -1,1 +1,1 @@
-"""The learner: its DeepSpeed ranks (engine), what they share (batch), the Ray actors they live in (group)."""
+"""The learner without Ray: a DeepSpeed rank (engine), its loss, and what the ranks share (batch)."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 
+from actors.keeper import PAUSE_S, Keeper
 from actors.members import AHEAD
 from actors.pool import Pool, PoolStopped, here, is_lost_object
 from actors.reward import RewardActor, Scorer
@@ -17,7 +18,6 @@ from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
 from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
 from g2rpo_ray.types import BranchUnit
-from learner.keeper import PAUSE_S, Keeper
 
 pytestmark = pytest.mark.cluster
 

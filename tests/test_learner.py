@@ -21,6 +21,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.learner import LearnerGroup, LearnerLost
 from g2rpo_ray.algo import ANCHOR, grow
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import (
@@ -38,7 +39,6 @@ from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, sigma_grid, trunk_part
 from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, Trunk, TrunkUnit
 from learner.batch import BatchShape, reduce_metrics, spread
-from learner.group import LearnerGroup, LearnerLost
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
 STAGES, SCHEDULES, WORLDS = (1, 2, 3), ("per_step", "accumulate"), (1, 2)

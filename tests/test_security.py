@@ -209,8 +209,8 @@ def test_an_adapter_runs_no_code(write, touched, tmp_path):
 
 def test_a_checkpoint_runs_no_code(write, touched, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from actors.learner import BEHAVIOUR, _read_behaviour
     from learner.engine import CHECKPOINT, _read_checkpoint
-    from learner.group import BEHAVIOUR, _read_behaviour
 
     write(tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match="cannot be read"):

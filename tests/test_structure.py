@@ -30,7 +30,7 @@ SHELLS = ("run", "evaluate", "scale")  # they load Ray when there is something t
 
 
 def test_only_the_shells_know_ray():
-    """Nothing of g2rpo_ray loads it: what runs on Ray is in actors/ and learner/group.py."""
+    """Nothing of g2rpo_ray loads it: what runs on Ray is in actors/."""
     modules = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
     names = sorted(".".join(module.parts) for module in modules if module.name != "__init__")
     assert {f"g2rpo_ray.{shell}" for shell in SHELLS} < set(names)
@@ -38,13 +38,13 @@ def test_only_the_shells_know_ray():
     assert "ray" in modules_after("import actors.session")  # what the loop calls: loaded when there is a cluster
 
 
-def test_the_learner_knows_deepspeed_in_its_engine_alone_and_ray_in_its_shells_alone():
+def test_the_learner_knows_deepspeed_in_its_engine_alone_and_no_ray():
     loaded = modules_after("import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import learner.engine")
     assert "deepspeed" in loaded
     assert "ray" not in loaded
     assert not modules_after("import learner.loss") & {"ray", "deepspeed"}
     assert not modules_after("import learner.batch") & set(HEAVY)  # the driver uses it, too
-    assert "deepspeed" not in modules_after("import learner.group")
+    assert "deepspeed" not in modules_after("import actors.learner")
 
 
 def test_asking_for_help_loads_nothing_heavy():

@@ -13,11 +13,11 @@ import ray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from actors.keeper import Keeper
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
-from learner.keeper import Keeper
 
 BEHAVIOUR = "behaviour.safetensors"  # the LoRA version before the checkpoint's own
 PATIENCE_S = 10.0  # for the death of a rank to be known, after another rank failed for want of it
