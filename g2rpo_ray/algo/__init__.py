@@ -9,6 +9,7 @@ from g2rpo_ray.algo.credit import (
     scored_edges,
     without_spread,
 )
+from g2rpo_ray.algo.forward import awm_log_probs, nft_losses, renoised, velocity_shift
 from g2rpo_ray.algo.growth import Grown, Velocity, grow, integrate
 from g2rpo_ray.algo.kernels import Transition, ode_step, step_between, transition
 from g2rpo_ray.algo.objectives import NEEDS_DRIFT, OBJECTIVES, edge_losses, edge_ratios, mean_shift, policy_loss
@@ -27,6 +28,7 @@ __all__ = [
     "Tree",
     "Velocity",
     "agreement",
+    "awm_log_probs",
     "batch_std",
     "completion_path",
     "edge_advantages",
@@ -37,15 +39,18 @@ __all__ = [
     "grow",
     "integrate",
     "mean_shift",
+    "nft_losses",
     "normalise",
     "ode_step",
     "plan_tree",
     "policy_loss",
+    "renoised",
     "resolution_shift",
     "scored_edges",
     "shifted_sigmas",
     "spreads",
     "step_between",
     "transition",
+    "velocity_shift",
     "without_spread",
 ]
