@@ -1,19 +1,24 @@
 """One YAML loader, with inheritance, presets of methods and dotted overrides; refusals are one line."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from g2rpo_ray.config.schema import Config, RewardConfig
+from g2rpo_ray.config.text import MOST_BYTES, read_yaml
 from g2rpo_ray.files import resolve
 from g2rpo_ray.methods import DEFAULT_METHOD, preset
+from g2rpo_ray.words import one_line, shown
 
 QUICKSTART = "embedded:config.yaml"
 MOST_STEPS = 1000  # as sampler.steps has it
+OF_A_UNION = re.compile(r"(constrained-)?(float|int|str)|(literal|tuple|constrained)\[.*")  # pydantic's names
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -71,28 +76,31 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _layers(path: str) -> list[dict[str, Any]]:
+def _layers(path: str, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """A file and those that it extends, the most basic one first."""
+    if Path(path).resolve() in above:
+        raise ValueError(f"extends: {path} extends itself, by way of {above[-1].name}")
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        with Path(path).open() as file:
+            tree = read_yaml(file.read(MOST_BYTES + 1))
     except OSError as error:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # not UTF-8, either
+        raise ValueError(f"--config: {path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config: {path} must hold a mapping of settings, not {type(tree).__name__}")
     parent = tree.pop("extends", None)
     if parent is None:
         return [tree]
     if not isinstance(parent, str):
-        raise ValueError(f"extends: in {path}: {parent!r} given; must be the name of a file")
-    return [*_layers(str(Path(path).parent / resolve(parent))), tree]
+        raise ValueError(f"extends: in {path}: {shown(parent)} given; must be the name of a file")
+    return [*_layers(str(Path(path).parent / resolve(parent)), (*above, Path(path).resolve())), tree]
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"--set: {override!r} given; must look like section.key=value")
+    if not separator or not all(key.split(".")):
+        raise ValueError(f"--set: {shown(override)} given; must look like section.key=value")
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
@@ -100,24 +108,34 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"--set {key}: {parent} is not a section")
         tree = child
     try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
+        tree[leaf] = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {key}: {shown(text)} is not a YAML value: {one_line(error, 100)}") from None
 
 
 def _one_line(error: ValidationError) -> str:
     first, *others = error.errors()
-    location = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
+    location = _location(first)
+    members = [other for other in others if _location(other) == location]  # of a union: what else may be given
+    others = [other for other in others if other not in members]
+    message = ", or ".join(dict.fromkeys(_message(part) for part in [first, *members]))
     if first["type"] == "value_error":  # our own validators name the key themselves
-        line = ".".join([*location, message])
+        line = ".".join([*location, first["msg"].removeprefix("Value error, ")])
     elif first["type"] == "extra_forbidden":
         line = f"{'.'.join(location)}: unknown key; {_allowed(location)}"
     elif first["type"] == "missing":
         line = f"{'.'.join(location)}: missing; add it to the file or give --set {'.'.join(location)}=..."
     else:
-        line = f"{'.'.join(location)}: {first['input']!r} given; {message[0].lower()}{message[1:]}"
+        line = f"{'.'.join(location)}: {shown(first['input'])} given; {message}"
     return line + (f" (and {len(others)} more)" if others else "")
+
+
+def _location(error: ErrorDetails) -> list[str]:
+    return [one_line(part, 60) for part in error["loc"] if not OF_A_UNION.fullmatch(str(part))]
+
+
+def _message(error: ErrorDetails) -> str:
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _allowed(location: list[str]) -> str:

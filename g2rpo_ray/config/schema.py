@@ -1,9 +1,9 @@
 """Every setting, with its type, its bounds and what it means."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from g2rpo_ray.algo import groups, plan_tree
 from g2rpo_ray.config.section import Section
@@ -11,7 +11,21 @@ from g2rpo_ray.config.tree import CreditConfig, SamplerConfig
 
 Device = Literal["cpu", "cuda"]
 MOST_SUBSTEPS = 16  # of a subpath: each is a forward and backward pass, all held until the last
-Resources = dict[str, float]
+MOST_ACTORS = 4096  # of a pool
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ray_takes(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in ("", "memory", "object_store_memory"):
+            raise ValueError(f"{name}: not a resource that is asked for here; give CPU, GPU or one of your own")
+        if round(amount, 4) != amount or (name == "GPU" and amount > 1 and amount % 1):
+            raise ValueError(f"{name}: {amount} given; must have at most 4 decimals, and GPU above 1 none")
+    return resources
+
+
+Amount = Annotated[float, Field(ge=0, le=1_000_000)]
+Resources = Annotated[dict[str, Amount], Field(max_length=32), AfterValidator(_ray_takes)]
 
 
 def ray_options(resources: Resources) -> dict[str, Any]:
@@ -27,10 +41,10 @@ class ModelConfig(Section):
     """Commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the frozen weights and their arithmetic; latents, LoRA and log-probabilities are always float32."""
-    height: int = Field(720, gt=0)
+    height: int = Field(720, gt=0, le=8192)
     """Pixels; a multiple of the pipeline's latent patch (16 for FLUX)."""
-    width: int = Field(720, gt=0)
-    guidance_scale: float = Field(3.5, ge=0)
+    width: int = Field(720, gt=0, le=8192)
+    guidance_scale: float = Field(3.5, ge=0, le=100)
     """Distilled guidance, an input of guidance-distilled models."""
     max_sequence_length: int = Field(512, gt=0, le=512)
     """T5 tokens a prompt is padded or cut to."""
@@ -39,8 +53,8 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(64, gt=0)
-    alpha: float = Field(64, gt=0)
+    rank: int = Field(64, gt=0, le=1024)
+    alpha: float = Field(64, gt=0, le=1_000_000)
     targets: Literal["all-linear"] | tuple[str, ...] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -51,33 +65,33 @@ class LoraConfig(Section):
 
 
 class RolloutConfig(Section):
-    min_actors: int = Field(1, ge=1)
+    min_actors: int = Field(1, ge=1, le=MOST_ACTORS)
     """Rollout actors without which the run does not start. The result does not depend on their number."""
-    max_actors: int = Field(1, ge=1)
+    max_actors: int = Field(1, ge=1, le=MOST_ACTORS)
     """Rollout actors asked for, all the time: they join as the cluster finds room, and autoscalers see the demand."""
     device: Device = "cuda"
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=256)
     """CPU threads of one actor."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: int = Field(8, ge=1, le=4096)
     """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
-    memory_gib: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(None, gt=0, le=1_000_000)
     """Memory of an actor's device. Given, `micro_batch` is lowered, before anything starts, to what an estimate says
     that it holds; it stays so for the run."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise
     than the learner does: watch actor/ratio_initial_max_dev."""
-    members_per_unit: int | None = Field(None, ge=1)
+    members_per_unit: int | None = Field(None, ge=1, le=1024)
     """Children that one work unit holds, of all roots at one branch step; unset: all of them."""
-    decode_batch: int = Field(1, ge=1)
+    decode_batch: int = Field(1, ge=1, le=1024)
     """Most latents in one pass of the VAE, which takes gigabytes an image at 720 px."""
     max_staleness: Literal[0, 1] = 0
     """1: an iteration is sampled while the one before it updates, with weights one version old. The ratio is against
     the policy that sampled; the result depends on this setting, not on timing."""
-    max_unscored_units: int = Field(64, ge=1)
+    max_unscored_units: int = Field(64, ge=1, le=65_536)
     """Units whose images may wait for their scores; beyond that rollout waits for the reward servers."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one actor; a custom resource pins it to its worker group."""
-    max_restarts: int = Field(100, ge=0)
+    max_restarts: int = Field(100, ge=0, le=1_000_000)
     """Deaths of actors (all together) that the run survives."""
 
     @model_validator(mode="after")
@@ -90,59 +104,59 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     kind: str
     """One of the kinds in docs/rewards.md, or `module:factory` for your own."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1000)
     """w_r in the advantage; not used in `eval_rewards`."""
     options: dict[str, Any] = {}
     """Arguments of the reward: checkpoint, architecture, device ..."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, le=MOST_ACTORS)
     """Server actors."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=4096)
     """Most images in one forward pass. Part of the plan: results depend on it by rounding."""
-    retries: int = Field(2, ge=0)
+    retries: int = Field(2, ge=0, le=100)
     """Times a failed or non-finite score is asked for again before it counts as missing."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=256)
     """CPU threads of one server."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one server."""
-    max_restarts: int = Field(100, ge=0)
+    max_restarts: int = Field(100, ge=0, le=1_000_000)
     """Deaths of servers (all together) that the run survives."""
 
 
 class LearnerConfig(Section):
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1, le=256)
     """DeepSpeed ranks, each a Ray actor. The result does not depend on it beyond rounding."""
     device: Device = "cuda"
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=256)
     """CPU threads of one rank."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one rank."""
     zero_stage: Literal[1, 2, 3] = 2
-    micro_batch: int = Field(1, ge=1)
+    micro_batch: int = Field(1, ge=1, le=4096)
     """States (parents of trained edges) in one forward and backward pass."""
     gradient_checkpointing: bool = False
     objective: Literal["clip", "guard", "dppo", "reinforce"] = "clip"
     """What is minimised: see g2rpo_ray/algo/objectives.py."""
-    subpaths: tuple[int, ...] = ()
+    subpaths: tuple[Annotated[int, Field(ge=2, le=MOST_SUBSTEPS)], ...] = ()
     """Of `reinforce` (Pave-GRPO): an edge is rescored along n − 1 ODE substeps and the rest, too, for each n here."""
-    edge_weight: float | None = Field(None, gt=0)
+    edge_weight: float | None = Field(None, gt=0, le=1000)
     """c: an edge weighs c · std of its step (TempFlow-GRPO: 1.73); unset: 1."""
     schedule: Literal["per_step", "accumulate"] = "per_step"
     """An optimizer step for each schedule index at which trained edges start, ascending, or one for all together."""
     updates_per_rollout: int = Field(1, ge=1, le=1024)
     """Equal parts of an iteration's prompts; each makes the optimizer steps of its own, one after another."""
-    lr: float = Field(2e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
+    lr: float = Field(2e-6, gt=0, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0, le=1)
+    weight_decay: float = Field(1e-4, ge=0, le=1000)
+    grad_clip: float = Field(1.0, gt=0, le=1_000_000)
     """Largest norm of the whole gradient."""
-    clip_range: float = Field(1e-4, gt=0)
+    clip_range: float = Field(1e-4, gt=0, le=1000)
     """ε of the clipped surrogate."""
-    kl_beta: float = Field(0.0, ge=0)
+    kl_beta: float = Field(0.0, ge=0, le=1000)
     """β of the KL to the model without LoRA."""
-    max_restarts: int = Field(10, ge=0)
+    max_restarts: int = Field(10, ge=0, le=1_000_000)
     """Times that the run starts a lost learner again, from the latest checkpoint."""
-    ratio_tolerance: float = Field(1e-6, gt=0)
+    ratio_tolerance: float = Field(1e-6, gt=0, le=1000)
     """Largest |ratio − 1| before the first optimizer step; a run that exceeds it stops. Loosen it for bfloat16."""
 
 
@@ -151,7 +165,7 @@ class DataConfig(Section):
     """Text (a prompt a line), .jsonl, .json (HPDv2's, too) or .parquet; a pattern for several; see docs/evaluate.md."""
     heldout_prompts: str
     """The same. What is held out is dropped from the training prompts."""
-    prompts_per_iteration: int = Field(16, ge=1)
+    prompts_per_iteration: int = Field(16, ge=1, le=16_384)
     embeddings: str | None = None
     """Folder or URI of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""
     encoder_device: Device = "cuda"
@@ -163,24 +177,24 @@ class EvaluationConfig(Section):
     anchors: bool = True
     """Carry the trunks on to the image and score it with all rewards: the on-policy evaluation `eval/*`. `method` fills
     it."""
-    every: int = Field(50, ge=0)
+    every: int = Field(50, ge=0, le=1_000_000)
     """Iterations between held-out evaluations; 0: only before the first and after the last."""
-    seeds: int = Field(2, ge=1)
+    seeds: int = Field(2, ge=1, le=1024)
     """Samples of each held-out prompt; the same noise at every evaluation."""
-    grid_prompts: int = Field(8, ge=0)
+    grid_prompts: int = Field(8, ge=0, le=1024)
     """Held-out prompts shown in samples/<iteration>.png."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(10, ge=1)
+    every: int = Field(10, ge=1, le=1_000_000)
     """Iterations between checkpoints; the last iteration always makes one."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, le=1_000_000)
     """Newest checkpoints kept, beside the one with the best held-out scores."""
 
 
 class TrackingConfig(Section):
     tensorboard: bool = True
-    timeline_every: int = Field(10, ge=0)
+    timeline_every: int = Field(10, ge=0, le=1_000_000)
     """Iterations between timelines of who did what when; 0: none."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
@@ -193,21 +207,21 @@ class Config(Section):
     """Folder of the run below `output`."""
     output: str = "runs"
     """Where run directories are made: a path that every node of the cluster sees, or a URI such as s3://bucket/runs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     method: str = "g2rpo"
     """What fills the tree's shape, `credit` and the objective, unless they are given beside it or later: a name in
     docs/methods.md, or the import path of a module of your own, with a dot."""
-    iterations: int = Field(300, ge=1)
-    startup_timeout_s: float = Field(600, gt=0)
+    iterations: int = Field(300, ge=1, le=1_000_000)
+    startup_timeout_s: float = Field(600, gt=0, le=604_800)
     """How long the run waits for its actors to start."""
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     sampler: SamplerConfig = SamplerConfig()
     credit: CreditConfig = CreditConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    rewards: dict[str, RewardConfig] = Field(min_length=1, max_length=64)
     """Trained on, by name."""
-    eval_rewards: dict[str, RewardConfig] = {}
+    eval_rewards: dict[str, RewardConfig] = Field({}, max_length=64)
     """Logged and never trained on. Here and in `rewards`, null takes out one that `extends` brought in."""
     learner: LearnerConfig = LearnerConfig()
     data: DataConfig
@@ -249,12 +263,10 @@ class Config(Section):
 
     def _check_objective(self) -> None:
         learner, prompts = self.learner, self.data.prompts_per_iteration
-        fits = all(2 <= parts <= MOST_SUBSTEPS for parts in learner.subpaths)
-        if learner.subpaths and (learner.objective != "reinforce" or not fits):
+        if learner.subpaths and learner.objective != "reinforce":
             raise ValueError(
-                f"learner.subpaths: {list(learner.subpaths)} given; they are numbers from 2 to {MOST_SUBSTEPS}, "
-                "for learner.objective="
-                f"reinforce alone (it is {learner.objective})"
+                f"learner.subpaths: {list(learner.subpaths)} given; they are for learner.objective=reinforce alone "
+                f"(it is {learner.objective})"
             )
         if learner.updates_per_rollout > prompts:
             raise ValueError(

@@ -1,12 +1,11 @@
 """The settings that a method decides first: the shape of a prompt's tree, and how scores become advantages."""
 
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from g2rpo_ray.algo import Shape, plan_tree
-from g2rpo_ray.config.section import Section
+from g2rpo_ray.config.section import Section, Step
 
 
 class SamplerConfig(Section):
@@ -14,19 +13,19 @@ class SamplerConfig(Section):
 
     steps: int = Field(16, gt=0, le=1000)
     """T, sampling steps."""
-    shift: float | Literal["dynamic"] = 3.0
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["dynamic"] = 3.0
     """Schedule shift s, or FLUX's resolution-dependent one."""
     kernel: Literal["flow", "dance", "cps"] = "flow"
-    eta: float = Field(0.7, gt=0)
+    eta: float = Field(0.7, gt=0, le=100)
     """Noise level of a stochastic step."""
     roots: int = Field(1, ge=1, le=1024)
     """R, initial noises of a prompt, each with a trunk of ODE steps."""
-    branch_steps: tuple[int, ...] = tuple(range(8))
+    branch_steps: tuple[Step, ...] = tuple(range(8))
     """M: schedule indices at which stochastic edges leave a trunk, ascending."""
     branch_schedule: Literal["fixed", "slide", "draw"] = "fixed"
     """`fixed`: all of branch_steps, always; `slide`: all of them, moved on by 1 every `slide_every` iterations, as long
     as their edges fit, and from the start again; `draw`: one of them for each prompt, by its key."""
-    slide_every: int = Field(25, ge=1)
+    slide_every: int = Field(25, ge=1, le=1_000_000)
     """Iterations between two moves of `slide`."""
     group_size: int = Field(12, ge=1, le=1024)
     """G, children of a trunk at each branch step."""
@@ -34,22 +33,20 @@ class SamplerConfig(Section):
     """K, stochastic edges in a row from a branch step on."""
     edge_length: int = Field(1, ge=1, le=1000)
     """Steps that one stochastic edge spans."""
-    splits: tuple[int, ...] = ()
+    splits: tuple[Step, ...] = ()
     """Schedule indices at which a node among stochastic edges has `width` children in place of one."""
     width: int = Field(2, ge=1, le=64)
-    strides: tuple[int, ...] = (1, 2, 3)
+    strides: tuple[Step, ...] = (1, 2, 3)
     """Λ: the granularities at which each branch is completed."""
     layout: Literal["paper", "authors"] = "paper"
     """How a stride walks to the image: as in the paper, or as in the authors' code."""
-    untrained: tuple[int, ...] = ()
+    untrained: tuple[Step, ...] = ()
     """Schedule indices from which no edge is trained."""
     trained_share: float = Field(1.0, gt=0, le=1)
     """Of the other stochastic steps of each child, the share that is trained, drawn by its key."""
 
     @model_validator(mode="after")
     def _shape_is_one(self) -> "SamplerConfig":
-        if isinstance(self.shift, float) and not 0 < self.shift < math.inf:
-            raise ValueError(f"shift: {self.shift} given; must be positive, or `dynamic`")
         plan_tree(self.shape())  # raises for one that leads nowhere
         for branch_steps in self.placements():
             tree = plan_tree(self.shape(branch_steps))
@@ -101,7 +98,7 @@ class CreditConfig(Section):
     """What an edge is compared with: the others of its parent, or all of its prompt that start at its index."""
     spread: Literal["group", "batch"] = "group"
     """What a difference is divided by: the std of the group's values, or the reward's over the whole iteration."""
-    granularity_weights: tuple[float, ...] | None = None
+    granularity_weights: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = None
     """w_j in the advantage, one for each of sampler.strides; unset: 1."""
-    clip: float = Field(5.0, gt=0)
+    clip: float = Field(5.0, gt=0, le=1000)
     """Largest absolute advantage."""

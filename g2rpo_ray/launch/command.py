@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import logging
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from g2rpo_ray.launch.preflight import check_files, fit_batches, open_run, read_
 from g2rpo_ray.record.checkpoint import find_checkpoint, set_aside
 from g2rpo_ray.record.journal import is_finished, summarize
 from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.words import one_line
 
 if TYPE_CHECKING:  # Ray is loaded when there is something to run
     from actors.session import Loop
@@ -75,7 +75,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
 
 
 def _refuse(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(error, 1000)}", file=sys.stderr)
     return INVALID
 
 
@@ -87,7 +87,7 @@ def fail(run: Folder, error: Exception) -> int:
     except OSError as unwritten:
         trace = f"no trace could be written: {unwritten}"
     cause = getattr(error, "cause", None) or error
-    print(f"error: {type(cause).__name__}: {textwrap.shorten(str(cause), 500)} ({trace})", file=sys.stderr)
+    print(f"error: {type(cause).__name__}: {one_line(cause, 500)} ({trace})", file=sys.stderr)
     return FAILED
 
 

@@ -10,6 +10,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from g2rpo_ray.words import shown
+
 Settings = dict[str, dict[str, Any]]
 
 DEFAULT_METHOD = "g2rpo"
@@ -55,8 +57,8 @@ def _module(name: Any) -> Any:
     known = method_names()
     if not isinstance(name, str) or (name not in known and "." not in name):
         raise ValueError(
-            f"method: {name!r} given; allowed are {', '.join(known)}, or the import path of a module of your own, with "
-            "a dot, that has STEPS and preset"
+            f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path of a module of your own, "
+            "with a dot, that has STEPS and preset"
         )
     path = f"{__name__}.{name}" if name in known else name
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo_ray.files import EMBEDDED
+from g2rpo_ray.words import one_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILE = re.compile(HUB_ID.pattern + r":\S+")
@@ -46,9 +47,3 @@ def read_json(option: str, path: str, keys: tuple[str, ...], meaning: str) -> di
     if missing:
         raise ValueError(f"{option}: {path} lacks {', '.join(missing)}; it must be {meaning}")
     return dict(content)
-
-
-def one_line(error: object) -> str:
-    """The error's text on one line, cut where a state dict would list hundreds of keys."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " …"

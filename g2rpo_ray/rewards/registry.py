@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from g2rpo_ray.files import resolve
-from g2rpo_ray.rewards.files import one_line
+from g2rpo_ray.words import one_line
 
 
 @runtime_checkable

@@ -1,0 +1,21 @@
+"""What messages say of values and errors: one short line, whatever those hold."""
+
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
+
+
+def shown(value: object) -> str:
+    """`repr`, cut short where the value is long or nested."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to show"
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """A text on one line, cut at `most` characters: a state dict's error lists hundreds of keys."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[:most]} …"
