@@ -30,6 +30,7 @@ class Member:
     calls: list[Call] = field(default_factory=list)  # in flight
     since: float = 0.0  # when it began with the first of them
     retiring: bool = False
+    failures: tuple[str, ...] = ()  # why those before it, each in place of the one before, did not start
 
     def __str__(self) -> str:
         return f"{self.name} on {self.place.address} (pid {self.place.pid})" if self.place else self.name

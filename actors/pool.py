@@ -16,9 +16,11 @@ from ray.exceptions import ObjectLostError, RayActorError
 from actors.members import Call, Member, Members
 from g2rpo_ray.config import Resources
 from g2rpo_ray.types import Place
+from g2rpo_ray.words import one_line
 
 logger = logging.getLogger(__name__)
 
+MOST_STARTS = 5  # of an actor that dies without a word before it is ready
 TELL_EVERY_S = 30.0  # seconds between two lines about missing actors
 
 Spawn = Callable[[str], ActorHandle]
@@ -207,9 +209,9 @@ class Pool:
             self._end(member)
         self._dispatch()
 
-    def _spawn_member(self) -> None:
+    def _spawn_member(self, failures: tuple[str, ...] = ()) -> None:
         name = next(self._names)
-        member = Member(name, self._spawn(name))
+        member = Member(name, self._spawn(name), failures=failures)
         self._members.add(member)
         self._task(self._await_ready(member))
 
@@ -271,13 +273,15 @@ class Pool:
         if member.retiring:
             return
         reason = _reason(error)
-        if error.actor_init_failed:
-            raise PoolStopped(f"{member.name} failed to start: {reason}")
+        failures = () if member.place else (*member.failures, reason)
+        by_itself = error.actor_init_failed or "exit code" in reason  # nobody killed it
+        if (by_itself and reason in member.failures) or len(failures) == MOST_STARTS:
+            raise PoolStopped(f"{member.name} failed to start, {len(failures)} times in a row: {reason}")
         self.restarts.add()
-        logger.warning("%s died: %s", member, reason)
+        logger.warning("%s %s: %s", member, "failed to start" if failures else "died", reason)
         if self.restarts.total > self._max_restarts:
             raise PoolStopped(f"{self.name}: more deaths than max_restarts={self._max_restarts}; the last: {reason}")
-        self._spawn_member()
+        self._spawn_member(failures)
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None, "start() comes first"
@@ -288,4 +292,7 @@ class Pool:
 
 def _reason(error: RayActorError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if error.actor_init_failed else lines[0]
+    if error.actor_init_failed:
+        return lines[-1]
+    why = next((line for line in lines if "Worker exit detail: " in line), lines[0])
+    return one_line(why.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0])

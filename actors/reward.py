@@ -9,7 +9,9 @@ import ray
 
 from actors.pool import Counter, Pool, here, is_lost_object
 from g2rpo_ray.config import RewardConfig
+from g2rpo_ray.rewards import NotScores, ask, build_reward
 from g2rpo_ray.types import FloatArray, Images, Place, Span
+from g2rpo_ray.words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +22,6 @@ class RewardActor:
 
     def __init__(self, name: str, config: RewardConfig):
         import torch
-
-        from g2rpo_ray.rewards import build_reward
 
         torch.set_num_threads(config.threads)
         self._name, self._place = name, here()
@@ -40,12 +40,9 @@ class RewardActor:
         """
         started, start = time.time(), time.perf_counter()
         chunks = [images[at : at + self._batch_size] for at in range(0, len(images), self._batch_size)]
-        scores = [self._reward.score(chunk, [prompt] * len(chunk)) for chunk in chunks]
-        for chunk, part in zip(chunks, scores, strict=True):
-            if part.shape != (len(chunk),):
-                raise ValueError(f"{len(chunk)} images gave scores of shape {part.shape}; expected ({len(chunk)},)")
+        scores = [ask(self._reward, chunk, [prompt] * len(chunk)) for chunk in chunks]
         span = Span(self._name, self._place.address, "score", started, time.perf_counter() - start)
-        return np.concatenate(scores).astype(np.float32), span
+        return np.concatenate(scores), span
 
 
 class Scorer:
@@ -72,7 +69,9 @@ class Scorer:
             except ray.exceptions.RayTaskError as error:
                 if is_lost_object(error):
                     raise
-                reason = repr(error.cause)
+                if isinstance(error.cause, NotScores):
+                    raise NotScores(f"reward {self.name}: {error.cause}") from None
+                reason = one_line(repr(error.cause))
             if np.isfinite(scores).all():
                 return scores
             logger.warning(

@@ -4,23 +4,28 @@ import numpy as np
 
 
 class Faulty:
-    """Brightness; the first `errors` calls raise, and image number `missing` of a call has no score."""
+    """Brightness; the first `errors` calls raise, and image number `missing` of a call has no score.
 
-    def __init__(self, errors, missing):
-        self.errors, self.missing, self.calls = errors, missing, 0
+    `returns`: Python for what a call returns in place of scores.
+    """
+
+    def __init__(self, errors, missing, returns):
+        self.errors, self.missing, self.returns, self.calls = errors, missing, returns, 0
 
     def score(self, images, prompts):
         self.calls += 1
         if self.calls <= self.errors:
             raise RuntimeError(f"call {self.calls} fails")
+        if self.returns is not None:
+            return eval(self.returns)
         scores = images.mean((1, 2, 3)).astype(np.float32)
         if self.missing is not None and self.missing < len(scores):
             scores[self.missing] = np.nan
         return scores
 
 
-def build(errors=0, missing=None):
-    return Faulty(errors, missing)
+def build(errors=0, missing=None, returns=None):
+    return Faulty(errors, missing, returns)
 
 
 def broken():

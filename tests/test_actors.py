@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
 from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
+from g2rpo_ray.rewards import NotScores
 from g2rpo_ray.types import BranchUnit
 
 pytestmark = pytest.mark.cluster
@@ -31,9 +34,14 @@ def cluster():
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class Worker:
-    def __init__(self, fails=False):
+    def __init__(self, fails=False, marker=None, how=None):
         if fails:
             raise ValueError("no model here")
+        if marker and not os.path.exists(marker):
+            open(marker, "w").close()
+            raise OSError("the hub does not answer")
+        if how:
+            how()
         self.done = []
 
     def ready(self):
@@ -176,8 +184,33 @@ def test_too_many_deaths_stop_the_pool():
 
 
 def test_an_actor_that_cannot_start_stops_the_pool_with_its_reason():
-    pool = workers(fails=True)
-    with pytest.raises(PoolStopped, match="worker-0 failed to start: ValueError: no model here"):
+    pool = workers(max_restarts=100, fails=True)
+    with pytest.raises(PoolStopped, match="worker-1 failed to start, 2 times in a row: ValueError: no model here"):
+        use(pool, lambda: pool.wait_ready())
+
+
+def test_an_actor_that_fails_to_start_once_is_started_again(tmp_path):
+    pool = workers(max_restarts=100, marker=str(tmp_path / "marker"))
+
+    async def body():
+        await pool.wait_ready()
+        return (await pool.call("work", 7, priority=(0,)))[1]
+
+    assert use(pool, body) == 7
+    assert pool.restarts.total == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (partial(sys.exit, 3), "worker-1 failed to start, 2 times in a row: .* exit code 3"),
+        (partial(os._exit, 3), "worker-4 failed to start, 5 times in a row: .* connection error"),
+    ],
+    ids=["an exit", "a crash"],
+)
+def test_an_actor_whose_process_ends_at_start_stops_the_pool_soon(how, reason):
+    pool = workers(max_restarts=100, how=how)
+    with pytest.raises(PoolStopped, match=reason):
         use(pool, lambda: pool.wait_ready())
 
 
@@ -275,6 +308,22 @@ def test_what_stays_failed_is_missing_and_counted_and_never_0():
     subject = scorer(errors=100, retries=1)
     assert np.isnan(use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))).all()
     assert subject.missing.total == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [
+        ("[1.0] * 4", "a list"),
+        ("None", "a NoneType"),
+        ("1.0", "a float"),
+        ("np.zeros(3, np.float32)", r"an array of float32 and shape \(3,\)"),
+        ("np.zeros(4)", r"an array of float64 and shape \(4,\)"),
+    ],
+)
+def test_a_reward_that_returns_no_scores_is_told_what_was_expected(value, given):
+    subject = scorer(returns=value)
+    with pytest.raises(NotScores, match=f"reward faulty: score.. returned {given}; expected a numpy array of float32"):
+        use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
 
 
 def test_weights_that_are_not_what_was_published_are_refused():

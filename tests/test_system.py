@@ -117,7 +117,10 @@ def test_scores_that_fail_are_left_out_and_counted(tmp_path):
 def test_a_reward_that_cannot_start_ends_the_run_in_one_line(tmp_path):
     printed = run(tmp_path, "broken", status=1, rewards__preference__kind="tests.faulty:broken",
                   rewards__preference__options="{}")  # fmt: skip
-    assert "error: PoolStopped: reward preference-0 failed to start: ValueError: taste: no such thing" in printed
+    assert (
+        "error: PoolStopped: reward preference-1 failed to start, 2 times in a row: ValueError: taste: no such"
+        in printed
+    )
     assert "Traceback" not in printed
 
 

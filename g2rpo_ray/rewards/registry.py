@@ -12,6 +12,10 @@ from g2rpo_ray.files import resolve
 from g2rpo_ray.words import one_line
 
 
+class NotScores(TypeError):
+    """What a reward returned can never be scores: asking again does not help."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """What the rewards actor calls. The caller decides how many pictures are scored together."""
@@ -55,7 +59,10 @@ def build_reward(kind: str, **options: Any) -> Reward:
         reward = factory(**options)
     except ValueError:
         raise  # it names the option
-    except Exception as error:  # a factory of the user's: whatever it raises, the message names the reward
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a factory of the user's: whatever it raises, the message names the reward
         raise ValueError(f"reward {kind}: its factory raised {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(reward, Reward):
         raise ValueError(f"reward {kind}: its factory gave a {type(reward).__name__}; expected score(images, prompts)")
@@ -68,6 +75,23 @@ def _factory(kind: str) -> Callable[..., Reward]:
         raise ValueError(f"reward kind: {kind!r} is not one of {', '.join(KINDS)}, nor a factory as 'module:factory'")
     try:
         factory: Callable[..., Reward] = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward kind: {kind!r} can't be imported ({error}); install or correct it") from error
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"reward kind: {kind!r} can't be imported ({reason}); install or correct it") from error
     return factory
+
+
+def ask(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+    """The reward's scores [N] of images [N, H, W, 3].
+
+    Raises:
+        NotScores: what it returned is no float32 array of that length.
+    """
+    scores = reward.score(images, prompts)
+    if not isinstance(scores, np.ndarray):
+        given = f"a {type(scores).__name__}"
+    elif scores.dtype != np.float32 or scores.shape != (len(images),):
+        given = f"an array of {scores.dtype} and shape {scores.shape}"
+    else:
+        return scores
+    raise NotScores(f"score() returned {given}; expected a numpy array of float32 and shape ({len(images)},)")
