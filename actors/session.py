@@ -53,6 +53,7 @@ async def run_session(
             journal.say(f"stopped after iteration {session.done}, which is saved: the same command goes on from there")
             return False
         journal.say(summarize(config, here))
+        journal.report()
     return True
 
 
@@ -79,6 +80,7 @@ class Session:
         self._weights = await self._system.publish(self.done)
         if self.done in (0, last):
             await self._evaluate()
+            await asyncio.to_thread(self._journal.report)
         while self.done < last and not self._interrupt:
             yield self.done
 
@@ -113,6 +115,8 @@ class Session:
         judged = self._due(self._config.evaluation.every)
         score = await self._evaluate() if judged else None
         self._journal.iteration(done, rollout, update, system.counts(), system.take_spans())
+        if judged and done < self._config.iterations:
+            await asyncio.to_thread(self._journal.report)
         if judged or self._due(self._config.checkpoint.every) or system.learner_leaves:
             await self._save(score)
         if system.learner_leaves and done < self._config.iterations:

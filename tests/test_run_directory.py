@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -269,12 +270,17 @@ def test_a_timeline_tells_who_did_what_when(tmp_path):
         (rows["reward clip-0"], "trunk/4/0", "score", 103e6, 1e6),
         (rows["run"], "update", "update", 109e6, 1e6),
     ]
-    drawn = np.array(Image.open(tmp_path / "timeline" / "000005.png").convert("RGB"))
-    order = ["reward clip-0", "run", "rollout-0", "rollout-1"]
-    second = (1400 - 260 - 10) / 10  # pixels
-    colours = {who: [tuple(drawn[24 + 18 * row + 9, 260 + int(second * (at + 0.25))]) for at in range(10)]
-               for row, who in enumerate(order)}  # fmt: skip
-    blue, green, white = (0x4C, 0x78, 0xA8), (0x54, 0xA2, 0x4B), (255, 255, 255)
-    assert colours["rollout-0"][1] == blue
-    assert colours["rollout-0"][5] == white  # it waited
-    assert colours["run"] == [white] * 9 + [green]
+    drawn = (tmp_path / "timeline" / "000005.svg").read_text()
+    corners = r'M ([\d.]+) (-[\d.]+) \nL [\d.]+ -[\d.]+ \nL ([\d.]+) -[\d.]+ .*?fill: (#\w+)"'
+    bars = {colour: (float(top), float(left), float(right))
+            for left, top, right, colour in re.findall(corners, drawn, re.DOTALL)}  # fmt: skip
+    start = bars["#e45756"][1]  # of the first span
+    second = (bars["#54a24b"][2] - start) / 10
+    drawn_at = {colour: [round((x - start) / second, 3) for x in ends] for colour, (_, *ends) in bars.items()}
+    assert drawn_at == {
+        "#e45756": [0, 0.5], "#4c78a8": [0.5, 2.5], "#72b7b2": [2.5, 8.5], "#f2a93b": [3, 4], "#54a24b": [9, 10],
+    }  # fmt: skip
+    order = [colour for colour, _ in sorted(bars.items(), key=lambda item: item[1])]
+    assert order == ["#f2a93b", "#54a24b", "#e45756", "#4c78a8", "#72b7b2"]  # rows from the top
+    rows_text = re.findall(r">((?:reward|run|rollout)[^<]*%)<", drawn)
+    assert rows_text == ["reward clip-0  10%", "run  10%", "rollout-0  25%", "rollout-1  60%"]

@@ -5,16 +5,13 @@ averaged first. They answer what other prompts of this kind would give.
 """
 
 import math
-import statistics
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from g2rpo_ray.record.heldout import win_rate
 from g2rpo_ray.types import FloatArray
-
-# The 97.5 % quantiles of Student's t with 1..9 degrees of freedom; beyond, a series in 1/df is right to four digits.
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +43,6 @@ class Row:
     pairs: int
 
 
-def t_quantile(df: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    if df <= len(T_QUANTILES):
-        return T_QUANTILES[df - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / df**power for power, term in enumerate(terms))
-
-
 def interval(scores: FloatArray) -> Interval:
     """Mean and 95 % t interval over prompts of scores [P, S]; a missing score (NaN) is left out."""
     present = [row[np.isfinite(row)].astype(np.float64) for row in scores]
@@ -64,7 +52,7 @@ def interval(scores: FloatArray) -> Interval:
     mean = float(means.mean())
     if len(means) == 1:
         return Interval(mean, math.nan, math.nan)
-    half = t_quantile(len(means) - 1) * float(means.std(ddof=1)) / math.sqrt(len(means))
+    half = float(stdtrit(len(means) - 1, 0.975)) * float(means.std(ddof=1)) / math.sqrt(len(means))
     return Interval(mean, mean - half, mean + half)
 
 

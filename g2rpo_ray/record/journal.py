@@ -1,10 +1,12 @@
 """The run directory: configuration, metrics, pictures, held-out scores and the summary of a run."""
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +20,8 @@ from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.timeline import write_timeline
 from g2rpo_ray.record.tracking import Metrics, Sink, Tracker, read_lines, to_json
 from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span
+
+logger = logging.getLogger(__name__)
 
 HACKING_WINDOW = 20  # iterations over which trained and judging rewards are compared
 
@@ -34,7 +38,7 @@ class Journal:
         self._config, self._run, self._kept = config, run, kept
         self._kept_at = 0.0
         self._spans: list[Span] = []
-        (run / "samples").mkdir(parents=True, exist_ok=True)
+        (run / "samples" / "pictures").mkdir(parents=True, exist_ok=True)
         replace_text(run / "config.yaml", dump_config(config))
         self._tracker = Tracker(config, run, done, sinks)
         self._means: dict[str, float] = {}
@@ -86,19 +90,30 @@ class Journal:
 
         Returns the weighted sum of the trained rewards' means: the higher, the better the policy.
         """
-        record = {"prompts": samples.prompts, "scores": {name: s.tolist() for name, s in samples.scores.items()}}
+        lists = {name: scores.tolist() for name, scores in samples.scores.items()}
+        record = {"prompts": samples.prompts, "shown": len(samples.pictures), "scores": lists}
         if samples.pictures:
-            base = self._base_pictures(done, samples.pictures)
-            columns = {"base": base, f"iteration {done}": samples.pictures}
+            columns = {"base": self._keep_pictures(done, samples.pictures), f"iteration {done}": samples.pictures}
             shown = samples.prompts[: len(samples.pictures)]
             picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
         replace_text(scores_file(self._run, done), to_json(record) + "\n")
         means = {name: mean_of_present(scores) for name, scores in samples.scores.items()}
         self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
         self._means = {f"heldout/{name}/mean": mean for name, mean in means.items()}
+        self._means["heldout/evaluations"] = samples.evaluations
         if done == 0:
             self._write(0, {})
         return sum(reward.weight * means[name] for name, reward in self._config.rewards.items())
+
+    def report(self) -> None:
+        """Write report.html about the run so far. What goes wrong there is logged, and ends no run."""
+        from g2rpo_ray.report import read_run, render
+
+        try:
+            run = replace(read_run(str(self._run)), place=str(self._kept or self._run))
+            replace_text(self._run / "report.html", render([run]))
+        except Exception as error:
+            logger.warning("no report could be written: %s: %s", type(error).__name__, error)
 
     def iteration(
         self, done: int, rollout: Rollout, update: Metrics, counts: Metrics, spans: Sequence[Span] = ()
@@ -130,12 +145,11 @@ class Journal:
         self._tracker.log(done, {**metrics, **self._means, **step, **seconds})
         self._means, self._seconds, self._start = {}, {}, time.perf_counter()
 
-    def _base_pictures(self, done: int, pictures: Sequence[Images]) -> Sequence[Images]:
-        """The base model's pictures, kept as one column in a PNG so that a run that goes on has them."""
-        path = self._run / "samples" / "base.png"
-        if done == 0:
-            Image.fromarray(np.concatenate(pictures)).save(path)
-        return np.split(np.array(Image.open(path)), len(pictures))
+    def _keep_pictures(self, done: int, pictures: Sequence[Images]) -> Sequence[Images]:
+        """Write the pictures below each other in a PNG, for the report and a run that goes on; the base model's."""
+        folder = self._run / "samples" / "pictures"
+        Image.fromarray(np.concatenate(pictures)).save(folder / f"{done:06d}.png")
+        return np.split(np.array(Image.open(folder / f"{0:06d}.png")), len(pictures))
 
 
 def scores_file(run: Path, done: int) -> Path:

@@ -7,6 +7,7 @@ import torch
 
 from g2rpo_ray.algo import ANCHOR, agreement, spreads
 from g2rpo_ray.config import Config
+from g2rpo_ray.launch.plan import learner_states
 from g2rpo_ray.record.tracking import Metrics
 from g2rpo_ray.types import FloatArray, Rollout, UnitReport
 
@@ -20,6 +21,7 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
         "rollout/evaluations": evaluations,
         "rollout/images": images,
         "rollout/weights_version": rollout.weights_version,
+        "learner/states": learner_states(config, sum(len(prompt.tree.states) for prompt in rollout.prompts)),
         "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
         "perf/images_per_s": images / rollout.seconds,
         "perf/evaluations_per_s": evaluations / rollout.seconds,

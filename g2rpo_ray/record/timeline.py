@@ -1,17 +1,15 @@
 """Who did what when in one iteration: a Chrome trace (chrome://tracing, ui.perfetto.dev) and a picture."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 from g2rpo_ray.record.storage import replace_text
+from g2rpo_ray.record.svg import drawing
 from g2rpo_ray.types import Span
 
-WIDTH, LABEL, ROW, AXIS = 1400, 260, 18, 24  # pixels of the picture: all, names, a row, the axis
+WIDTH, ROW = 11.0, 0.2  # inches of the picture: all, a row
 COLOURS = {
     "trunk": "#4c78a8", "branch": "#72b7b2", "sample": "#b279a2", "weights": "#e45756", "score": "#f2a93b",
     "rollout": "#dddddd", "update": "#54a24b", "broadcast": "#e45756", "evaluation": "#b279a2", "checkpoint": "#9d755d",
@@ -19,10 +17,10 @@ COLOURS = {
 
 
 def write_timeline(folder: Path, iteration: int, spans: Sequence[Span]) -> None:
-    """Write `timeline/<iteration>.json` and `.png` in the run directory. Gaps in a row are time that it waited."""
+    """Write `timeline/<iteration>.json` and `.svg` in the run directory. Gaps in a row are time that it waited."""
     target = folder / "timeline" / f"{iteration:06d}"
     replace_text(target.with_suffix(".json"), json.dumps(chrome_trace(spans)) + "\n")
-    picture(spans).save(target.with_suffix(".png"))
+    replace_text(target.with_suffix(".svg"), picture(spans))
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
@@ -50,36 +48,28 @@ def kind(span: Span) -> str:
     return "score" if span.who.startswith("reward ") else span.what.split("/")[0]
 
 
-def picture(spans: Sequence[Span]) -> Image.Image:
-    """A row for each actor, with the share of the time in which it worked."""
+def picture(spans: Sequence[Span]) -> str:
+    """An SVG: a row for each actor, with the share of the time in which it worked."""
     rows = _by_row(spans)
     start, end = min(span.started for span in spans), max(span.started + span.seconds for span in spans)
-    scale = (WIDTH - LABEL - 10) / max(end - start, 1e-9)  # pixels a second
-    canvas = Image.new("RGB", (WIDTH, AXIS + ROW * (len(rows) + 2)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, (who, row) in enumerate(rows.items()):
-        top = AXIS + ROW * number
-        busy = sum(span.seconds for span in row) / max(end - start, 1e-9)
-        draw.text((4, top + 3), f"{who}  {busy:.0%}", fill="black")
-        for span in row:
-            left = LABEL + scale * (span.started - start)
-            right = max(left + 1, left + scale * span.seconds - 1)  # a pixel between one and the next
-            draw.rectangle((left, top + 1, right, top + ROW - 2), fill=COLOURS.get(kind(span), "#999999"))
-    _draw_axis(draw, end - start, scale, AXIS + ROW * len(rows))
-    for number, (name, colour) in enumerate(COLOURS.items()):
-        left, top = LABEL + 100 * number, AXIS + ROW * (len(rows) + 1)
-        draw.rectangle((left, top + 3, left + 10, top + 13), fill=colour)
-        draw.text((left + 14, top + 2), name, fill="black")
-    return canvas
+    with drawing(WIDTH, 0.9 + ROW * len(rows)) as made:
+        axes = made.axes
+        for number, row in enumerate(rows.values()):
+            for sort in dict.fromkeys(map(kind, row)):
+                bars = [(span.started - start, span.seconds) for span in row if kind(span) == sort]
+                axes.broken_barh(bars, (number - 0.4, 0.8), color=COLOURS.get(sort, "#999999"), linewidth=0)
+        axes.set_yticks(range(len(rows)), [f"{who}  {_busy(row, end - start):.0%}" for who, row in rows.items()])
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, max(end - start, 1e-9)), xlabel="seconds")
+        axes.grid(False, axis="y")
+        seen = {kind(span) for span in spans}
+        for name in (name for name in COLOURS if name in seen):
+            axes.barh(0, 0, color=COLOURS[name], label=name)
+        axes.legend(ncols=len(seen), loc="lower left", bbox_to_anchor=(0, 1), handlelength=1)
+    return made.svg
 
 
-def _draw_axis(draw: ImageDraw.ImageDraw, seconds: float, scale: float, bottom: int) -> None:
-    step = 10.0 ** math.floor(math.log10(max(seconds, 1e-3)))
-    step = next(step / part for part in (10, 5, 2, 1) if seconds * part / step >= 5)
-    for tick in range(int(seconds / step) + 1):
-        left = LABEL + scale * tick * step
-        draw.line((left, AXIS - 4, left, bottom), fill="#eeeeee")
-        draw.text((left, 4), f"{tick * step:g} s", fill="black")
+def _busy(row: Sequence[Span], seconds: float) -> float:
+    return sum(span.seconds for span in row) / max(seconds, 1e-9)
 
 
 def _by_row(spans: Sequence[Span]) -> dict[str, list[Span]]:

@@ -1,0 +1,62 @@
+"""The pictures of a report: held-out prompts after every evaluation, as data that the page's slider shows."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from g2rpo_ray.report.read import Evaluation, Run
+from g2rpo_ray.types import Images
+
+LARGEST = 320  # pixels: wider pictures are made smaller
+MOST = 12  # evaluations shown, the first and the last among them
+
+
+def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Prompts, iterations, and for each column (the base, then a run each) its pictures [iteration][prompt]."""
+    shown = [run for run in runs if any(evaluation.pictures for evaluation in run.evaluations.values())]
+    if not shown:
+        return None
+    of_run = [_prompts(run) for run in shown]
+    prompts = [prompt for prompt in of_run[0] if all(prompt in others for others in of_run)]
+    if not prompts:
+        return None
+    every = sorted({done for run in shown for done in run.evaluations})
+    iterations = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, MOST).round().astype(int))]
+    first = shown[0].evaluations[min(shown[0].evaluations)]
+    columns = [{"name": "before", "pictures": [[_shown(first, prompt) for prompt in prompts]] * len(iterations)}]
+    for run in shown:
+        made: dict[int, list[dict[str, str]]] = {}
+        for done in iterations:
+            at = max((d for d in run.evaluations if d <= done), default=min(run.evaluations))
+            made[done] = [_shown(run.evaluations[at], prompt) for prompt in prompts]
+        columns.append({"name": run.name if len(runs) > 1 else "now", "pictures": list(made.values())})
+    small = first.pictures[0].shape[1] < LARGEST / 2
+    return {"prompts": prompts, "iterations": iterations, "columns": columns, "small": small}
+
+
+def _prompts(run: Run) -> list[str]:
+    evaluation = run.evaluations[max(run.evaluations)]
+    return list(evaluation.prompts[: len(evaluation.pictures)])
+
+
+def _shown(evaluation: Evaluation, prompt: str) -> dict[str, str]:
+    at = list(evaluation.prompts).index(prompt)
+    scores = "\n".join(f"{name} {scores[at, 0]:.3g}" for name, scores in evaluation.scores.items())
+    return {"source": data_uri(evaluation.pictures[at]), "scores": scores}
+
+
+def data_uri(picture: Images) -> str:
+    """The picture [H, W, 3] as a page holds it: small ones exactly, others smaller and as WebP."""
+    image, stream = Image.fromarray(picture), io.BytesIO()
+    if image.width <= LARGEST / 2:
+        image.save(stream, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((LARGEST, LARGEST))
+        image.save(stream, "WEBP", quality=80)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
