@@ -23,10 +23,12 @@ from actors.reward import Scorer
 from actors.weights import PublishedWeights
 from g2rpo_ray.algo import Tree
 from g2rpo_ray.config import Config
+from g2rpo_ray.record.panel import image_traces
 from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, put_scores, trunk_part
 from g2rpo_ray.types import (
     BranchUnit,
     FloatArray,
+    Images,
     PromptRollout,
     Rollout,
     Samples,
@@ -123,10 +125,18 @@ class Collector:
         """
         units = [SampleUnit(prompt, tuple(range(self._config.evaluation.seeds))) for prompt in prompts]
         jobs = [_Job(weights, iteration, ref) for ref in self._embeddings.refs(prompts)]
-        done = await asyncio.gather(*(self._sample(job, unit) for job, unit in zip(jobs, units, strict=True)))
-        scores = {name: np.stack([by_reward[name] for _, by_reward in done]) for name in self._scorers}
-        shown = [(await images)[0] for images, _ in done[: self._config.evaluation.grid_prompts]]
-        return Samples(list(prompts), scores, shown, sum(r.evaluations for job in jobs for r in job.reports))
+        done = await asyncio.gather(*(self._look(job, unit) for job, unit in zip(jobs, units, strict=True)))
+        scores = {name: np.stack([by_reward[name] for _, by_reward, _ in done]) for name in self._scorers}
+        shown = [picture for picture, _, _ in done[: self._config.evaluation.grid_prompts]]
+        evaluations = sum(report.evaluations for job in jobs for report in job.reports)
+        return Samples(list(prompts), scores, shown, evaluations, [traces for _, _, traces in done])
+
+    @_again_if_lost
+    async def _look(self, job: "_Job", unit: SampleUnit) -> tuple[Images, dict[str, FloatArray], dict[str, float]]:
+        """The first image, the scores, and what the hacking panel makes of the images; these are then let go."""
+        ref, scores = await self._sample(job, unit)
+        images = await ref
+        return images[0].copy(), scores, await asyncio.to_thread(image_traces, images)
 
     async def sample(
         self, unit: SampleUnit, weights: PublishedWeights, embedding: ray.ObjectRef

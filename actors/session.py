@@ -1,6 +1,7 @@
 """What the training loop does not show: interruption, stale rollouts, a learner that is lost, what is due when."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from actors.system import System, open_system
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
 from g2rpo_ray.data import Prompts, drawn_prompts, iteration_prompts
-from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint
+from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, publish_best
 from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import Metrics
@@ -79,9 +80,9 @@ class Session:
             self._sample(self.done, await self._system.publish_again(self.done - 1))
         self._weights = await self._system.publish(self.done)
         if self.done in (0, last):
-            await self._evaluate()
+            await self._evaluate(math.nan if self.done else 0.0)
             await asyncio.to_thread(self._journal.report)
-        while self.done < last and not self._interrupt:
+        while self.done < last and not self._interrupt and not self._journal.stopped_by:
             yield self.done
 
     async def rollout(self, iteration: int) -> Rollout:
@@ -113,13 +114,15 @@ class Session:
         """
         self.done, system = done, self._system
         judged = self._due(self._config.evaluation.every)
-        score = await self._evaluate() if judged else None
+        score = await self._evaluate(update["lora/distance"]) if judged else None
         self._journal.iteration(done, rollout, update, system.counts(), system.take_spans())
         if judged and done < self._config.iterations:
             await asyncio.to_thread(self._journal.report)
         if judged or self._due(self._config.checkpoint.every) or system.learner_leaves:
             await self._save(score)
-        if system.learner_leaves and done < self._config.iterations:
+        if self._journal.stopped_by:
+            await asyncio.to_thread(self._end_with_the_best)
+        elif system.learner_leaves and done < self._config.iterations:
             raise LearnerLost("its node is about to go")
 
     async def attempt(self, loop: Loop) -> bool:
@@ -158,11 +161,11 @@ class Session:
             work = self._system.collector.rollout(iteration, drawn, weights)
             self._rollouts[iteration] = asyncio.create_task(work)
 
-    async def _evaluate(self) -> float | None:
+    async def _evaluate(self, distance: float = math.nan) -> float | None:
         with self._journal.timed("evaluation"):
             work = self._system.collector.samples(self.done, self._prompts.heldout, self._weights)
             samples = await self._interrupt.unless(work)
-        return self._journal.heldout(self.done, samples) if samples else None
+        return self._journal.heldout(self.done, samples, distance) if samples else None
 
     async def _save(self, score: float | None = None) -> None:
         with self._journal.timed("checkpoint"):
@@ -171,6 +174,12 @@ class Session:
             keep = self._config.checkpoint.keep
             await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, score)
         self._saved = self.done
+
+    def _end_with_the_best(self) -> None:
+        """Leave the adapter of the best checkpoint, of which the hacking panel did not say so."""
+        best, names = publish_best(self._run), ", ".join(self._journal.stopped_by)
+        lora = f"that of iteration {best}, the best" if best else "the last one: no earlier one was evaluated"
+        self._journal.say(f"the hacking panel ({names}) ends the run after {self.done} iterations; lora/ is {lora}")
 
     def _due(self, every: int) -> bool:
         return self.done == self._config.iterations or (every > 0 and self.done % every == 0)

@@ -5,7 +5,7 @@ its trunks; L latent tokens and D channels of a packed latent; S text tokens; H,
 Ray's object store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -185,3 +185,4 @@ class Samples:
     scores: dict[str, FloatArray]  # [prompts, seeds] by reward, NaN where missing
     pictures: list[Images]  # [H, W, 3], the first seed of the first prompts: what a grid shows
     evaluations: int
+    traces: list[dict[str, float]] = field(default_factory=list)  # of each prompt's images: see record/panel.py

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from g2rpo_ray.config import Config, LearnerConfig
 from g2rpo_ray.files import resolve
-from g2rpo_ray.models import FluxModel, add_lora, export_lora, load_lora, lora_parameters, read_lora
+from g2rpo_ray.models import FluxModel, LoraDistance, add_lora, export_lora, load_lora, lora_parameters, read_lora
 from g2rpo_ray.rollout.plan import sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
 from learner.batch import BatchShape, RankMetrics, StepShape
@@ -67,10 +67,13 @@ class LearnerEngine:
         self._lora = lora_parameters(transformer)
         # the LoRA is put in before ZeRO takes the parameters apart, the moments into what ZeRO has made
         saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint) / CHECKPOINT, self._lora)
+        start = None if config.lora.initial is None else read_lora(resolve(config.lora.initial))
         if saved is not None:
             load_lora(transformer, {name: tensor.numpy() for name, tensor in saved["lora"].items()})
-        elif config.lora.initial is not None:
-            load_lora(transformer, read_lora(resolve(config.lora.initial)))
+        elif start is not None:
+            load_lora(transformer, start)
+        began = {name: torch.from_numpy(array) for name, array in start.items()} if start else None
+        self._distance = LoraDistance(transformer, config.lora.alpha / config.lora.rank, began)
         self._engine = _initialize(transformer, list(self._lora.values()), self._learner)
         self._model.transformer = self._engine
         self.optimizer_steps: int = 0 if saved is None else saved["optimizer_steps"]
@@ -102,12 +105,18 @@ class LearnerEngine:
                     self._require_on_policy(deviation)
             self._step(metrics)
         metrics.largest("actor/lr", self._learner.lr)
+        with self._whole_lora():
+            metrics.largest("lora/distance", self._distance(self._lora))
         return metrics
 
     def lora_state(self) -> dict[str, FloatArray]:
         """The whole LoRA on every rank, float32 copies on the CPU."""
-        with deepspeed.zero.GatheredParameters(list(self._lora.values())):
+        with self._whole_lora():
             return {name: p.detach().float().cpu().numpy().copy() for name, p in self._lora.items()}
+
+    def _whole_lora(self) -> Any:
+        """A context in which every rank has all of the LoRA: under ZeRO-3 it holds a piece."""
+        return deepspeed.zero.GatheredParameters(list(self._lora.values()))
 
     def save(self, directory: str | Path) -> None:
         """Write LoRA, Adam's moments and its step count, whole: any number of ranks and any ZeRO stage can go on.

@@ -4,7 +4,6 @@ import html
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +98,7 @@ def test_runs_are_compared_pair_by_pair(runs):
 def test_a_report_is_whole_in_itself_and_what_a_prompt_says_is_text(runs):
     page = render([read_run(str(runs[0]))])
     assert len(page) < 1_000_000
-    outside = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:|#)([^"')\s>]+)""", page)
-    assert not outside
+    assert not re.findall(r'\b(?:src|href)="(?!data:|#)[^"]*"|url\((?!["\']?data:)|@import', page)
     assert "<b>bold</b>" not in page
     pictures = re.findall(r"<img [^>]*>", page)
     assert len(pictures) > 10
@@ -111,8 +109,8 @@ def test_a_report_is_whole_in_itself_and_what_a_prompt_says_is_text(runs):
 
 
 def test_the_same_run_gives_the_same_figures(runs):
-    pages = [render([read_run(str(runs[0]))]) for _ in range(2)]
-    assert [re.findall(r'src="([^"]+)"', page) for page in pages][0] == re.findall(r'src="([^"]+)"', pages[1])
+    one, other = (re.findall(r'src="([^"]+)"', render([read_run(str(runs[0]))])) for _ in range(2))
+    assert one == other
 
 
 def test_a_run_on_object_storage_is_read_from_there(runs):
@@ -120,7 +118,8 @@ def test_a_run_on_object_storage_is_read_from_there(runs):
     store.take(runs[0], newer_than=0)
     there = read_run("memory://report/ended")
     assert there.place == "memory://report/ended"
-    assert render([replace(there, place=str(runs[0]))]).split("<footer>")[0] == render([read_run(str(runs[0]))]).split("<footer>")[0]  # fmt: skip
+    seen, expected = (text(render([run])).split("Written")[0] for run in (there, read_run(str(runs[0]))))
+    assert seen == expected
 
 
 def test_the_command_writes_one_file_and_refuses_what_is_no_run(runs, tmp_path, capsys):

@@ -10,6 +10,7 @@ from g2rpo_ray.config.section import Section
 from g2rpo_ray.config.tree import CreditConfig, SamplerConfig
 
 Device = Literal["cpu", "cuda"]
+PanelName = Literal["diversity", "high_frequency", "periodicity", "saturation", "distance", "unseen"]
 MOST_SUBSTEPS = 16  # of a subpath: each is a forward and backward pass, all held until the last
 MOST_ACTORS = 4096  # of a pool
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -183,6 +184,9 @@ class EvaluationConfig(Section):
     """Samples of each held-out prompt; the same noise at every evaluation."""
     grid_prompts: int = Field(8, ge=0, le=1024)
     """Held-out prompts shown in samples/<iteration>.png."""
+    stop_on: tuple[PanelName, ...] = ()
+    """Numbers of the hacking panel (docs/rewards.md) that end the run, with its best checkpoint, when they pass their
+    limits."""
 
 
 class CheckpointConfig(Section):

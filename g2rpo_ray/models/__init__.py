@@ -1,5 +1,6 @@
 """Diffusers pipelines as flow models, and the LoRA that is trained on them. No Ray here."""
 
+from g2rpo_ray.models.distance import LoraDistance
 from g2rpo_ray.models.flux import Conditioning, FluxModel
 from g2rpo_ray.models.inference import fold_lora, one_prompt
 from g2rpo_ray.models.lora import (
@@ -20,6 +21,7 @@ from g2rpo_ray.models.lora import (
 __all__ = [
     "Conditioning",
     "FluxModel",
+    "LoraDistance",
     "WeightsMismatch",
     "add_lora",
     "check_lora",

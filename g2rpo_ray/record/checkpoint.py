@@ -59,7 +59,21 @@ def finish_checkpoint(
     for name in set(finished[:-keep]) - {best}:
         (checkpoints / name).delete(STATE)
         (checkpoints / name).delete()
-    adapter, published = folder / "lora", run / "lora"
+    _publish(run, folder)
+
+
+def publish_best(run: Folder) -> int | None:
+    """Make the adapter of the best checkpoint the run's own; its iteration, or None where there is no best one."""
+    checkpoints = run / "checkpoints"
+    if not checkpoints.exists(BEST):
+        return None
+    best = checkpoints.read(BEST).decode().strip()
+    _publish(run, checkpoints / best)
+    return int(best)
+
+
+def _publish(run: Folder, checkpoint: Folder) -> None:
+    adapter, published = checkpoint / "lora", run / "lora"
     for name in adapter.names():
         published.write(name, adapter.read(name))
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from g2rpo_ray.config import Config, dump_config
+from g2rpo_ray.config.schema import PanelName
 from g2rpo_ray.record.heldout import compare_all, picture_grid, table
 from g2rpo_ray.record.metrics import hacked, mean_of_present, rollout_metrics
+from g2rpo_ray.record.panel import panel, tripped
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.timeline import write_timeline
 from g2rpo_ray.record.tracking import Metrics, Sink, Tracker, read_lines, to_json
@@ -41,6 +44,8 @@ class Journal:
         (run / "samples" / "pictures").mkdir(parents=True, exist_ok=True)
         replace_text(run / "config.yaml", dump_config(config))
         self._tracker = Tracker(config, run, done, sinks)
+        self.stopped_by: list[PanelName] = []
+        """What of the hacking panel ends the run, by `evaluation.stop_on`."""
         self._means: dict[str, float] = {}
         self._window: deque[Metrics] = deque(maxlen=HACKING_WINDOW)
         self._seconds: dict[str, float] = {}
@@ -85,13 +90,16 @@ class Journal:
     def say(self, line: str) -> None:
         self._tracker.say(line)
 
-    def heldout(self, done: int, samples: Samples) -> float:
+    def heldout(self, done: int, samples: Samples, distance: float = math.nan) -> float | None:
         """Keep the scores after `done` iterations and draw the pictures; the means go into that iteration's line.
 
-        Returns the weighted sum of the trained rewards' means: the higher, the better the policy.
+        Returns the weighted sum of the trained rewards' means: the higher, the better the policy; None where the
+        hacking panel ends the run, for a policy that exploits its rewards is not the best one.
         """
         lists = {name: scores.tolist() for name, scores in samples.scores.items()}
-        record = {"prompts": samples.prompts, "shown": len(samples.pictures), "scores": lists}
+        start = samples.scores if done == 0 else _read_scores(self._run, 0)
+        values = panel(samples.traces, samples.scores, start, list(self._config.eval_rewards), distance)
+        record = {"prompts": samples.prompts, "shown": len(samples.pictures), "scores": lists, "panel": values}
         if samples.pictures:
             columns = {"base": self._keep_pictures(done, samples.pictures), f"iteration {done}": samples.pictures}
             shown = samples.prompts[: len(samples.pictures)]
@@ -100,9 +108,17 @@ class Journal:
         means = {name: mean_of_present(scores) for name, scores in samples.scores.items()}
         self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
         self._means = {f"heldout/{name}/mean": mean for name, mean in means.items()}
+        self._means |= {f"panel/{name}": value for name, value in values.items()}
         self._means["heldout/evaluations"] = samples.evaluations
         if done == 0:
             self._write(0, {})
+        passed = passed_limits(Folder(self._run), done)
+        self.say("hacking panel: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+        for line in passed.values():
+            self.say(f"WARNING: hacking panel: {line}: look at samples/, the policy may exploit what it is trained on")
+        self.stopped_by = sorted(passed.keys() & set(self._config.evaluation.stop_on))
+        if self.stopped_by:
+            return None
         return sum(reward.weight * means[name] for name, reward in self._config.rewards.items())
 
     def report(self) -> None:
@@ -158,15 +174,29 @@ def scores_file(run: Path, done: int) -> Path:
 
 def is_finished(config: Config, run: Folder, done: int) -> bool:
     """Whether a run with `done` iterations behind it has nothing left to do."""
-    return done >= config.iterations and (run / "samples").exists(f"{config.iterations:06d}.json")
+    if done >= config.iterations:
+        return (run / "samples").exists(f"{config.iterations:06d}.json")
+    stop_on = config.evaluation.stop_on
+    return bool(stop_on) and not passed_limits(run, done).keys().isdisjoint(stop_on)
+
+
+def passed_limits(run: Folder, done: int) -> dict[PanelName, str]:
+    """What the hacking panel found after these iterations, if they were evaluated; a sentence each."""
+    try:
+        values, base = (json.loads((run / "samples").read(f"{at:06d}.json"))["panel"] for at in (done, 0))
+    except OSError:
+        return {}
+    return tripped(*({name: math.nan if v is None else v for name, v in made.items()} for made in (values, base)))
 
 
 def summarize(config: Config, run: Path) -> str:
     """Write summary.json of a finished run; the held-out comparison as a table."""
     lines = read_lines(run / "metrics.jsonl")
-    comparisons = compare_all(_read_scores(run, 0), _read_scores(run, config.iterations))
+    done = int(lines[-1]["iteration"])
+    comparisons = compare_all(_read_scores(run, 0), _read_scores(run, done))
     summary = {
-        "iterations": config.iterations,
+        "iterations": done,
+        "stopped_by": sorted(set(config.evaluation.stop_on) & passed_limits(Folder(run), done).keys()),
         "heldout": comparisons,
         "evaluations": sum(int(line.get("rollout/evaluations", 0)) for line in lines),
         "seconds": {

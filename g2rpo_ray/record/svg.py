@@ -37,7 +37,7 @@ def drawing(width: float = 4.4, height: float = 2.6) -> Iterator[Drawing]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # its keys are names
         figure = Figure(figsize=(width, height))
         made = Drawing(figure.subplots())
         yield made

@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m g2rpo_ray.report runs/a runs/b --output compared.html",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, such as runs/quickstart, or its URI")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder, or, of several, here")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the run's folder, or, of several, here"
+    )
     options = parser.parse_args(arguments)
     try:
         if len(options.runs) > MOST_RUNS:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from g2rpo_ray.comparison.statistics import Row, interval, row
+from g2rpo_ray.record.panel import LIMITS
 from g2rpo_ray.record.svg import PALETTE
 from g2rpo_ray.report import figures
 from g2rpo_ray.report.gallery import gallery
@@ -43,6 +44,7 @@ def render(runs: Sequence[Run]) -> str:
         results=[_result(run) for run in runs],
         differences=_differences(runs) if len(runs) > 1 else [],
         gallery=gallery(runs),
+        panels=[_panel(run) for run in runs],
         curves={
             "Rewards": [_reward(runs, name, name in trained) for name in (*trained, *unseen)],
             "Update": _update(runs),
@@ -58,7 +60,9 @@ def render(runs: Sequence[Run]) -> str:
 
 def _about(run: Run, colour: str) -> dict[str, Any]:
     settings, last = run.settings, max(run.evaluations, default=0)
-    if run.summary and run.done >= run.planned:
+    if run.summary and (stopped := run.summary.get("stopped_by")):
+        state = f"ended by the hacking panel ({', '.join(stopped)}) after {run.done} of {run.planned} iterations"
+    elif run.summary and run.done >= run.planned:
         state = f"ended after {run.done} iterations"
     else:
         state = f"{run.done} of {run.planned} iterations are done"
@@ -97,6 +101,19 @@ def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     paired = interval(last.scores[name] - first.scores[name])
                     found.append({"run": other.name, "reward": name, "paired": paired})
     return sorted(found, key=lambda one: (str(one["reward"]), str(one["run"])))
+
+
+def _panel(run: Run) -> list[dict[str, Any]]:
+    """The hacking panel of the newest evaluation against the first."""
+    if not run.evaluations:
+        return []
+    values, base = (run.evaluations[at(run.evaluations)].panel for at in (max, min))
+    return [
+        {"name": name, "meaning": limit.meaning, "base": base[name], "now": values[name],
+         "bound": limit.bound(base[name]), "passed": limit.is_passed(values[name], base[name])}
+        for name, limit in LIMITS.items()
+        if name in values and name in base
+    ]  # fmt: skip
 
 
 def _reward(runs: Sequence[Run], name: str, trained: bool) -> Figure:
@@ -139,18 +156,14 @@ def _signal(runs: Sequence[Run]) -> list[Figure]:
     return made + _drawn(runs, [(words, agreements, "rank correlation", False)])
 
 
-def _drawn(
-    runs: Sequence[Run], wanted: Sequence[tuple[str, dict[str, str], str, bool]]
-) -> list[Figure]:
+def _drawn(runs: Sequence[Run], wanted: Sequence[tuple[str, dict[str, str], str, bool]]) -> list[Figure]:
     made = []
     for caption, metrics, label, log in wanted:
         there = {name: word for name, word in metrics.items() if any(run.series(name)[1].any() for run in runs)}
         if there:
             ends = [(run, values) for run in runs for name in there if len(values := run.series(name)[1])]
             words = "; ".join(f"{_where(run, runs)}from {_number(v[0])} to {_number(v[-1])}" for run, v in ends)
-            made.append(
-                Figure(caption, f"{caption} by iteration: {words}", figures.curve(runs, there, label, log))
-            )
+            made.append(Figure(caption, f"{caption} by iteration: {words}", figures.curve(runs, there, label, log)))
     return made
 
 
@@ -201,7 +214,7 @@ def _number(value: float, sign: str = "") -> str:
     """Three digits; a dash for one that is not there."""
     if value is None or math.isnan(value):
         return "–"
-    decimals = f"{value:{sign}.3f}" if 0.1 <= abs(value) < 10 else f"{value:{sign}.3g}"
+    decimals = f"{value:{sign}.3f}" if 0.0995 <= abs(value) < 10 else f"{value:{sign}.3g}"
     return decimals.replace("-", "−") if value else "0"
 
 
