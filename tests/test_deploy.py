@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from actors.cluster import demands
 from g2rpo_ray.config import Config, load_config
+from tests.kuberay.packages import canonical, needed, without_their_pins
 from tests.kuberay.render import Manifest, read, render
 from tests.kuberay.rules import complaints, groups
 
@@ -96,20 +97,20 @@ def schemas(name: str) -> Manifest:
 
 
 def schema_errors(manifest: Manifest) -> list[str]:
-    kuberay, kubernetes = schemas("schema.json"), schemas("kubernetes.json")["kinds"]
+    kuberay, kubernetes = schemas("schema.json"), schemas("kubernetes.json")
     kind = manifest["kind"]
     if kind in kuberay["kinds"]:
         schema = {**kuberay["kinds"][kind], "$defs": kuberay["$defs"]}
-    elif kind in ("Pod", "Job"):  # a pod is what a Ray pod's template is made of
+    elif kind in ("Pod", "Job", "Deployment"):  # a pod is what a Ray pod's template is made of
         template = {"metadata": manifest["metadata"], "spec": manifest["spec"]}
-        template = manifest["spec"]["template"] if kind == "Job" else template
+        template = template if kind == "Pod" else manifest["spec"]["template"]
         cluster = {"headGroupSpec": {"rayStartParams": {}, "template": template}}
         return schema_errors({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {}, "spec": cluster})
     else:
-        known = kubernetes[kind]
+        known = kubernetes["kinds"][kind]
         head = {"apiVersion": {"const": known["apiVersion"]}, "kind": {}, "metadata": {"type": "object"}}
         schema = {"type": "object", "additionalProperties": False, "required": ["metadata", *known["required"]]}
-        schema["properties"] = {**head, **known["properties"]}
+        schema |= {"properties": {**head, **known["properties"]}, "$defs": kubernetes["$defs"]}
     errors = Draft202012Validator(schema).iter_errors(manifest)
     return [f"{'/'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in errors]
 
@@ -476,12 +477,15 @@ def test_what_is_referred_to_is_there(name):
         assert ("PersistentVolumeClaim", claim) in names
     for config_map in references(manifests, "configMap", "name"):
         assert ("ConfigMap", config_map) in names
-    for pod in pods(manifests):
+    for pod in pods(cluster_of(ray_manifest(name))):
         assert ("PriorityClass", pod["priorityClassName"]) in names
     readme = (DEPLOY / "README.md").read_text()
-    secrets = {ray["authOptions"]["secretName"] for ray in [cluster_of(ray_manifest(name))]}
+    secrets = {cluster_of(ray_manifest(name))["authOptions"]["secretName"]}
     for secret in secrets | references(all_manifests(), "secretKeyRef", "name"):
         assert f"create secret generic {secret}" in readme
+    for pod in pods(all_manifests()):
+        for secret in pod.get("imagePullSecrets", []):
+            assert f"create secret docker-registry {secret['name']}" in readme
 
 
 # ----------------------------------------------------------------------------------------------------------- dashboard
@@ -619,23 +623,82 @@ def test_the_image_is_pinned():
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
     bases = {words[1] for stage in stages().values() for words in stage if words[0] == "FROM"}
     assert bases <= {"${PYTHON_IMAGE}", *stages()}
-    assert "://" not in (DEPLOY / "Dockerfile").read_text()  # where packages come from is the builder's business
+    # where packages come from is the builder's business; torch has its CPU wheels at one place alone
+    addresses = re.findall(r"\S+://\S+", (DEPLOY / "Dockerfile").read_text())
+    assert addresses == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+
+
+def copied(stage: str) -> list[tuple[str, ...]]:
+    """What a stage's COPY instructions take, in order: (stage it is from, or nothing; sources)."""
+    copies = [words[1:-1] for words in stages()[stage] if words[0] == "COPY"]
+    return [tuple(word.removeprefix("--from=") for word in words) for words in copies]
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_changed_line_leaves_the_layer_of_packages_as_it_is(target):
+    assert copied(f"packages-{target}") == [("deploy/constraints.txt",)]
+    assert copied("tools") == copied("runtime") == []  # what both come from has nothing of the repository
+    packages, *later = copied(target)
+    assert packages == (f"packages-{target}", "/usr/local")
+    assert later == [("project", "/wheel"), ("LICENSE",), ("configs",)]
+    rooms = {name for (name,) in copied("project")[1:]}
+    assert rooms == {"g2rpo_ray", "actors", "learner"}
+    size = sum(
+        path.stat().st_size for room in (*rooms, "configs") for path in (ROOT / room).rglob("*") if path.is_file()
+    )
+    assert size < 20_000_000
+
+
+def test_the_cpu_image_is_the_small_one_unless_it_can_not_be():
+    (command,) = [" ".join(words) for words in stages()["packages-cpu"] if words[0] == "RUN"]
+    small, _, other = command.partition("; else ")
+    pattern = re.search(r"sed -i -E '/(.*)/d'", small)
+    assert pattern
+    pinned = pins()
+    left_out = {name for name in pinned if re.match(pattern[1], name)}
+    of_torch = {name for name in pinned if name.startswith(("nvidia-", "cuda-")) or name == "triton"}
+    assert left_out == of_torch != set()
+    assert "WARNING" in other
+
+
+def pins() -> dict[str, str]:
+    lines = (DEPLOY / "constraints.txt").read_text().splitlines()
+    return {canonical(name): version for name, _, version in (line.partition("==") for line in lines if line[0] != "#")}
+
+
+def test_constraints_are_what_the_image_needs_and_nothing_else():
+    assert set(pins()) == set(needed())
+    for name in without_their_pins():
+        assert canonical(name) in pins()
 
 
 def test_constraints_are_within_what_the_project_allows():
-    lines = (DEPLOY / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    pinned = pins()
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         wanted = Requirement(text)
-        assert wanted.specifier.contains(pinned[wanted.name.lower().replace("_", "-")]), text
-    by_make = re.search(r"--no-deps (.*)", (ROOT / "Makefile").read_text())
-    assert by_make
-    for name, _, version in (word.partition("==") for word in by_make[1].split()):
-        assert pinned[name] == (version or pinned[name])
-        assert re.search(rf"--no-deps .*\b{name}\b", (DEPLOY / "Dockerfile").read_text())
+        assert wanted.specifier.contains(pinned[canonical(wanted.name)]), text
     for name in KUSTOMIZATIONS:
         assert cluster_of(ray_manifest(name))["rayVersion"] == pinned["ray"]
+
+
+@pytest.mark.slow
+def test_a_builder_that_is_there_builds_the_project(tmp_path):
+    """Up to the wheel: the packages take gigabytes."""
+    builder = next((name for name in ("docker", "podman", "buildah") if works(name)), None)
+    if builder is None:
+        pytest.skip("no docker, podman or buildah works here")
+    build = [builder, "build", "-f", DEPLOY / "Dockerfile", "--target", "project", ROOT]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    if re.search("pull|registry|not found|resolve", done.stderr) and done.returncode:
+        pytest.skip(f"{builder} has no base image here: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+
+
+def works(builder: str) -> bool:
+    return (
+        bool(shutil.which(builder))
+        and not subprocess.run([builder, "info"], capture_output=True, check=False).returncode
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- README

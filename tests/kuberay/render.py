@@ -9,9 +9,10 @@ import yaml
 Manifest = dict[str, Any]
 
 KNOWN = {
-    "apiVersion", "kind", "resources", "components", "images", "patches", "configMapGenerator", "generatorOptions",
-    "replacements", "transformers",
+    "apiVersion", "kind", "namespace", "resources", "components", "images", "patches", "configMapGenerator",
+    "generatorOptions", "replacements", "transformers",
 }  # fmt: skip
+OF_THE_CLUSTER = ("PriorityClass",)  # kinds without a namespace
 
 
 def render(folder: Path, manifests: list[Manifest] | None = None) -> list[Manifest]:
@@ -28,6 +29,9 @@ def render(folder: Path, manifests: list[Manifest] | None = None) -> list[Manife
     for patch in config.get("patches", []):
         text = patch["patch"] if "patch" in patch else (folder / patch["path"]).read_text()
         out = _patch(out, patch["target"], yaml.safe_load(text))
+    for manifest in out:
+        if "namespace" in config and manifest["kind"] not in OF_THE_CLUSTER:
+            manifest["metadata"]["namespace"] = config["namespace"]
     for image in config.get("images", []):
         _set_image(out, image)
     for replacement in config.get("replacements", []):
