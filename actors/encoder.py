@@ -1,8 +1,9 @@
 """Prompt embeddings: encoded once into Parquet, then handed out through the object store."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -10,7 +11,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from g2rpo_ray.config import Config, ray_options
-from g2rpo_ray.data import EmbeddingStore, embedding_shape, encode_missing, fingerprint
+from g2rpo_ray.data import EmbeddingStore, encode_missing, fingerprint
 from g2rpo_ray.types import PromptEmbedding
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class _Progress:
 
     key: str  # fingerprint under which the store keeps the embeddings
     missing: int  # prompts to encode
-    shape: tuple[int, int, int] = (0, 0, 0)  # S, D_text, D_pooled of each
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the tensors of the longest prompt's embedding
+    outdated: tuple[str, ...] = ()  # folders that an earlier version of the program wrote
     done: int = 0
     seconds: float = 0.0
 
@@ -37,28 +39,32 @@ def _encode(config: Config, directory: str, prompts: Sequence[str]) -> Iterator[
     """Encode the prompts that the store lacks, and tell before and after each part how far it is."""
     key = fingerprint(config.model)
     store = EmbeddingStore(directory, key)
-    missing = store.missing(prompts)
-    if not missing:
+    missing, negative = store.missing(prompts), config.model.negative_prompt
+    unknown = [] if negative is None else store.missing([negative], "negative")
+    if not missing and not unknown:
         yield _Progress(key, 0)
         return
-    from g2rpo_ray.models import FluxModel
+    from g2rpo_ray.models import FlowModel
 
-    FluxModel.load(config.model, config.data.encoder_device)  # no part of it: refuses what can't be loaded
-    shape = embedding_shape(config.model)
-    yield _Progress(key, len(missing), shape)
-    model = FluxModel.load(config.model, config.data.encoder_device, text_encoders=True)
+    # no part of it: refuses what can't be loaded
+    shapes = tuple(FlowModel.load(config.model, config.data.encoder_device).embedding_shapes().values())
+    start = _Progress(key, len(missing), shapes, tuple(store.outdated()))
+    yield start
+    model = FlowModel.load(config.model, config.data.encoder_device, text_encoders=True)
+    if unknown:
+        store.add(model.encode(unknown, negative=True), "negative")
     for done, seconds in encode_missing(store, missing, model.encode):
-        yield _Progress(key, len(missing), shape, done, seconds)
+        yield replace(start, done=done, seconds=seconds)
 
 
 # An actor: the process of a task would be gone by the next iteration, and take half a second to start again.
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Reader:
-    def __init__(self, directory: str, key: str):
-        self._store = EmbeddingStore(directory, key)
+    def __init__(self, directory: str, key: str, negative: str | None):
+        self._store, self._negative = EmbeddingStore(directory, key), negative
 
     def read(self, prompts: Sequence[str]) -> list[PromptEmbedding] | PromptEmbedding:
-        found = self._store.get(prompts)
+        found = self._store.get(prompts, self._negative)
         return found if len(found) > 1 else found[0]  # Ray unpacks a list only where it has several returns
 
 
@@ -79,7 +85,7 @@ class Embeddings:
                 # on this node, which sees the directory; a bare head may not
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
                 reader = _Reader.options(scheduling_strategy=here)  # type: ignore[attr-defined]
-                self._reader = reader.remote(self._directory, self._key)
+                self._reader = reader.remote(self._directory, self._key, self._config.model.negative_prompt)
                 return
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
                 if not left:
@@ -101,11 +107,13 @@ class Embeddings:
                 say(f"encoded {progress.done} of {progress.missing} prompts, {_to_go(progress)} to go")
 
     def _announcement(self, progress: _Progress, stored: int) -> str:
-        dtype, (tokens, width, pooled) = self._config.model.dtype, progress.shape
-        each = (tokens * width + pooled) * (4 if dtype == "float32" else 2)
+        dtype = self._config.model.dtype
+        each = sum(map(math.prod, progress.shapes)) * (4 if dtype == "float32" else 2)
+        shapes = ", ".join(" × ".join(map(str, shape)) for shape in progress.shapes)
+        older = f"; not read: {', '.join(progress.outdated)}, of an earlier version" if progress.outdated else ""
         return (
-            f"encoding {progress.missing} prompts ({stored} are stored already): {tokens} × {width} {dtype}, "
-            f"{_size(each)} a prompt, {_size(each * progress.missing)} in {self._directory}"
+            f"encoding {progress.missing} prompts ({stored} are stored already): {shapes} {dtype}, at most "
+            f"{_size(each)} a prompt, {_size(each * progress.missing)} in {self._directory}{older}"
         )
 
     def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:

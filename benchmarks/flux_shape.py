@@ -9,8 +9,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch.utils.flop_counter import FlopCounterMode
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
-from g2rpo_ray.models import FluxModel, add_lora
-from g2rpo_ray.models.estimate import peak_bytes, velocity_inputs
+from g2rpo_ray.models import FlowModel, add_lora
+from g2rpo_ray.models.estimate import one_velocity, peak_bytes
+from g2rpo_ray.models.flux import Model as FluxModel
+from g2rpo_ray.models.pipeline import Description
 
 
 def flux_model(config: ModelConfig, device: str) -> FluxModel:
@@ -25,7 +27,7 @@ def flux_model(config: ModelConfig, device: str) -> FluxModel:
     pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **parts)
     transformer.requires_grad_(False).eval()
     vae.requires_grad_(False).eval()
-    return FluxModel(config, device, pipeline, 64, 8)
+    return FluxModel(config, device, pipeline, Description("FluxPipeline", (), transformer.config, vae.config))
 
 
 def flux_vae() -> Any:
@@ -36,35 +38,29 @@ def flux_vae() -> Any:
     )  # fmt: skip
 
 
-def operations(transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple[float, int]:
+def operations(model: FlowModel, n: int) -> tuple[float, int]:
     """Floating-point operations of one evaluation of n latents (PyTorch counts), and the peak of its tensors."""
-    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        inputs = velocity_inputs(transformer, n, image_tokens, text_tokens, dtype)
-        transformer(**inputs)
     with torch.device("meta"), torch.inference_mode():
-        return float(counter.get_total_flops()), peak_bytes(lambda: transformer(**inputs))
+        velocity = one_velocity(model, n)
+        with FlopCounterMode(display=False) as counter:
+            velocity()
+        return float(counter.get_total_flops()), peak_bytes(velocity)
 
 
 def count_flux() -> list[Row]:
-    rows, tokens, bf16 = [], (2025, 512), torch.bfloat16
-    torch.set_default_dtype(bf16)
-    with torch.device("meta"):
-        transformer: Any = FluxTransformer2DModel(guidance_embeds=True)
-        vae = flux_vae()
-        latent = torch.empty(1, 16, 90, 90)
-    weights = 2 * sum(parameter.numel() for parameter in transformer.parameters())
-    rows.append(_counted("velocity, batch 1", *operations(transformer, 1, *tokens, bf16), weights))
-    rows.append(_counted("velocity, batch 12", *operations(transformer, 12, *tokens, bf16), weights))
-    add_lora(transformer, LoraConfig(), 0)
-    lora = weights + sum(4 * p.numel() for p in transformer.parameters() if p.requires_grad)
-    rows.append(_counted("velocity, batch 12, LoRA 64", *operations(transformer, 12, *tokens, bf16), lora))
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        vae.decode(latent)
-    with torch.inference_mode():
-        peak = peak_bytes(lambda: vae.decode(latent))
-    parameters = 2 * sum(parameter.numel() for parameter in vae.decoder.parameters())
+    model = flux_model(ModelConfig(path="", dtype="bfloat16", height=720, width=720), "meta")
+    weights = 2 * sum(parameter.numel() for parameter in model.transformer.parameters())
+    rows = [_counted(f"velocity, batch {n}", *operations(model, n), weights) for n in (1, 12)]
+    add_lora(model.transformer, LoraConfig(), 0)
+    lora = weights + sum(4 * p.numel() for p in model.transformer.parameters() if p.requires_grad)
+    rows.append(_counted("velocity, batch 12, LoRA 64", *operations(model, 12), lora))
+    with torch.inference_mode(), torch.device("meta"):
+        latent = torch.empty(1, *model.latent_shape)
+        with FlopCounterMode(display=False) as counter:
+            model.decode(latent)
+        peak = peak_bytes(lambda: model.decode(latent))
+    parameters = 2 * sum(parameter.numel() for parameter in model.decoder.parameters())
     rows.append(_counted("decode, one image", float(counter.get_total_flops()), peak, parameters))
-    torch.set_default_dtype(torch.float32)
     return rows
 
 

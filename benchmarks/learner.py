@@ -34,9 +34,9 @@ def rollouts(config: Config) -> list[Any]:
 
     The paths to the images, most of a rollout's cost, are left out.
     """
-    from g2rpo_ray.models import FluxModel
+    from g2rpo_ray.models import FlowModel
 
-    model = FluxModel.load(config.model, "cpu", transformer=True)
+    model = FlowModel.load(config.model, "cpu", transformer=True)
     return [prompt_rollout(config, model, slot) for slot in range(config.data.prompts_per_iteration)]
 
 
@@ -45,12 +45,10 @@ def prompt_rollout(config: Config, model: Any, slot: int) -> Any:
     from g2rpo_ray.algo import grow
     from g2rpo_ray.rollout.noise import generator
     from g2rpo_ray.rollout.plan import edge_key, prompt_tree, sigma_grid
-    from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, Trunk, TrunkUnit
+    from g2rpo_ray.types import Branches, PromptRollout, Trunk, TrunkUnit
 
-    unit, draw, network = TrunkUnit(0, slot, str(slot)), np.random.default_rng(slot), model.transformer.config
-    pooled = draw.standard_normal(network.pooled_projection_dim, dtype=np.float32)
-    text = (config.model.max_sequence_length, network.joint_attention_dim)
-    embedding = PromptEmbedding(unit.prompt, pooled, draw.standard_normal(text, dtype=np.float32), "float32")
+    unit, draw = TrunkUnit(0, slot, str(slot)), np.random.default_rng(slot)
+    embedding = model.random_embedding(unit.prompt, torch.Generator().manual_seed(slot))
     conditioning = model.condition([embedding])
     tree, roots = prompt_tree(config, 0, slot, unit.prompt), range(config.sampler.roots)
     points = tree.branch_points.tolist()
@@ -68,7 +66,7 @@ def prompt_rollout(config: Config, model: Any, slot: int) -> Any:
     grown = grow(
         lambda x, sigma: model.velocity(x, sigma, conditioning), tree, part, roots,
         torch.stack([model.initial_noise(generator("root", slot, root)) for root in roots]),
-        sigma_grid(config.sampler, model.image_tokens), kernel=config.sampler.kernel, eta=config.sampler.eta,
+        sigma_grid(config.sampler, model), kernel=config.sampler.kernel, eta=config.sampler.eta,
         noise=noise, keep=touched, micro_batch=config.rollout.micro_batch,
     )  # fmt: skip
     latents, of_trunk = grown.latents.numpy(), np.isin(touched, points)

@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, config: Config):
         from g2rpo_ray.data import read_prompts
-        from g2rpo_ray.models import FluxModel
+        from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import build_reward
         from g2rpo_ray.rollout.sampler import Sampler
         from learner.engine import LearnerEngine
@@ -49,7 +49,7 @@ class Run:
         self.train, self.heldout = (
             read_prompts(path, "") for path in (config.data.train_prompts, config.data.heldout_prompts)
         )
-        encoder = FluxModel.load(config.model, "cpu", text_encoders=True)
+        encoder = FlowModel.load(config.model, "cpu", text_encoders=True)
         prompts = [*self.train, *self.heldout]
         self.embeddings = dict(zip(prompts, encoder.encode(prompts), strict=True))
         self.rewards = {name: build_reward(r.kind, **r.options) for name, r in config.all_rewards.items()}

@@ -12,22 +12,20 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 from common import Row, alternate, median, parser, report
 from flux_shape import count_flux, flux_model, operations
 
 import torch  # isort: skip  # common makes the packages importable
-from diffusers import FluxTransformer2DModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from g2rpo_ray.algo import Velocity, completion_path, grow, ode_step, transition
 from g2rpo_ray.config import Config, SamplerConfig, load_config
-from g2rpo_ray.models import FluxModel, lora_disabled, one_prompt
+from g2rpo_ray.models import FlowModel, lora_disabled, one_prompt
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
-from g2rpo_ray.types import BranchUnit, PromptEmbedding, TrunkUnit
+from g2rpo_ray.types import BranchUnit, TrunkUnit
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
 PROMPT = "a red circle"
@@ -44,16 +42,12 @@ class Done(NamedTuple):
 class Bench:
     """One model with its LoRA; the same rollout done in different ways, with the same noise."""
 
-    def __init__(self, config: Config, model: FluxModel):
+    def __init__(self, config: Config, model: FlowModel):
         self.config, self.model = config, model
         self.sampler = Sampler(config, model)
         self.tree = prompt_tree(config, 0, 0, PROMPT)
         self.device = config.rollout.device
-        text, network = config.model.max_sequence_length, model.transformer.config
-        draw = np.random.default_rng(0)
-        pooled = draw.standard_normal(network.pooled_projection_dim, dtype=np.float32)
-        sequence = draw.standard_normal((text, network.joint_attention_dim), dtype=np.float32)
-        self.embedding = PromptEmbedding(PROMPT, pooled, sequence, "float32")
+        self.embedding = model.random_embedding(PROMPT, torch.Generator().manual_seed(0))
         self._folded = {layer: layer.forward for layer in self._lora()}
 
     def fold(self, on: bool) -> None:
@@ -225,7 +219,7 @@ def main() -> None:
     cases["this system"] = bench.system
     _warm_up(bench, given)
     device, dtype = bench.device, getattr(torch, bench.config.model.dtype)
-    rate, flops = matmul_rate(device, dtype), _flops(bench)
+    rate, flops = matmul_rate(device, dtype), _flops(bench, given.flux)
     done, memory, cpu = dict[str, Done](), dict[str, float](), {name: list[float]() for name in cases}
 
     def timed(name: str) -> None:
@@ -276,7 +270,7 @@ def _bench(given: Any) -> Bench:
         settings += ["rollout.decode_batch=4"]
     config = load_config(None, settings)
     random = flux_model(config.model, config.rollout.device) if given.flux else None
-    return Bench(config, random or FluxModel.load(config.model, config.rollout.device, transformer=True, vae=True))
+    return Bench(config, random or FlowModel.load(config.model, config.rollout.device, transformer=True, vae=True))
 
 
 def _warm_up(bench: Bench, given: Any) -> None:
@@ -287,12 +281,10 @@ def _warm_up(bench: Bench, given: Any) -> None:
         bench.system()
 
 
-def _flops(bench: Bench) -> float:
+def _flops(bench: Bench, flux: bool) -> float:
     """Of one evaluation, without the LoRA."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(bench.model.transformer.config)
-    tokens = bench.model.image_tokens, bench.config.model.max_sequence_length
-    return operations(transformer, 1, *tokens, torch.float32)[0]
+    settings = bench.config.model
+    return operations(flux_model(settings, "meta") if flux else FlowModel.skeleton(settings), 1)[0]
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ its trunks; L latent tokens and D channels of a packed latent; S text tokens; H,
 Ray's object store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from g2rpo_ray.algo import Tree
@@ -19,13 +21,30 @@ Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as numpy holds it; bfloat16, which numpy does not know, as its int16 bits."""
+
+    dtype: str  # torch's name of it: what the bits mean
+    data: NDArray[Any]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "StoredTensor":
+        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        return cls(str(tensor.dtype).removeprefix("torch."), bits.cpu().numpy())
+
+    def tensor(self) -> torch.Tensor:
+        tensor = torch.from_numpy(np.array(self.data))  # a copy: Ray's arrays cannot be written to, and torch warns
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+
+
+@dataclass(frozen=True, slots=True)
 class PromptEmbedding:
-    """What the text encoders made of one prompt. bfloat16 has no numpy type: it is stored as its int16 bits."""
+    """What the text encoders made of one prompt: tensors by the names of the pipeline's own arguments."""
 
     prompt: str
-    pooled: NDArray[Any]  # [D_pooled]
-    sequence: NDArray[Any]  # [S, D_text]
-    dtype: str  # "float32", "bfloat16" or "float16": what the bits mean
+    tensors: Mapping[str, StoredTensor]
+    negative: "PromptEmbedding | None" = None
+    """What the run guides away from; on what is read for a run with `model.negative_prompt`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from g2rpo_ray.config import Config, LearnerConfig
 from g2rpo_ray.files import resolve
-from g2rpo_ray.models import FluxModel, LoraDistance, add_lora, export_lora, load_lora, lora_parameters, read_lora
+from g2rpo_ray.models import FlowModel, LoraDistance, add_lora, export_lora, load_lora, lora_parameters, read_lora
 from g2rpo_ray.rollout.plan import sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
 from learner.batch import BatchShape, RankMetrics, StepShape
@@ -59,7 +59,7 @@ class LearnerEngine:
         self._config, self._learner, self._rank, self._ranks = config, config.learner, rank, world_size
         self._device = config.learner.device
         _join_process_group(self._device, rank, world_size)
-        self._model = FluxModel.load(config.model, self._device, transformer=True)
+        self._model = FlowModel.load(config.model, self._device, transformer=True)
         transformer = self._model.transformer
         add_lora(transformer, config.lora, config.seed)
         if self._learner.gradient_checkpointing:
@@ -81,7 +81,7 @@ class LearnerEngine:
         if saved is not None:
             for key in MOMENTS:
                 self._set_moments(key, saved[key])
-        sigmas = sigma_grid(config.sampler, self._model.image_tokens)
+        sigmas = sigma_grid(config.sampler, self._model)
         self._loss = EdgeLoss(config, self._model, transformer, sigmas, self._device)
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
@@ -133,7 +133,7 @@ class LearnerEngine:
             header = json.dumps({"format": FORMAT, "optimizer_steps": self.optimizer_steps})
             # under one key: safetensors writes several in any order, and equal states should be equal files
             save_file(tensors, Path(directory) / CHECKPOINT, {"learner": header})
-            export_lora(Path(directory) / "lora", lora, self._config.lora)
+            export_lora(Path(directory) / "lora", lora, self._config.lora, self._model.pipeline_class)
 
     def _backward(self, states: Sequence[State], step: StepShape, metrics: RankMetrics, share: float) -> float:
         """Accumulate the gradient of one optimizer step; returns this rank's largest |ratio − 1|."""

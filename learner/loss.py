@@ -25,7 +25,7 @@ from g2rpo_ray.algo import (
     without_spread,
 )
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FluxModel, lora_disabled
+from g2rpo_ray.models import FlowModel, lora_disabled
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import edge_key
 from g2rpo_ray.types import FloatArray, Ints, PromptRollout
@@ -119,7 +119,7 @@ def _log_probs(rollout: PromptRollout) -> FloatArray:
 class EdgeLoss:
     """What states add to an optimizer step's loss: one velocity a state, whatever the number of its edges."""
 
-    def __init__(self, config: Config, model: FluxModel, transformer: torch.nn.Module, sigmas: Tensor, device: str):
+    def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, device: str):
         """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
         self._config, self._learner, self._sampler = config, config.learner, config.sampler
         self._model, self._transformer, self._sigmas, self._device = model, transformer, sigmas, device
@@ -209,7 +209,7 @@ class EdgeLoss:
         delta = (end - start) / parts
         sigma = start
         for number in range(1, parts):
-            x = x + delta[:, None, None] * v
+            x = x + delta.view(-1, *[1] * (x.ndim - 1)) * v
             sigma = start + number * delta
             v = velocity(x, sigma)
         return list(zip(x, v, sigma.tolist(), strict=True))

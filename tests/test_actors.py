@@ -18,7 +18,7 @@ from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
-from g2rpo_ray.models import FluxModel, add_lora, describe, lora_state
+from g2rpo_ray.models import FlowModel, add_lora, describe, lora_state
 from g2rpo_ray.rewards import NotScores
 from g2rpo_ray.types import BranchUnit
 
@@ -328,7 +328,7 @@ def test_a_reward_that_returns_no_scores_is_told_what_was_expected(value, given)
 
 def test_weights_that_are_not_what_was_published_are_refused():
     config = load_config()
-    transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    transformer = FlowModel.load(config.model, "cpu", transformer=True).transformer
     add_lora(transformer, config.lora, seed=0)
     state = lora_state(transformer)
     good = describe(state, version=3)

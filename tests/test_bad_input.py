@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from diffusers import FluxPipeline
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
 from g2rpo_ray.models import export_lora, lora_shapes
@@ -23,7 +24,8 @@ def files(tmp_path_factory):
     other = write_tiny_flux(folder / "other")
     lora = LoraConfig(rank=16, alpha=16, targets="all-linear")
     shapes = lora_shapes(ModelConfig(path=str(other)), lora)
-    export_lora(folder / "lora", {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, lora)
+    state = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    export_lora(folder / "lora", state, lora, FluxPipeline)
     return folder
 
 

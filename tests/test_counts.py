@@ -10,20 +10,22 @@ from torch.overrides import TorchFunctionMode
 from g2rpo_ray.config import load_config
 from g2rpo_ray.launch.preflight import fit_batches
 from g2rpo_ray.methods import method_names
-from g2rpo_ray.models import FluxModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
+from g2rpo_ray.models import FlowModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
 from g2rpo_ray.models.estimate import LIBRARIES, peak_bytes, rollout_memory, with_micro_batch
+from g2rpo_ray.models.flux import Model as FluxModel
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree
 from g2rpo_ray.rollout.sampler import Sampler
-from g2rpo_ray.types import BranchUnit, PromptEmbedding, TrunkUnit
+from g2rpo_ray.types import BranchUnit, PromptEmbedding, StoredTensor, TrunkUnit
 
 PAPER = ["steps=16", "branch_steps=[0,1,2,3,4,5,6,7]", "strides=[1,2,3]", "group_size=12", "layout=paper"]
-EMBEDDING = PromptEmbedding("x", np.ones(64, np.float32), np.ones((16, 64), np.float32), "float32")
+SHAPES = {"prompt_embeds": (16, 64), "pooled_prompt_embeds": (64,)}
+EMBEDDING = PromptEmbedding("x", {n: StoredTensor("float32", np.ones(s, np.float32)) for n, s in SHAPES.items()})
 
 
 @pytest.fixture(scope="module")
 def model():
-    return FluxModel.load(load_config().model, "cpu", transformer=True, vae=True)
+    return FlowModel.load(load_config().model, "cpu", transformer=True, vae=True)
 
 
 def paper(*given, **rollout):
@@ -52,7 +54,7 @@ class CountingModel(FluxModel):
 
 def counting(model, config):
     counted = CountingModel(model)
-    counted.transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    counted.transformer = FlowModel.load(config.model, "cpu", transformer=True).transformer
     return counted, Sampler(config, counted)
 
 
@@ -217,7 +219,7 @@ def noise_lora(transformer, seed):
 
 def test_what_rollout_saves_does_not_change_its_velocities():
     config = load_config(None, ["lora.alpha=24"])  # all-linear: the prompt's projections have a LoRA too
-    model = FluxModel.load(config.model, "cpu", transformer=True)
+    model = FlowModel.load(config.model, "cpu", transformer=True)
     add_lora(model.transformer, config.lora, seed=0)
     x = torch.stack([model.initial_noise(generator("x", n)) for n in range(5)])
     sigma, conditioning = torch.linspace(0.1, 1, 5), model.condition([EMBEDDING])
@@ -261,7 +263,7 @@ def test_memory_is_estimated_without_weights(model):
 
     assert peak_bytes(run) == 2 * 4000
     config = load_config()
-    transformer = FluxModel.load(config.model, "cpu", transformer=True).transformer
+    transformer = FlowModel.load(config.model, "cpu", transformer=True).transformer
     base = sum(p.numel() for p in transformer.parameters()) + sum(
         p.numel() for p in model._pipeline.vae.decoder.parameters()
     )

@@ -15,19 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g2rpo_ray.config import ModelConfig, load_config
+from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.data import (
     EmbeddingStore,
     drawn_prompts,
-    embedding_shape,
     fingerprint,
     iteration_prompts,
     read_prompts,
     without_heldout,
 )
 from g2rpo_ray.data.embeddings import FIRST_PART, PART
-from g2rpo_ray.models import FluxModel
-from g2rpo_ray.types import PromptEmbedding
+from g2rpo_ray.types import PromptEmbedding, StoredTensor
 from tests.tiny_flux import write_tiny_flux
 
 
@@ -164,19 +162,17 @@ def embedding(prompt: str, dtype: str = "float32") -> PromptEmbedding:
     """Random bits, NaNs and infinities among them."""
     rng = np.random.default_rng(list(prompt.encode()))
     stored_as = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}[dtype]
-    pooled, sequence = (np.frombuffer(rng.bytes(4 * size), stored_as) for size in (6, 5 * 8))
-    return PromptEmbedding(prompt, pooled, sequence.reshape(5, -1), dtype)
+    pooled, sequence = (StoredTensor(dtype, np.frombuffer(rng.bytes(4 * size), stored_as)) for size in (6, 5 * 8))
+    sequence = StoredTensor(dtype, sequence.data.reshape(5, -1))
+    mask = StoredTensor("bool", rng.random(5) < 0.5)
+    return PromptEmbedding(prompt, {"pooled": pooled, "sequence": sequence, "mask": mask})
 
 
 def assert_same(a: PromptEmbedding, b: PromptEmbedding) -> None:
-    assert (a.prompt, a.dtype, a.pooled.dtype, a.sequence.dtype) == (
-        b.prompt,
-        b.dtype,
-        b.pooled.dtype,
-        b.sequence.dtype,
-    )
-    assert (a.pooled.shape, a.sequence.shape) == (b.pooled.shape, b.sequence.shape)
-    assert (a.pooled.tobytes(), a.sequence.tobytes()) == (b.pooled.tobytes(), b.sequence.tobytes())
+    assert (a.prompt, list(a.tensors)) == (b.prompt, list(b.tensors))
+    for one, other in zip(a.tensors.values(), b.tensors.values(), strict=True):
+        assert (one.dtype, one.data.dtype, one.data.shape) == (other.dtype, other.data.dtype, other.data.shape)
+        assert one.data.tobytes() == other.data.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -222,11 +218,11 @@ import torch
 torch.set_num_threads(1)
 from g2rpo_ray.config import load_config
 from g2rpo_ray.data import EmbeddingStore, encode_missing
-from g2rpo_ray.models import FluxModel
+from g2rpo_ray.models import FlowModel
 directory, number = sys.argv[1], int(sys.argv[2])
 store = EmbeddingStore(directory, "f")
 missing = store.missing([f"a red circle {i}" for i in range(number)])
-model = FluxModel.load(load_config().model, "cpu", text_encoders=True)
+model = FlowModel.load(load_config().model, "cpu", text_encoders=True)
 print("missing", len(missing), flush=True)
 for done, _ in encode_missing(store, missing, model.encode):
     print(done, flush=True)
@@ -255,18 +251,36 @@ def test_encoding_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         assert_same(a, b)
 
 
-def test_the_shape_is_told_before_anything_is_encoded() -> None:
-    model = load_config().model
-    (encoded,) = FluxModel.load(model, "cpu", text_encoders=True).encode(["a red circle"])
-    assert embedding_shape(model) == (*encoded.sequence.shape, *encoded.pooled.shape)
-
-
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     EmbeddingStore(tmp_path, "f").add([embedding("a")])
     (part,) = (tmp_path / "f").iterdir()
     part.write_bytes(part.read_bytes()[:40])
     with pytest.raises(ValueError, match=rf"^data\.embeddings: cannot read .*{part.name}; delete it"):
         EmbeddingStore(tmp_path, "f")
+
+
+def test_the_negative_prompt_has_a_role_of_its_own(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, "f")
+    store.add([embedding("a")])
+    assert store.missing(["a"], "negative") == ["a"]
+    store.add([embedding("b")], "negative")
+    store = EmbeddingStore(tmp_path, "f")
+    assert (store.missing(["b"]), store.missing(["b"], "negative")) == (["b"], [])
+    (found,) = store.get(["a"], "b")
+    assert_same(found, embedding("a"))
+    assert_same(found.negative, embedding("b"))
+    assert store.get(["a"])[0].negative is None
+
+
+def test_folders_of_an_earlier_version_are_recognised_and_not_read(tmp_path: Path) -> None:
+    old, new = "0" * 64, "1" * 64
+    row = {"prompt": "a", "dtype": "float32", "pooled": b"1234", "sequence": b"1234", "sequence_length": 1}
+    (tmp_path / old).mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / old / "part-1.parquet")
+    store = EmbeddingStore(tmp_path, new)
+    assert (store.missing(["a"]), store.outdated()) == (["a"], [old])
+    store.add([embedding("a")])
+    assert EmbeddingStore(tmp_path, new).outdated() == EmbeddingStore(tmp_path, "2" * 64).outdated()[1:] == []
 
 
 def test_another_fingerprint_sees_nothing(tmp_path: Path) -> None:
@@ -280,7 +294,7 @@ def test_one_prompt_is_read_without_the_others(tmp_path: Path) -> None:
     (part,) = (tmp_path / "f").iterdir()
     content = bytearray(part.read_bytes())
     for other in "ac":
-        at = content.index(embedding(other).sequence.tobytes())
+        at = content.index(embedding(other).tensors["sequence"].data.tobytes())
         content[at : at + 8] = b"\0" * 8
     part.write_bytes(content)
     assert_same(store.get(["b"])[0], embedding("b"))

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import psutil
 import pytest
+from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +20,7 @@ from g2rpo_ray.comparison.statistics import interval, row
 from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import load_config
 from g2rpo_ray.evaluate import _parser, main, make_plan
-from g2rpo_ray.models import FluxModel, export_lora, lora_shapes
+from g2rpo_ray.models import FlowModel, export_lora, lora_shapes
 from g2rpo_ray.record.tracking import read_lines
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import SampleUnit
@@ -40,11 +41,11 @@ def files(tmp_path_factory):
     """Adapters and prompts, right and wrong."""
     folder = tmp_path_factory.mktemp("files")
     config = load_config()
-    export_lora(folder / "lora", random_state(config), config.lora)
-    export_lora(folder / "other", random_state(config, 1), config.lora)
+    export_lora(folder / "lora", random_state(config), config.lora, FluxPipeline)
+    export_lora(folder / "other", random_state(config, 1), config.lora, FluxPipeline)
     for name, changes in (("rank", {"rank": 4}), ("alpha", {"alpha": 4}), ("targets", {"targets": ("attn.to_q",)})):
         lora = config.lora.model_copy(update=changes)
-        export_lora(folder / name, random_state(config.model_copy(update={"lora": lora})), lora)
+        export_lora(folder / name, random_state(config.model_copy(update={"lora": lora})), lora, FluxPipeline)
     (folder / "plain").mkdir()
     file = "pytorch_lora_weights.safetensors"
     save_file(load_file(folder / "lora" / file), folder / "plain" / file)  # as diffusers wrote it without metadata
@@ -123,7 +124,7 @@ def test_scores_of_a_changed_adapter_or_setting_are_not_taken(files, tmp_path):
 
 def test_hybrid_sampling_is_the_adapter_then_the_base():
     config = load_config()
-    (embedding,) = FluxModel.load(config.model, "cpu", text_encoders=True).encode(PROMPTS[:1])
+    (embedding,) = FlowModel.load(config.model, "cpu", text_encoders=True).encode(PROMPTS[:1])
     sampler = Sampler(config)
     state = random_state(config)
 

@@ -25,7 +25,7 @@ from actors.learner import LearnerGroup, LearnerLost
 from g2rpo_ray.algo import ANCHOR, grow
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import (
-    FluxModel,
+    FlowModel,
     add_lora,
     describe,
     lora_disabled,
@@ -37,7 +37,7 @@ from g2rpo_ray.models import (
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, sigma_grid, trunk_part
-from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, Trunk, TrunkUnit
+from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, StoredTensor, Trunk, TrunkUnit
 from learner.batch import BatchShape, reduce_metrics, spread
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
@@ -132,7 +132,7 @@ def settings(pipeline, ranks=1, model=None, lora_rank=3, lora_initial=None, samp
 
 
 def policy(config):
-    model = FluxModel.load(config.model, "cpu", transformer=True)
+    model = FlowModel.load(config.model, "cpu", transformer=True)
     add_lora(model.transformer, config.lora, config.seed)
     return model
 
@@ -146,8 +146,9 @@ def sample_rollouts(config, prompts, seed=0):
 @torch.no_grad()
 def sample(config, model, slot, rng):
     """The tree of one prompt, grown unit by unit as rollout workers do."""
-    pooled, sequence = (rng.standard_normal(shape, np.float32) for shape in [(POOLED_DIM,), (5, TEXT_DIM)])
-    embedding = PromptEmbedding(f"prompt {slot}", pooled, sequence, "float32")
+    shapes = {"pooled_prompt_embeds": (POOLED_DIM,), "prompt_embeds": (5, TEXT_DIM)}
+    tensors = {name: StoredTensor("float32", rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    embedding = PromptEmbedding(f"prompt {slot}", tensors)
     unit = TrunkUnit(ITERATION, slot, embedding.prompt)
     tree = prompt_tree(config, ITERATION, slot, embedding.prompt)
     part, roots = trunk_part(tree), range(config.sampler.roots)
@@ -155,7 +156,7 @@ def sample(config, model, slot, rng):
     x = torch.stack([model.initial_noise(generator(*key, root)) for root in roots])
     grown_from = partial(
         grow, partial(model.velocity, conditioning=model.condition([embedding])), tree,
-        sigmas=sigma_grid(config.sampler, model.image_tokens), micro_batch=config.rollout.micro_batch,
+        sigmas=sigma_grid(config.sampler, model), micro_batch=config.rollout.micro_batch,
     )  # fmt: skip
     trunk = grown_from(part.nodes, roots, x, keep=part.touched)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
 from g2rpo_ray.models import (
-    FluxModel,
+    FlowModel,
     WeightsMismatch,
     add_lora,
     check_lora,
@@ -39,14 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_flux(tmp_path_factory.mktemp("tiny_flux"))
 
 
-def load(path: Path, lora: LoraConfig = CONFIG, seed: int = 0, dtype: Any = "float32") -> FluxModel:
+def load(path: Path, lora: LoraConfig = CONFIG, seed: int = 0, dtype: Any = "float32") -> FlowModel:
     config = ModelConfig(path=str(path), dtype=dtype, height=16, width=24, max_sequence_length=12, guidance_scale=2.5)
-    model = FluxModel.load(config, "cpu", vae=True, transformer=True, text_encoders=True)
+    model = FlowModel.load(config, "cpu", vae=True, transformer=True, text_encoders=True)
     add_lora(model.transformer, lora, seed)
     return model
 
 
-def trained(model: FluxModel, seed: int = 1) -> dict[str, FloatArray]:
+def trained(model: FlowModel, seed: int = 1) -> dict[str, FloatArray]:
     """A state whose B is not zero."""
     rng = np.random.default_rng(seed)
     return {
@@ -56,7 +56,7 @@ def trained(model: FluxModel, seed: int = 1) -> dict[str, FloatArray]:
 
 
 @torch.no_grad()
-def velocity(model: FluxModel) -> torch.Tensor:
+def velocity(model: FlowModel) -> torch.Tensor:
     x = model.initial_noise(torch.Generator().manual_seed(3))[None]
     return model.velocity(x, torch.tensor([0.8]), model.condition(model.encode(["a red cat"])))
 
@@ -112,7 +112,7 @@ def test_disabling_is_undone_also_after_an_error(tiny: Path) -> None:
 
 def test_all_linear_takes_every_linear_layer(tiny: Path) -> None:
     model = load(tiny, LoraConfig(rank=2, targets="all-linear"))
-    bare = FluxModel.load(ModelConfig(path=str(tiny), height=16, width=24), "cpu", transformer=True)
+    bare = FlowModel.load(ModelConfig(path=str(tiny), height=16, width=24), "cpu", transformer=True)
     linear = {n for n, module in bare.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name.split(".lora_")[0] for name in lora_parameters(model.transformer)} == linear
     assert "proj_out" in linear
@@ -185,7 +185,7 @@ def test_diffusers_reads_the_export(tiny: Path, tmp_path: Path, targets: Any) ->
     base = velocity(model)
     load_lora(model.transformer, trained(model))
     assert (velocity(model) - base).abs().max() > 0.1
-    export_lora(tmp_path / "lora", lora_state(model.transformer), config)
+    export_lora(tmp_path / "lora", lora_state(model.transformer), config, FluxPipeline)
 
     pipeline: Any = FluxPipeline.from_pretrained(tiny)
     pipeline.set_progress_bar_config(disable=True)
@@ -205,7 +205,7 @@ def test_diffusers_reads_the_export(tiny: Path, tmp_path: Path, targets: Any) ->
 
 def test_an_export_is_read_back_as_it_was(tiny: Path, tmp_path: Path) -> None:
     state = trained(load(tiny))
-    export_lora(tmp_path, state, CONFIG)
+    export_lora(tmp_path, state, CONFIG, FluxPipeline)
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     verify(read_lora(tmp_path), describe(state, 0))
     verify(read_lora(tmp_path / "pytorch_lora_weights.safetensors"), describe(state, 0))
@@ -229,7 +229,7 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
 def test_shapes_are_known_without_reading_weights(tmp_path: Path) -> None:
     directory = write_tiny_flux(tmp_path)
     model = ModelConfig(path=str(directory), dtype="float32", height=16, width=16)
-    transformer = FluxModel.load(model, "cpu", transformer=True).transformer
+    transformer = FlowModel.load(model, "cpu", transformer=True).transformer
     add_lora(transformer, LoraConfig(rank=3, targets="all-linear"), seed=0)
     (directory / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     shapes = lora_shapes(model, LoraConfig(rank=3, targets="all-linear"))

@@ -1,4 +1,4 @@
-"""FluxModel against diffusers' own FluxPipeline, on a tiny random pipeline."""
+"""FLUX.1 against diffusers' own FluxPipeline, on a tiny random pipeline."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
-from g2rpo_ray.models import FluxModel, add_lora, lora_parameters
+from g2rpo_ray.models import FlowModel, add_lora, lora_parameters
 from tests.tiny_flux import SIZE_MULTIPLE, write_tiny_flux
 
 PROMPTS = ["a red cat", "two blue dogs on a very long green sofa", "7"]
@@ -31,21 +31,21 @@ def settings(path: Path, **changes: Any) -> ModelConfig:
     return ModelConfig(path=str(path), **{**values, **changes})
 
 
-def load(path: Path, **changes: Any) -> FluxModel:
-    return FluxModel.load(settings(path, **changes), "cpu", vae=True, transformer=True, text_encoders=True)
+def load(path: Path, **changes: Any) -> FlowModel:
+    return FlowModel.load(settings(path, **changes), "cpu", vae=True, transformer=True, text_encoders=True)
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> FluxModel:
+def model(tiny: Path) -> FlowModel:
     return load(tiny)
 
 
-def noise(model: FluxModel, seeds: range) -> torch.Tensor:
+def noise(model: FlowModel, seeds: range) -> torch.Tensor:
     return torch.stack([model.initial_noise(torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def sample(model: FluxModel, prompts: list[str], x: torch.Tensor, shift: float) -> np.ndarray:
+def sample(model: FlowModel, prompts: list[str], x: torch.Tensor, shift: float) -> np.ndarray:
     conditioning = model.condition(model.encode(prompts))
     t = 1 - torch.arange(STEPS + 1) / STEPS
     sigmas = shift * t / (1 + (shift - 1) * t)
@@ -82,12 +82,12 @@ def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours / 255 - theirs).max() <= 1 / 255
 
 
-def test_images_are_those_of_diffusers_with_static_shift(tiny: Path, model: FluxModel) -> None:
+def test_images_are_those_of_diffusers_with_static_shift(tiny: Path, model: FlowModel) -> None:
     x = noise(model, range(3))
     assert_same_images(sample(model, PROMPTS, x, 3.0), sample_by_diffusers(tiny, {"shift": 3.0}, x))
 
 
-def test_images_are_those_of_diffusers_with_dynamic_shift(tiny: Path, model: FluxModel) -> None:
+def test_images_are_those_of_diffusers_with_dynamic_shift(tiny: Path, model: FlowModel) -> None:
     x = noise(model, range(3))
     theirs = sample_by_diffusers(tiny, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}, x)
     assert_same_images(sample(model, PROMPTS, x, dynamic_shift(model.image_tokens)), theirs)
@@ -100,13 +100,13 @@ def test_images_are_those_of_diffusers_without_guidance(tmp_path: Path) -> None:
     assert_same_images(sample(model, PROMPTS, x, 3.0), sample_by_diffusers(path, {"shift": 3.0}, x))
 
 
-def test_guidance_scale_matters_to_a_guided_model(tiny: Path, model: FluxModel) -> None:
+def test_guidance_scale_matters_to_a_guided_model(tiny: Path, model: FlowModel) -> None:
     x = noise(model, range(1))
     other = sample(load(tiny, guidance_scale=7.0), PROMPTS[:1], x, 3.0)
     assert (other != sample(model, PROMPTS[:1], x, 3.0)).any()
 
 
-def test_initial_noise_is_what_the_pipeline_draws(tiny: Path, model: FluxModel) -> None:
+def test_initial_noise_is_what_the_pipeline_draws(tiny: Path, model: FlowModel) -> None:
     pipeline: Any = FluxPipeline.from_pretrained(tiny)
     generator = torch.Generator().manual_seed(5)
     theirs, _ = pipeline.prepare_latents(1, 4, 16, 24, torch.float32, "cpu", generator)
@@ -115,7 +115,7 @@ def test_initial_noise_is_what_the_pipeline_draws(tiny: Path, model: FluxModel) 
     assert model.image_tokens == 4 * 6
 
 
-def test_velocity_does_not_depend_on_the_rest_of_the_batch(model: FluxModel) -> None:
+def test_velocity_does_not_depend_on_the_rest_of_the_batch(model: FlowModel) -> None:
     x, sigma = noise(model, range(3)), torch.tensor([1.0, 0.73, 0.1])
     embeddings = model.encode(PROMPTS)
     together = model.velocity(x, sigma, model.condition(embeddings))
@@ -126,42 +126,44 @@ def test_velocity_does_not_depend_on_the_rest_of_the_batch(model: FluxModel) -> 
     assert not torch.allclose(*model.velocity(x[:1].expand(2, -1, -1), sigma[:2], model.condition(embeddings[:1])))
 
 
-def test_one_prompt_serves_all_latents(model: FluxModel) -> None:
+def test_one_prompt_serves_all_latents(model: FlowModel) -> None:
     x, sigma = noise(model, range(3)), torch.full((3,), 0.5)
     (embedding,) = model.encode(PROMPTS[:1])
     shared = model.velocity(x, sigma, model.condition([embedding]))
     torch.testing.assert_close(shared, model.velocity(x, sigma, model.condition([embedding] * 3)), rtol=0, atol=1e-6)
 
 
-def test_sigma_is_not_rounded(model: FluxModel) -> None:
+def test_sigma_is_not_rounded(model: FlowModel) -> None:
     x = noise(model, range(1)).expand(2, -1, -1)
     conditioning = model.condition(model.encode(PROMPTS[:1]))
     a, b = model.velocity(x, torch.tensor([0.5, 0.5002]), conditioning)  # equal when rounded to 1/1000
     assert (a - b).abs().max() > 1e-6
 
 
-def test_an_embedding_does_not_depend_on_its_neighbours(model: FluxModel) -> None:
+def test_an_embedding_does_not_depend_on_its_neighbours(model: FlowModel) -> None:
     for alone, among in zip([model.encode([p])[0] for p in PROMPTS], model.encode(PROMPTS), strict=True):
         assert alone.prompt == among.prompt
-        assert np.array_equal(alone.pooled, among.pooled)
-        assert np.array_equal(alone.sequence, among.sequence)
-    assert (among.pooled.shape, among.sequence.shape, among.dtype) == ((16,), (12, 16), "float32")
+        for name, tensor in alone.tensors.items():
+            assert np.array_equal(tensor.data, among.tensors[name].data)
+    assert {name: tensor.data.shape for name, tensor in among.tensors.items()} == model.embedding_shapes()
+    assert model.embedding_shapes() == {"prompt_embeds": (12, 16), "pooled_prompt_embeds": (16,)}
 
 
-def test_a_picture_depends_on_its_neighbours_by_rounding_alone(model: FluxModel) -> None:
+def test_a_picture_depends_on_its_neighbours_by_rounding_alone(model: FlowModel) -> None:
     x = noise(model, range(3))
     together, alone = model.decode(x)[1:2].int(), model.decode(x[1:2]).int()
     assert (together - alone).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_inside(tiny: Path, model: FluxModel, dtype: str) -> None:
+def test_half_precision_stays_inside(tiny: Path, model: FlowModel, dtype: str) -> None:
     half = load(tiny, dtype=dtype)
     (embedding,) = half.encode(PROMPTS[:1])
-    assert embedding.pooled.dtype == (np.int16 if dtype == "bfloat16" else np.float16)
-    embedding.pooled.setflags(write=False)  # as out of Ray's object store
+    pooled = embedding.tensors["pooled_prompt_embeds"]
+    assert (pooled.dtype, pooled.data.dtype) == (dtype, np.int16 if dtype == "bfloat16" else np.float16)
+    pooled.data.setflags(write=False)  # as out of Ray's object store
     conditioning = half.condition([embedding])
-    assert conditioning.sequence.dtype == getattr(torch, dtype)
+    assert conditioning.prompt["encoder_hidden_states"].dtype == getattr(torch, dtype)
     x, sigma = noise(half, range(2)), torch.tensor([0.9, 0.3])
     v = half.velocity(x, sigma, conditioning)
     assert v.dtype == torch.float32
@@ -184,17 +186,17 @@ def test_bfloat16_base_with_float32_lora_trains(tiny: Path) -> None:
 
 
 def test_only_the_parts_asked_for_are_loaded_and_frozen(tiny: Path) -> None:
-    model = FluxModel.load(settings(tiny), "cpu", transformer=True)
+    model = FlowModel.load(settings(tiny), "cpu", transformer=True)
     parts = {name for name, part in model._pipeline.components.items() if part is not None}
-    assert parts == {"transformer"}
+    assert parts == {"transformer", "scheduler"}
     assert model.latent_shape == (24, 16)
     assert not any(p.requires_grad for p in model.transformer.parameters())
     assert not model.transformer.training
-    assert FluxModel.load(settings(tiny), "cpu", vae=True).decode(torch.zeros(1, 24, 16)).shape == (1, 16, 24, 3)
+    assert FlowModel.load(settings(tiny), "cpu", vae=True).decode(torch.zeros(1, 24, 16)).shape == (1, 16, 24, 3)
 
 
 def test_loading_no_part_checks_the_settings(tiny: Path) -> None:
-    assert FluxModel.load(settings(tiny, width=32), "cpu").latent_shape == (4 * 8, 16)
+    assert FlowModel.load(settings(tiny, width=32), "cpu").latent_shape == (4 * 8, 16)
 
 
 def test_a_subset_of_the_folders_is_not_enough(tiny: Path, tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_sizes_and_attention_backends_are_checked(tiny: Path) -> None:
     assert_load_error(tiny, "model.attention_backend: 'warp' given", "native", attention_backend="warp")
 
 
-def test_an_attention_backend_can_be_chosen(tiny: Path, model: FluxModel) -> None:
+def test_an_attention_backend_can_be_chosen(tiny: Path, model: FlowModel) -> None:
     math_only = load(tiny, attention_backend="_native_math")
     x, sigma = noise(model, range(1)), torch.tensor([0.4])
     conditioning = model.condition(model.encode(PROMPTS[:1]))

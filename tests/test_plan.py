@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -211,10 +212,16 @@ def test_noise_has_a_key_of_its_own_whatever_the_size_of_groups_and_units(method
     assert not {*found.values()} & {*keys(of(method, "seed=1")).values()}
 
 
+class Tokens(NamedTuple):
+    """What of a model a number or FLUX.1's shift depends on."""
+
+    image_tokens: int
+
+
 def test_the_schedule_has_the_shift_that_is_given():
-    assert sigma_grid(of("g2rpo", "sampler.steps=2").sampler, 64).tolist() == [1.0, 0.75, 0.0]
+    assert sigma_grid(of("g2rpo", "sampler.steps=2").sampler, Tokens(64)).tolist() == [1.0, 0.75, 0.0]
     dynamic = of("g2rpo", "sampler.shift=dynamic").sampler
-    assert sigma_grid(dynamic, 4096)[5] > sigma_grid(dynamic, 256)[5] > 0.5
+    assert sigma_grid(dynamic, Tokens(4096))[5] > sigma_grid(dynamic, Tokens(256))[5] > 0.5
 
 
 def lines(config):

@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from g2rpo_ray.config import ModelConfig, load_config
-from g2rpo_ray.models import FluxModel, read_lora
+from g2rpo_ray.models import FlowModel, read_lora
 from g2rpo_ray.rewards.weights import pretrained, read_weights
 from g2rpo_ray.run import main
 from tests.runs import PATIENCE, command, head_command, kill_all, metrics, wait_for
@@ -236,7 +236,7 @@ def test_a_pipeline_runs_no_code(part, file, wanted, write, touched, tmp_path):
         weights.unlink()
     write(pipeline / part / file)
     with pytest.raises(ValueError, match="model.path: cannot load"):
-        FluxModel.load(ModelConfig(path=str(pipeline), dtype="float32", height=16, width=16), "cpu", **{wanted: True})
+        FlowModel.load(ModelConfig(path=str(pipeline), dtype="float32", height=16, width=16), "cpu", **{wanted: True})
     assert not touched.exists()
 
 

@@ -37,18 +37,21 @@ def ray_options(resources: Resources) -> dict[str, Any]:
 
 class ModelConfig(Section):
     path: str
-    """Diffusers FLUX pipeline: a directory, a hub id, or `embedded:pipeline`."""
+    """Diffusers pipeline of a family in docs/models.md: a directory, a hub id, or `embedded:pipeline`."""
     revision: str | None = None
     """Commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the frozen weights and their arithmetic; latents, LoRA and log-probabilities are always float32."""
     height: int = Field(720, gt=0, le=8192)
-    """Pixels; a multiple of the pipeline's latent patch (16 for FLUX)."""
+    """Pixels; a multiple of the pipeline's latent patch (16 for published models)."""
     width: int = Field(720, gt=0, le=8192)
-    guidance_scale: float = Field(3.5, ge=0, le=100)
-    """Distilled guidance, an input of guidance-distilled models."""
-    max_sequence_length: int = Field(512, gt=0, le=512)
-    """T5 tokens a prompt is padded or cut to."""
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    """What the pipeline calls so: an input of guidance-distilled models, the scale of classifier-free guidance of the
+    others; unset: the pipeline's default."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance guides away from, "" being a text, too; unset: no such guidance."""
+    max_sequence_length: int | None = Field(None, gt=0, le=1024)
+    """Tokens a prompt is cut, or padded, to; unset: the pipeline's default."""
     attention_backend: str | None = None
     """A diffusers attention backend by name; unset: the default of diffusers."""
 
@@ -56,11 +59,9 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(64, gt=0, le=1024)
     alpha: float = Field(64, gt=0, le=1_000_000)
-    targets: Literal["all-linear"] | tuple[str, ...] = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
-    """Name endings of the transformer's linear layers that get an adapter, or `all-linear`."""
+    targets: Literal["all-linear"] | tuple[str, ...] | None = None
+    """Name endings of the transformer's linear layers that get an adapter, or `all-linear`; unset: those of attention,
+    which docs/models.md lists."""
     initial: str | None = None
     """Adapter to start from, as this program or diffusers wrote it: file or folder."""
 

@@ -13,8 +13,8 @@ class SamplerConfig(Section):
 
     steps: int = Field(16, gt=0, le=1000)
     """T, sampling steps."""
-    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["dynamic"] = 3.0
-    """Schedule shift s, or FLUX's resolution-dependent one."""
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["dynamic", "pipeline"] = 3.0
+    """Schedule shift s, FLUX.1's resolution-dependent one, or the pipeline's own grid."""
     kernel: Literal["flow", "dance", "cps"] = "flow"
     eta: float = Field(0.7, gt=0, le=100)
     """Noise level of a stochastic step."""

@@ -1,13 +1,12 @@
 """Prompts, the order in which they are used, and their embeddings in Parquet. No Ray here."""
 
-from g2rpo_ray.data.embeddings import EmbeddingStore, embedding_shape, encode_missing, fingerprint
+from g2rpo_ray.data.embeddings import EmbeddingStore, encode_missing, fingerprint
 from g2rpo_ray.data.prompts import Prompts, drawn_prompts, iteration_prompts, read_prompts, without_heldout
 
 __all__ = [
     "EmbeddingStore",
     "Prompts",
     "drawn_prompts",
-    "embedding_shape",
     "encode_missing",
     "fingerprint",
     "iteration_prompts",

@@ -1,7 +1,7 @@
 """Diffusers pipelines as flow models, and the LoRA that is trained on them. No Ray here."""
 
+from g2rpo_ray.models.base import Conditioning, FlowModel
 from g2rpo_ray.models.distance import LoraDistance
-from g2rpo_ray.models.flux import Conditioning, FluxModel
 from g2rpo_ray.models.inference import fold_lora, one_prompt
 from g2rpo_ray.models.lora import (
     WeightsMismatch,
@@ -20,7 +20,7 @@ from g2rpo_ray.models.lora import (
 
 __all__ = [
     "Conditioning",
-    "FluxModel",
+    "FlowModel",
     "LoraDistance",
     "WeightsMismatch",
     "add_lora",

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from g2rpo_ray.config import Config
-from g2rpo_ray.files import resolve
+from g2rpo_ray.models.base import FlowModel
 from g2rpo_ray.models.inference import fold_lora
 from g2rpo_ray.models.lora import add_lora
 
@@ -24,24 +23,15 @@ def rollout_memory(config: Config) -> dict[str, int]:
     A velocity of `rollout.micro_batch` latents and a VAE pass of `rollout.decode_batch` are run without data, and what
     is alive is added up: attention as a fused kernel, without `LIBRARIES`.
     """
-    path, revision = resolve(config.model.path), config.model.revision
-    network = FluxTransformer2DModel.load_config(path, subfolder="transformer", revision=revision)
-    autoencoder = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
-    dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"), torch.inference_mode():
-        transformer: Any = nn.Module.to(FluxTransformer2DModel.from_config(network), dtype)  # diffusers' own warns
-        add_lora(transformer, config.lora, seed=0)
-        fold_lora(transformer)
-        vae: Any = nn.Module.to(AutoencoderKL.from_config(autoencoder), dtype)
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        rows, columns = config.model.height // scale, config.model.width // scale
-        text = config.model.max_sequence_length
-        inputs = velocity_inputs(transformer, config.rollout.micro_batch, rows * columns // 4, text, dtype)
-        latent = torch.empty(config.rollout.decode_batch, vae.config.latent_channels, rows, columns, dtype=dtype)
+        model = FlowModel.skeleton(config.model)
+        add_lora(model.transformer, config.lora, seed=0)
+        fold_lora(model.transformer)
+        latents = torch.empty(config.rollout.decode_batch, *model.latent_shape)
         return {
-            "weights": _bytes(transformer) + _bytes(vae.decoder),
-            "velocity": peak_bytes(lambda: transformer(**inputs)),
-            "decode": peak_bytes(lambda: vae.decode(latent)),
+            "weights": _bytes(model.transformer) + _bytes(model.decoder),
+            "velocity": peak_bytes(one_velocity(model, config.rollout.micro_batch)),
+            "decode": peak_bytes(lambda: model.decode(latents)),
         }
 
 
@@ -61,20 +51,11 @@ def with_micro_batch(config: Config, n: int) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"micro_batch": n})})
 
 
-def velocity_inputs(
-    transformer: Any, n: int, image_tokens: int, text_tokens: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Arguments of one evaluation of n latents, of the right shapes and dtypes, on the default device."""
-    return {
-        "hidden_states": torch.zeros(n, image_tokens, transformer.config.in_channels, dtype=dtype),
-        "timestep": torch.full((n,), 0.5),
-        "guidance": torch.full((n,), 3.5) if transformer.config.guidance_embeds else None,
-        "pooled_projections": torch.zeros(n, transformer.config.pooled_projection_dim, dtype=dtype),
-        "encoder_hidden_states": torch.zeros(n, text_tokens, transformer.config.joint_attention_dim, dtype=dtype),
-        "txt_ids": torch.zeros(text_tokens, 3),
-        "img_ids": torch.zeros(image_tokens, 3),
-        "return_dict": False,
-    }
+def one_velocity(model: FlowModel, n: int) -> Callable[[], torch.Tensor]:
+    """An evaluation of n latents of one prompt, the longest, on the default device."""
+    x, sigma = torch.empty(n, *model.latent_shape), torch.empty(n)
+    conditioning = model.condition([model.random_embedding("", torch.Generator())])
+    return lambda: model.velocity(x, sigma, conditioning)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

@@ -9,8 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ONE_PROMPT = ("context_embedder", "time_text_embed.text_embedder", "time_text_embed.guidance_embedder")
-"""Modules of a FluxTransformer2DModel whose input is the same in every row while one prompt is sampled."""
+from g2rpo_ray.models.base import family_of
 
 
 def fold_lora(transformer: nn.Module) -> None:
@@ -38,9 +37,9 @@ def _lora_linear(layer: Any, x: Tensor) -> Tensor:
 @contextmanager
 def one_prompt(transformer: nn.Module) -> Iterator[None]:
     """Inside, all calls are for one prompt, guidance and resolution: what depends on these alone is evaluated once."""
-    stands_in: dict[str, nn.Module] = {"pos_embed": _Once(transformer.get_submodule("pos_embed"))}
-    names = {name for name, _ in transformer.named_modules()}
-    stands_in |= {name: _OneRow(transformer.get_submodule(name)) for name in ONE_PROMPT if name in names}
+    family, names = family_of(transformer), {name for name, _ in transformer.named_modules()}
+    stands_in: dict[str, nn.Module] = {name: _Once(transformer.get_submodule(name)) for name in family.once}
+    stands_in |= {name: _OneRow(transformer.get_submodule(name)) for name in family.once_a_row if name in names}
     originals = {name: transformer.get_submodule(name) for name in stands_in}
     try:
         for name, module in stands_in.items():

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
-from g2rpo_ray.files import resolve
+from g2rpo_ray.models.base import FlowModel, family_of
 from g2rpo_ray.types import FloatArray, WeightsManifest
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -58,6 +57,10 @@ def _target_modules(transformer: nn.Module, config: LoraConfig) -> list[str]:
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if config.targets == "all-linear":
         return linear
+    if config.targets is None:
+        family, blocks = family_of(transformer), getattr(transformer, "transformer_blocks", ())
+        idle = {f"transformer_blocks.{len(blocks) - 1}.{name}" for name in family.lora_idle}
+        return [name for name in linear if any(_ends_with(name, t) for t in family.lora_targets) and name not in idle]
     for target in config.targets:
         if not any(_ends_with(name, target) for name in linear):
             raise ValueError(
@@ -104,10 +107,8 @@ def load_lora(transformer: nn.Module, state: Mapping[str, FloatArray]) -> None:
 
 def lora_shapes(model: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the LoRA's tensors on this model, from its configuration file alone: no weights are read."""
-    network = FluxTransformer2DModel.load_config(resolve(model.path), subfolder="transformer", revision=model.revision)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(network)
-        add_lora(transformer, config, seed=0)
+    transformer = FlowModel.skeleton(model).transformer
+    add_lora(transformer, config, seed=0)
     return {name: tuple(parameter.shape) for name, parameter in lora_parameters(transformer).items()}
 
 
@@ -160,10 +161,10 @@ def verify(state: Mapping[str, FloatArray], manifest: WeightsManifest) -> None:
         )
 
 
-def export_lora(directory: str | Path, state: Mapping[str, FloatArray], config: LoraConfig) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which FluxPipeline.load_lora_weights reads with its rank and alpha."""
+def export_lora(directory: str | Path, state: Mapping[str, FloatArray], config: LoraConfig, pipeline: Any) -> None:
+    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of this class reads with rank and alpha."""
     layers = sorted({name.split(".lora_")[0] for name in state})
-    FluxPipeline.save_lora_weights(
+    pipeline.save_lora_weights(
         directory,
         transformer_lora_layers={name: torch.from_numpy(np.array(array)) for name, array in state.items()},
         # without metadata diffusers takes alpha for equal to the rank

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FluxModel
+from g2rpo_ray.models import FlowModel
 from g2rpo_ray.types import Images
 
 
 class Decoder:
     """The VAE of a rollout worker. On a GPU it has a stream of its own, for its passes and the copies to the host."""
 
-    def __init__(self, config: Config, model: FluxModel):
+    def __init__(self, config: Config, model: FlowModel):
         self._config, self._model = config, model
         self._stream = torch.cuda.Stream() if config.rollout.device == "cuda" else None
 
@@ -27,7 +27,7 @@ class Decoder:
 class Decoding:
     """The images of one unit: row r is in batch r // `size` whatever ends first, so that no image depends on that."""
 
-    def __init__(self, model: FluxModel, images: Tensor, size: int, stream: torch.cuda.Stream | None):
+    def __init__(self, model: FlowModel, images: Tensor, size: int, stream: torch.cuda.Stream | None):
         self._model, self._images, self._size, self._stream = model, images, size, stream
         self._missing = [len(batch) for batch in images.split(size)]
 

@@ -17,9 +17,19 @@ from g2rpo_ray.types import BranchUnit, FloatArray, TrunkUnit
 BACKWARD = 3  # evaluations that a state of the learner counts, forward and backward
 
 
-def sigma_grid(config: SamplerConfig, image_tokens: int) -> Tensor:
-    """The float32 noise levels [T + 1]; `image_tokens` decides FLUX's dynamic shift."""
-    shift = resolution_shift(image_tokens) if config.shift == "dynamic" else float(config.shift)
+class Schedule(Protocol):
+    """What of a model decides the noise levels."""
+
+    @property
+    def image_tokens(self) -> int: ...
+    def sigmas(self, steps: int) -> Tensor: ...
+
+
+def sigma_grid(config: SamplerConfig, model: Schedule) -> Tensor:
+    """The float32 noise levels [T + 1]."""
+    if config.shift == "pipeline":
+        return model.sigmas(config.steps)
+    shift = resolution_shift(model.image_tokens) if config.shift == "dynamic" else float(config.shift)
     return shifted_sigmas(config.steps, shift)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from g2rpo_ray.algo import Tree, Velocity, grow, integrate
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FluxModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
+from g2rpo_ray.models import FlowModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
 from g2rpo_ray.rollout.decoder import Decoder
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, edge_key, prompt_tree, sigma_grid, trunk_part
@@ -24,16 +24,16 @@ class Sampler:
     for, and the batches are fixed by `rollout.micro_batch`.
     """
 
-    def __init__(self, config: Config, model: FluxModel | None = None):
+    def __init__(self, config: Config, model: FlowModel | None = None):
         """`model`: one that is loaded already, without LoRA."""
         self._config = config
         self._device = config.rollout.device
-        self._model = model or FluxModel.load(config.model, self._device, transformer=True, vae=True)
+        self._model = model or FlowModel.load(config.model, self._device, transformer=True, vae=True)
         add_lora(self._model.transformer, config.lora, config.seed)
         fold_lora(self._model.transformer)
         if config.rollout.compile:  # dynamic: the last batches of a unit are smaller than the others
             self._model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
-        self._sigmas = sigma_grid(config.sampler, self._model.image_tokens)
+        self._sigmas = sigma_grid(config.sampler, self._model)
         self._decoder = Decoder(config, self._model)
         self.evaluations = 0
         """Velocity evaluations since the start, a latent each."""
@@ -90,7 +90,7 @@ class Sampler:
         """The latents at the last step, of noise [seeds, L, D]."""
         sigmas = self._sigmas
         if unit.steps is not None:
-            sigmas = sigma_grid(self._config.sampler.model_copy(update={"steps": unit.steps}), self._model.image_tokens)
+            sigmas = sigma_grid(self._config.sampler.model_copy(update={"steps": unit.steps}), self._model)
         steps = len(sigmas) - 1
         adapted = math.floor(unit.adapter_share * steps + 0.5)
         with self._velocity(embedding) as velocity:

@@ -1,0 +1,296 @@
+"""What a flow model is: prompt -> embedding, (latent, sigma) -> velocity, latent -> image. A family of models a file.
+
+Shapes: N latents, K prompts; a latent [...] as the pipeline's own loop holds it, [L, D] packed tokens or [C, h, w].
+Weights and their arithmetic have the dtype of the configuration; latents, sigmas and velocities are float32 outside.
+"""
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.models.pipeline import Description, check_size, describe_pipeline, load_parts, set_attention_backend
+from g2rpo_ray.types import PromptEmbedding, StoredTensor
+
+FAMILIES = {"FluxPipeline": "flux"}
+"""Module of each pipeline class, in this package; its `Model` is the adapter."""
+
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Prompts as arguments of the transformer, by their names: a tensor [K, ...] or a list of K tensors each."""
+
+    prompt: Mapping[str, Any]
+    negative: Mapping[str, Any] | None = None
+    """Of one prompt. Given, the velocity has classifier-free guidance, and costs two evaluations."""
+
+
+class FlowModel:
+    """A diffusers pipeline as a flow model. Made by `load`, which knows the family by the pipeline's class."""
+
+    pipeline_class: ClassVar[Any]
+    transformer_class: ClassVar[Any] = ()
+    vae_class: ClassVar[Any]
+    arguments: ClassVar[tuple[tuple[str, str], ...]]
+    """Tensors of an embedding, by the names of the pipeline's own arguments, and what the transformer calls them."""
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION + TEXT_ATTENTION
+    """Name endings of the linear layers that get an adapter where `lora.targets` is unset."""
+    lora_idle: ClassVar[tuple[str, ...]] = ()
+    """Those of them that have no effect, so no gradient, in the last of `transformer_blocks`."""
+    once: ClassVar[tuple[str, ...]] = ()
+    """Modules whose input is the same in every call while one prompt is sampled without guidance."""
+    once_a_row: ClassVar[tuple[str, ...]] = ()
+    """The same, of modules whose input has a row a latent."""
+    scale_name: ClassVar[str] = "guidance_scale"
+    """What the pipeline calls the scale of its guidance."""
+    least_scale: ClassVar[float] = 1.0
+    """Above it the pipeline guides by a negative prompt."""
+
+    transformer: Any
+    """The velocity network; a wrapper with the same call may take its place. None where `load` was not asked for it."""
+    latent_shape: tuple[int, ...]
+
+    def __init__(self, config: ModelConfig, device: str, pipeline: Any, description: Description) -> None:
+        self.transformer = pipeline.transformer
+        self.network, self.autoencoder = description.network, description.autoencoder
+        self._pipeline, self._config, self._device = pipeline, config, device
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._scale = self.vae_scale(description.autoencoder)
+        self.rows, self.columns = config.height // self._scale, config.width // self._scale  # of the VAE's latent
+        defaults = inspect.signature(self.pipeline_class.__call__).parameters
+        self.text_tokens: int = config.max_sequence_length or defaults["max_sequence_length"].default
+        scale = config.guidance_scale
+        self.guidance_scale: float = defaults[self.scale_name].default if scale is None else scale
+        self._check_guidance()
+        with torch.device("meta"):
+            self.latent_shape = tuple(self._pack(torch.empty(self._noise_shape())).shape[1:])
+
+    @staticmethod
+    def load(
+        config: ModelConfig,
+        device: str,
+        *,
+        vae: bool = False,
+        transformer: bool = False,
+        text_encoders: bool = False,
+    ) -> "FlowModel":
+        """Load the parts asked for, frozen, in `config.dtype`, onto `device`; none: only check the settings.
+
+        Raises:
+            ValueError: one line that names the key (`model.path`, `model.height` ...), what was given and what to do.
+        """
+        description = describe_pipeline(config, tuple(FAMILIES))
+        family: type[FlowModel] = importlib.import_module(f"{__package__}.{FAMILIES[description.kind]}").Model
+        check_size(config, 2 * family.vae_scale(description.autoencoder))
+        parts = [name for name, wanted in (("vae", vae), ("transformer", transformer)) if wanted]
+        parts += description.text_parts if text_encoders else ()
+        pipeline = load_parts(family.pipeline_class, config, description, parts)
+        if transformer and config.attention_backend is not None:
+            set_attention_backend(pipeline.transformer, config.attention_backend)
+        return family(config, device, pipeline.to(device), description)
+
+    @classmethod
+    def skeleton(cls, config: ModelConfig) -> "FlowModel":
+        """The model on the meta device: shapes without weights, from its configuration files alone."""
+        model = cls.load(config, "meta")
+        with torch.device("meta"):
+            model.transformer = model.transformer_class.from_config(model.network)
+            model._pipeline.vae = model.vae_class.from_config(model.autoencoder)
+        for part in (model.transformer, model._pipeline.vae):
+            torch.nn.Module.to(part, model._dtype)  # diffusers' own warns
+        return model
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """What `decode` needs the weights of."""
+        decoder: torch.nn.Module = self._pipeline.vae.decoder
+        return decoder
+
+    @staticmethod
+    def vae_scale(autoencoder: Mapping[str, Any]) -> int:
+        """Pixels to one VAE latent, along an edge."""
+        return 2 ** (len(autoencoder["block_out_channels"]) - 1)
+
+    @property
+    def image_tokens(self) -> int:
+        """What resolution-dependent shifts depend on: 2 x 2 patches of the VAE's latent."""
+        return self.rows * self.columns // 4
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, negative: bool = False) -> list[PromptEmbedding]:
+        """The prompts' embeddings, one forward pass each: a result must not depend on what else is encoded."""
+        return [self._embedding(prompt, negative) for prompt in prompts]
+
+    def _embedding(self, prompt: str, negative: bool) -> PromptEmbedding:
+        tensors = self._encode(prompt, negative, device=self._device, max_sequence_length=self.text_tokens)
+        stored = {name: StoredTensor.of(self._in_dtype(tensor)) for name, tensor in tensors.items()}
+        return PromptEmbedding(prompt, stored)
+
+    def _in_dtype(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """Standard normal [...], float32, drawn on the CPU: the same bits for a model on any device."""
+        return self._pack(torch.randn(self._noise_shape(), generator=generator))[0]
+
+    def condition(self, embeddings: Sequence[PromptEmbedding], negative: PromptEmbedding | None = None) -> Conditioning:
+        """K embeddings as the transformer takes them; `negative`: what to guide away from, if at all."""
+        return Conditioning(
+            self._arguments_of(embeddings), None if negative is None else self._arguments_of([negative])
+        )
+
+    def random_embedding(self, prompt: str, generator: torch.Generator) -> PromptEmbedding:
+        """Noise of the shape and dtype of the longest prompt's embedding: to measure with."""
+        shapes = self.embedding_shapes().items()
+        drawn = {name: torch.randn(shape, generator=generator, device="cpu").to(self._dtype) for name, shape in shapes}
+        return PromptEmbedding(prompt, {name: StoredTensor.of(tensor) for name, tensor in drawn.items()})
+
+    def _arguments_of(self, embeddings: Sequence[PromptEmbedding]) -> dict[str, Any]:
+        names = embeddings[0].tensors
+        columns = {name: [self._in_dtype(e.tensors[name].tensor()) for e in embeddings] for name in names}
+        return {name: _to(value, self._device) for name, value in self._collate(columns).items()}
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """dx/dσ at (x, sigma, prompt), [N, ...] float32 on the model's device; differentiable in the LoRA.
+
+        `x` is [N, ...], `sigma` [N], both float32 on that device; K prompts, either N or one for all.
+        """
+        v = self._predict(x, sigma, _expanded(conditioning.prompt, len(x)))
+        if conditioning.negative is None:
+            return v
+        return self._guide(v, self._predict(x, sigma, _expanded(conditioning.negative, len(x))))
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [N, H, W, 3] uint8 on the model's device, of latents [N, ...] float32, in one pass of the VAE.
+
+        At 720 px that takes gigabytes an image: the caller decides how many go together.
+        """
+        latent = self._to_vae(x).to(self._device, self._dtype)
+        image = self._pipeline.vae.decode(latent, return_dict=False)[0]
+        image = image[:, :, 0] if image.ndim == 5 else image  # a video VAE's only frame
+        unit: Tensor = self._pipeline.image_processor.postprocess(image.float(), output_type="pt")  # [N, 3, H, W] 0..1
+        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The pipeline's own noise levels [steps + 1], float32, from 1 to 0.
+
+        Raises:
+            ValueError: its scheduler is of another kind, or has no grid of so few steps.
+        """
+        scheduler: Any = self._pipeline.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"sampler.shift: pipeline given, but the pipeline's scheduler is a {type(scheduler).__name__}, which "
+                "is not Euler's method on a flow: give a number"
+            )
+        self._set_timesteps(scheduler, steps)
+        grid: Tensor = scheduler.sigmas  # type: ignore[attr-defined]
+        if not (grid.diff() < 0).all():
+            raise ValueError(f"sampler.steps: {steps} given; the pipeline's own grid needs more, or set sampler.shift")
+        return grid
+
+    # What a family says otherwise.
+
+    def _noise_shape(self) -> tuple[int, ...]:
+        """Of the noise that the pipeline draws for one image."""
+        return (1, self.network["in_channels"], self.rows, self.columns)
+
+    def _pack(self, noise: Tensor) -> Tensor:
+        """The latent that the pipeline's loop makes of it."""
+        return noise
+
+    def _to_vae(self, x: Tensor) -> Tensor:
+        """Latents [N, ...] as the VAE decodes them."""
+        vae = self._pipeline.vae.config
+        return x / vae.scaling_factor + vae.shift_factor
+
+    def _encode(self, prompt: str, negative: bool, **options: Any) -> dict[str, Tensor]:
+        """Tensors of one prompt, without a batch dimension, by the names of the pipeline's arguments."""
+        raise NotImplementedError
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of an embedding's tensors, for the longest prompt."""
+        raise NotImplementedError
+
+    def _collate(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+        """The transformer's arguments, of K embeddings by name."""
+        return {argument: torch.stack(list(columns[name])) for name, argument in self.arguments}
+
+    def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the transformer beside latents, time and prompt."""
+        return {}
+
+    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
+        """One evaluation of the transformer, as dx/dσ in float32. It casts the time itself: sigma is not rounded."""
+        others = self._others(len(x), text)
+        output: Tensor = self.transformer(
+            hidden_states=x.to(self._dtype), timestep=sigma, **text, **others, return_dict=False
+        )[0]
+        return output.float()
+
+    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
+        """Classifier-free guidance, by the velocities of prompt and negative prompt."""
+        return unguided + self.guidance_scale * (v - unguided)
+
+    def _guides(self) -> bool:
+        """Whether the pipeline has classifier-free guidance."""
+        return True
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._mu(steps))
+
+    def _mu(self, steps: int) -> float:
+        """Of the scheduler's dynamic shift, if it has one."""
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        given = [self._pipeline.scheduler.config.get(*pair) for pair in zip(names, (256, 4096, 0.5, 1.15), strict=True)]
+        return float(calculate_shift(self.image_tokens, *given))
+
+    def _check_guidance(self) -> None:
+        negative, kind = self._config.negative_prompt, self.pipeline_class.__name__
+        if negative is None:
+            return
+        if not self._guides():
+            raise ValueError(
+                f"model.negative_prompt: {negative!r} given, but this {kind} is distilled and has no classifier-free "
+                "guidance; leave it out"
+            )
+        if self.guidance_scale <= self.least_scale:
+            raise ValueError(
+                f"model.guidance_scale: {self.guidance_scale:g} given; with model.negative_prompt a {kind} needs more "
+                f"than {self.least_scale:g}; without guidance leave model.negative_prompt out"
+            )
+
+
+def family_of(transformer: Any) -> type[FlowModel]:
+    """The family that a transformer belongs to, which was loaded as one."""
+    return next(family for family in FlowModel.__subclasses__() if isinstance(transformer, family.transformer_class))
+
+
+def _expanded(arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """n rows of each, of as many or of one."""
+    return {
+        name: value.expand(n, *value.shape[1:]) if isinstance(value, Tensor) else value and value * (n // len(value))
+        for name, value in arguments.items()
+    }
+
+
+def _to(value: Any, device: str) -> Any:
+    return (
+        [part.to(device) for part in value]
+        if isinstance(value, list)
+        else value.to(device)
+        if value is not None
+        else None
+    )

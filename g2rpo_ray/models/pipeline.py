@@ -1,0 +1,107 @@
+"""A diffusers pipeline on disk or on the hub: what its configuration files say, and those parts that are asked for."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import SafetensorError
+
+from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.files import resolve
+
+NOT_TEXT = ("transformer", "vae", "scheduler")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the configuration files of a pipeline say; no weights are read."""
+
+    kind: str  # the pipeline's class
+    parts: tuple[str, ...]  # those that it has
+    network: Mapping[str, Any]  # the transformer's configuration
+    autoencoder: Mapping[str, Any]
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Text encoders, tokenizers and what else makes embeddings."""
+        return [part for part in self.parts if part not in NOT_TEXT]
+
+
+def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
+    """Read the configuration files of a pipeline of one of these kinds.
+
+    Raises:
+        ValueError: one line; there is none, or of another kind.
+    """
+    path, revision = resolve(config.path), config.revision
+    with loading(config):
+        if Path(path).is_absolute() and not Path(path).is_dir():  # diffusers would speak of the hub
+            raise ValueError("there is no such directory")
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        kind = index.get("_class_name")
+        if kind not in kinds:
+            raise ValueError(f"it holds a {kind}; known are {', '.join(kinds)}")
+        parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0] is not None)
+        network, autoencoder = (  # any class of models reads config.json
+            AutoencoderKL.load_config(path, subfolder=part, revision=revision) for part in ("transformer", "vae")
+        )
+    return Description(kind, parts, network, autoencoder)
+
+
+def load_parts(kind: Any, config: ModelConfig, description: Description, parts: Sequence[str]) -> Any:
+    """A pipeline of this class with these parts, frozen, and its scheduler; None for the others.
+
+    Raises:
+        ValueError: one line; a part is missing or cannot be read.
+    """
+    path, wanted = resolve(config.path), ["scheduler", *parts]
+    with loading(config):
+        for part in wanted:  # without its folder diffusers would look for the part beside model_index.json
+            if Path(path).is_dir() and not (Path(path) / part).is_dir():
+                raise ValueError(f"it has no folder {part}")
+        others = {part: None for part in description.parts if part not in wanted}
+        dtype = getattr(torch, config.dtype)
+        pipeline = kind.from_pretrained(path, revision=config.revision, dtype=dtype, **others)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
+
+
+@contextmanager
+def loading(config: ModelConfig) -> Iterator[None]:
+    """Turns what diffusers, transformers and the hub raise into one line for the user."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        given = f"{config.path!r}" + (f" at revision {config.revision!r}" if config.revision else "")
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        raise ValueError(
+            f"model.path: cannot load {given}; expected a diffusers pipeline, a directory with model_index.json "
+            "and a folder for each part, or the id of one on the Hugging Face hub: check the path, or download it "
+            f"where the hub can be reached and give that directory ({reason})"
+        ) from None
+
+
+def check_size(config: ModelConfig, multiple: int) -> None:
+    for key, size in (("height", config.height), ("width", config.width)):
+        if size % multiple:
+            below = max(multiple, size - size % multiple)
+            raise ValueError(
+                f"model.{key}: {size} given; must be a multiple of {multiple} for this pipeline, "
+                f"e.g. {below} or {below + multiple}"
+            )
+
+
+def set_attention_backend(transformer: Any, backend: str) -> None:
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"model.attention_backend: {backend!r} given; not usable here: {reason}") from None
