@@ -111,7 +111,8 @@ class Collector:
         jobs = [_Job(weights, iteration, ref) for ref in self._embeddings.refs(prompts)]
         done = await asyncio.gather(*(self._prompt(job, unit) for job, unit in zip(jobs, units, strict=True)))
         reports = [report for job in jobs for report in job.reports]
-        assert sum(report.evaluations for report in reports) == sum(made.tree.evaluations for made, _ in done)
+        planned = self._config.velocity_cost * sum(made.tree.evaluations for made, _ in done)
+        assert sum(report.evaluations for report in reports) == planned
         anchors = [scores for _, scores in done if scores]
         scores = {name: np.concatenate([anchor[name] for anchor in anchors]) for name in self._scorers if anchors}
         sampled = max(job.last_image for job in jobs) - start
@@ -149,7 +150,7 @@ class Collector:
         """The prompt's record, and the scores of its trunks' images by reward, trained or not."""
         tree = prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt)
         part = trunk_part(tree)
-        trunk, images = await self._compute(job, unit, cost=part.evaluations)
+        trunk, images = await self._compute(job, unit, cost=self._config.velocity_cost * part.evaluations)
         anchors, _, *branches = await asyncio.gather(
             self._score(unit, images, len(part.images), list(self._scorers)),
             self._keep(trunk, False),
@@ -168,7 +169,7 @@ class Collector:
     ) -> tuple[ray.ObjectRef, Part, dict[str, FloatArray]]:
         """The stochastic edges, what of the tree they are, and the scores [I] of the images by trained reward."""
         part = branch_part(tree, unit)
-        branches, images = await self._compute(job, unit, trunk, cost=part.evaluations)
+        branches, images = await self._compute(job, unit, trunk, cost=self._config.velocity_cost * part.evaluations)
         scores, _ = await asyncio.gather(
             self._score(unit, images, len(part.images), list(self._config.rewards)),
             self._keep(branches, self._computing == 0),
@@ -177,7 +178,8 @@ class Collector:
 
     @_again_if_lost
     async def _sample(self, job: "_Job", unit: SampleUnit) -> tuple[ray.ObjectRef, dict[str, FloatArray]]:
-        _, images = await self._compute(job, unit, cost=len(unit.seeds) * (unit.steps or self._config.sampler.steps))
+        steps = unit.steps or self._config.sampler.steps
+        _, images = await self._compute(job, unit, cost=self._config.sample_cost * len(unit.seeds) * steps)
         return images, await self._score(unit, images, len(unit.seeds), list(self._scorers))
 
     async def _compute(self, job: "_Job", unit: Unit, *args: Any, cost: int) -> list[ray.ObjectRef]:

@@ -124,6 +124,7 @@ def _settings(config: Config, seeds: int) -> dict[str, Any]:
     return {
         "seeds": seeds,
         "shift": config.sampler.shift,
+        "guidance": config.evaluation.guidance,
         "model": config.model.model_dump(mode="json"),
         "pipeline": _stamp(config.model.path),
         "rollout": [rollout.device, rollout.threads, rollout.micro_batch, rollout.decode_batch, rollout.compile],

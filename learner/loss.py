@@ -128,7 +128,9 @@ class EdgeLoss:
         """(part of the loss, metrics) of each state, over the step's denominator."""
         x = torch.stack([torch.tensor(state.latent) for state in states]).to(self._device)
         sigma = self._sigmas[[state.start for state in states]].to(self._device)
-        conditioning = self._model.condition([state.rollout.embedding for state in states])
+        embeddings = [state.rollout.embedding for state in states]
+        negative = embeddings[0].negative if self._sampler.guidance else None
+        conditioning = self._model.condition(embeddings, negative)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return self._model.velocity(x, sigma, conditioning)

@@ -179,6 +179,8 @@ class EvaluationConfig(Section):
     anchors: bool = True
     """Carry the trunks on to the image and score it with all rewards: the on-policy evaluation `eval/*`. `method` fills
     it."""
+    guidance: bool = True
+    """The same as sampler.guidance, of held-out samples and of `evaluate`."""
     every: int = Field(50, ge=0, le=1_000_000)
     """Iterations between held-out evaluations; 0: only before the first and after the last."""
     seeds: int = Field(2, ge=1, le=1024)
@@ -278,6 +280,16 @@ class Config(Section):
                 f"learner.updates_per_rollout: {learner.updates_per_rollout} given; at most "
                 f"data.prompts_per_iteration={prompts}"
             )
+
+    @property
+    def velocity_cost(self) -> int:
+        """Evaluations that a velocity of rollout and update takes: with classifier-free guidance two."""
+        return 1 + (self.sampler.guidance and self.model.negative_prompt is not None)
+
+    @property
+    def sample_cost(self) -> int:
+        """The same of held-out samples."""
+        return 1 + (self.evaluation.guidance and self.model.negative_prompt is not None)
 
     @property
     def all_rewards(self) -> dict[str, RewardConfig]:

@@ -9,12 +9,14 @@ from g2rpo_ray.config.section import Section, Step
 
 
 class SamplerConfig(Section):
-    """The shape of a prompt's tree, and its schedule. `method` fills all but `steps` and `shift`."""
+    """The shape of a prompt's tree, and its schedule. `method` fills all but the first three."""
 
     steps: int = Field(16, gt=0, le=1000)
     """T, sampling steps."""
     shift: Annotated[float, Field(gt=0, le=1000)] | Literal["dynamic", "pipeline"] = 3.0
     """Schedule shift s, FLUX.1's resolution-dependent one, or the pipeline's own grid."""
+    guidance: bool = True
+    """Classifier-free guidance in rollout and update, where model.negative_prompt is given: twice the evaluations."""
     kernel: Literal["flow", "dance", "cps"] = "flow"
     eta: float = Field(0.7, gt=0, le=100)
     """Noise level of a stochastic step."""

@@ -16,18 +16,19 @@ def learner_states(config: Config, states: float) -> float:
 def describe_plan(config: Config) -> str:
     """What an iteration evaluates, in how many units, and what it leaves in memory."""
     trees, prompts, sampler = possible_trees(config), config.data.prompts_per_iteration, config.sampler
+    cost = config.velocity_cost
     evaluations, states, images = (
         sum(counts) / len(trees)
-        for counts in zip(*((t.evaluations, len(t.states), len(t.images)) for t in trees), strict=True)
+        for counts in zip(*((cost * t.evaluations, len(t.states), len(t.images)) for t in trees), strict=True)
     )
     work = learner_states(config, states)
     backward = BACKWARD + config.learner.gradient_checkpointing
     trunk = TrunkUnit(0, 0, "")
     units = list(branch_units(config, trees[0], trunk))
     members = max(unit.members for unit in units)
-    largest = max(branch_part(t, unit).evaluations for t in {*trees} for unit in branch_units(config, t, trunk))
+    largest = cost * max(branch_part(t, unit).evaluations for t in {*trees} for unit in branch_units(config, t, trunk))
     about = "" if len({t.evaluations for t in trees}) == 1 else "about "
-    an_iteration, updated = prompts * evaluations, prompts * work * backward
+    an_iteration, updated = prompts * evaluations, prompts * work * backward * cost
     stored = prompts * images * config.model.height * config.model.width * 3
     ranks = config.rollout.max_actors * updated / an_iteration
     return "\n".join(
@@ -36,7 +37,7 @@ def describe_plan(config: Config) -> str:
             f"({sampler.branch_schedule}), {sampler.group_size} children, {sampler.stochastic_edges} stochastic edges, "
             f"granularities {_list(sampler.strides)}",
             f"a prompt:      {about}{evaluations:g} velocity evaluations, {images:g} images to score, "
-            f"{states:g} learner states",
+            f"{states:g} learner states" + (", with guidance, which counts twice" if cost > 1 else ""),
             f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
             f"{members} members, {an_iteration:g} evaluations; update: {prompts * work:g} states forward and "
             f"backward, as much as {updated:g} evaluations",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Sampler:
         key = (self._config.seed, unit.iteration, unit.slot, unit.prompt)
         x = torch.stack([self._initial("root", *key, root) for root in roots])
         decoding = self._decoder.unit(len(part.images))
-        with self._velocity(embedding) as velocity:
+        with self._velocity(embedding, self._config.sampler.guidance) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, roots, x, self._sigmas, keep=part.touched,
                 micro_batch=self._config.rollout.micro_batch, ended=decoding.ended,
@@ -68,7 +68,7 @@ class Sampler:
             return torch.stack([self._initial(*edge_key(self._config, unit, tree, edge)) for edge in edges])
 
         decoding = self._decoder.unit(len(part.images))
-        with self._velocity(embedding) as velocity:
+        with self._velocity(embedding, sampler.guidance) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, tree.branch_points[points].tolist(), x, self._sigmas, v=v,
                 kernel=sampler.kernel, eta=sampler.eta, noise=noise, keep=part.touched,
@@ -93,11 +93,12 @@ class Sampler:
             sigmas = sigma_grid(self._config.sampler.model_copy(update={"steps": unit.steps}), self._model)
         steps = len(sigmas) - 1
         adapted = math.floor(unit.adapter_share * steps + 0.5)
-        with self._velocity(embedding) as velocity:
+        guided = self._config.evaluation.guidance
+        with self._velocity(embedding, guided) as velocity:
             x = integrate(velocity, x, sigmas[: adapted + 1])
         if adapted == steps:
             return x
-        with lora_disabled(self._model.transformer), self._velocity(embedding) as velocity:
+        with lora_disabled(self._model.transformer), self._velocity(embedding, guided) as velocity:
             return integrate(velocity, x, sigmas[adapted:])
 
     def _tree(self, unit: TrunkUnit | BranchUnit) -> Tree:
@@ -107,15 +108,16 @@ class Sampler:
         return self._model.initial_noise(generator(*key)).to(self._device)
 
     @contextmanager
-    def _velocity(self, embedding: PromptEmbedding) -> Iterator[Velocity]:
+    def _velocity(self, embedding: PromptEmbedding, guided: bool) -> Iterator[Velocity]:
         """The velocity for one prompt; what depends on the prompt or the resolution alone is evaluated once."""
-        conditioning = self._model.condition([embedding])
+        negative = embedding.negative if guided else None
+        conditioning = self._model.condition([embedding], negative)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            self.evaluations += len(x)
+            self.evaluations += len(x) * (1 if negative is None else 2)
             return self._model.velocity(x, sigma, conditioning)
 
-        with one_prompt(self._model.transformer):
+        with one_prompt(self._model.transformer) if negative is None else nullcontext():
             yield velocity
 
 
