@@ -63,7 +63,7 @@ class LearnerEngine:
         transformer = self._model.transformer
         add_lora(transformer, config.lora, config.seed)
         if self._learner.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+            self._model.enable_gradient_checkpointing()
         self._lora = lora_parameters(transformer)
         # the LoRA is put in before ZeRO takes the parameters apart, the moments into what ZeRO has made
         saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint) / CHECKPOINT, self._lora)

@@ -7,7 +7,6 @@ Weights and their arithmetic have the dtype of the configuration; latents, sigma
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,23 +16,24 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.models.conditioning import Conditioning, expanded, on_device
 from g2rpo_ray.models.pipeline import Description, check_size, describe_pipeline, load_parts, set_attention_backend
 from g2rpo_ray.types import PromptEmbedding, StoredTensor
 
-FAMILIES = {"FluxPipeline": "flux"}
+FAMILIES = {
+    "FluxPipeline": "flux",
+    "StableDiffusion3Pipeline": "sd3",
+    "QwenImagePipeline": "qwen_image",
+    "ZImagePipeline": "z_image",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2_klein",
+    "ChromaPipeline": "chroma",
+    "Lumina2Pipeline": "lumina2",
+}
 """Module of each pipeline class, in this package; its `Model` is the adapter."""
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """Prompts as arguments of the transformer, by their names: a tensor [K, ...] or a list of K tensors each."""
-
-    prompt: Mapping[str, Any]
-    negative: Mapping[str, Any] | None = None
-    """Of one prompt. Given, the velocity has classifier-free guidance, and costs two evaluations."""
 
 
 class FlowModel:
@@ -57,6 +57,8 @@ class FlowModel:
     least_scale: ClassVar[float] = 1.0
     """Above it the pipeline guides by a negative prompt."""
 
+    _by_transformer: ClassVar[dict[Any, "type[FlowModel]"]] = {}
+
     transformer: Any
     """The velocity network; a wrapper with the same call may take its place. None where `load` was not asked for it."""
     latent_shape: tuple[int, ...]
@@ -75,6 +77,9 @@ class FlowModel:
         self._check_guidance()
         with torch.device("meta"):
             self.latent_shape = tuple(self._pack(torch.empty(self._noise_shape())).shape[1:])
+
+    def __init_subclass__(cls) -> None:
+        FlowModel._by_transformer.setdefault(cls.transformer_class, cls)
 
     @staticmethod
     def load(
@@ -109,6 +114,7 @@ class FlowModel:
             model._pipeline.vae = model.vae_class.from_config(model.autoencoder)
         for part in (model.transformer, model._pipeline.vae):
             torch.nn.Module.to(part, model._dtype)  # diffusers' own warns
+        model._read_no_data()
         return model
 
     @property
@@ -140,6 +146,10 @@ class FlowModel:
     def _in_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the blocks' activations in the backward pass."""
+        self.transformer.enable_gradient_checkpointing()
+
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Standard normal [...], float32, drawn on the CPU: the same bits for a model on any device."""
         return self._pack(torch.randn(self._noise_shape(), generator=generator))[0]
@@ -159,17 +169,17 @@ class FlowModel:
     def _arguments_of(self, embeddings: Sequence[PromptEmbedding]) -> dict[str, Any]:
         names = embeddings[0].tensors
         columns = {name: [self._in_dtype(e.tensors[name].tensor()) for e in embeddings] for name in names}
-        return {name: _to(value, self._device) for name, value in self._collate(columns).items()}
+        return {name: on_device(value, self._device) for name, value in self._collate(columns).items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """dx/dσ at (x, sigma, prompt), [N, ...] float32 on the model's device; differentiable in the LoRA.
 
         `x` is [N, ...], `sigma` [N], both float32 on that device; K prompts, either N or one for all.
         """
-        v = self._predict(x, sigma, _expanded(conditioning.prompt, len(x)))
+        v = self._predict(x, sigma, expanded(conditioning.prompt, len(x)))
         if conditioning.negative is None:
             return v
-        return self._guide(v, self._predict(x, sigma, _expanded(conditioning.negative, len(x))))
+        return self._guide(v, self._predict(x, sigma, expanded(conditioning.negative, len(x))))
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -244,6 +254,9 @@ class FlowModel:
         """Classifier-free guidance, by the velocities of prompt and negative prompt."""
         return unguided + self.guidance_scale * (v - unguided)
 
+    def _read_no_data(self) -> None:
+        """Give the transformer what it would read of its arguments' data, which is not there on the meta device."""
+
     def _guides(self) -> bool:
         """Whether the pipeline has classifier-free guidance."""
         return True
@@ -253,9 +266,9 @@ class FlowModel:
 
     def _mu(self, steps: int) -> float:
         """Of the scheduler's dynamic shift, if it has one."""
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        given = [self._pipeline.scheduler.config.get(*pair) for pair in zip(names, (256, 4096, 0.5, 1.15), strict=True)]
-        return float(calculate_shift(self.image_tokens, *given))
+        given = self._pipeline.scheduler.config
+        ends = given.base_image_seq_len, given.max_image_seq_len, given.base_shift, given.max_shift
+        return float(calculate_shift(self.image_tokens, *ends))
 
     def _check_guidance(self) -> None:
         negative, kind = self._config.negative_prompt, self.pipeline_class.__name__
@@ -275,22 +288,4 @@ class FlowModel:
 
 def family_of(transformer: Any) -> type[FlowModel]:
     """The family that a transformer belongs to, which was loaded as one."""
-    return next(family for family in FlowModel.__subclasses__() if isinstance(transformer, family.transformer_class))
-
-
-def _expanded(arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """n rows of each, of as many or of one."""
-    return {
-        name: value.expand(n, *value.shape[1:]) if isinstance(value, Tensor) else value and value * (n // len(value))
-        for name, value in arguments.items()
-    }
-
-
-def _to(value: Any, device: str) -> Any:
-    return (
-        [part.to(device) for part in value]
-        if isinstance(value, list)
-        else value.to(device)
-        if value is not None
-        else None
-    )
+    return FlowModel._by_transformer[type(transformer)]

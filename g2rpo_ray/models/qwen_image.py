@@ -1,0 +1,47 @@
+"""Qwen-Image: prompts of any length, guidance rescaled to the norm of the prompt's velocity, a video VAE."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from g2rpo_ray.models.packed import PackedModel
+
+
+class Model(PackedModel):
+    pipeline_class, transformer_class = QwenImagePipeline, QwenImageTransformer2DModel
+    vae_class = AutoencoderKLQwenImage
+    lora_idle = ("attn.add_q_proj", "attn.to_add_out")
+    once_a_row = ("txt_norm", "txt_in")
+    scale_name = "true_cfg_scale"
+
+    @staticmethod
+    def vae_scale(autoencoder: Mapping[str, Any]) -> int:
+        return 2 ** len(autoencoder["temperal_downsample"])
+
+    def _encode(self, prompt: str, negative: bool, **options: Any) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._pipeline.encode_prompt(prompt, **options)[0][0]}
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.text_tokens, self.network["joint_attention_dim"])}
+
+    def _collate(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+        sequences = list(columns["prompt_embeds"])
+        alike = len({len(sequence) for sequence in sequences}) == 1
+        mask = None if alike else pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in sequences], True)
+        return {"encoder_hidden_states": pad_sequence(sequences, True), "encoder_hidden_states_mask": mask}
+
+    def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
+        return {"img_shapes": [[(1, self.rows // 2, self.columns // 2)]] * n}
+
+    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
+        guided = super()._guide(v, unguided)
+        return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def _to_vae(self, x: Tensor) -> Tensor:
+        config = self._pipeline.vae.config
+        mean, std = (x.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        return self._unpack(x) * std + mean
