@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def pytest_configure():
 def one_thread():
     """Tiny tensors are slower on two threads, by far where the cores are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium; CI installs it, elsewhere tests in a browser may be skipped."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # tests may run as root
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

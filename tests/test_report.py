@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from g2rpo_ray.report import read_run, render
 from g2rpo_ray.report.__main__ import main
 from g2rpo_ray.types import Place, PromptRollout, Rollout, Samples, Span, UnitReport
 
-CHROMIUM = shutil.which("chromium")
 PROMPTS = ["a <b>bold</b> cat", "a dog & a fox"]
 UPDATE = {"actor/clip_fraction": 0.25, "actor/ratio_max_dev": 1e-3, "actor/ratio_initial_max_dev": 1e-7,
           "advantage/std": 1.5}  # fmt: skip
@@ -130,18 +128,6 @@ def test_the_command_writes_one_file_and_refuses_what_is_no_run(runs, tmp_path, 
     assert main([str(tmp_path)]) == 2
     assert "has no config.yaml; name a run's folder" in capsys.readouterr().err
     assert main([str(runs[0])] * 9) == 2
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # tests may run as root
-        yield started
-        started.close()
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""The demo: what it draws is what `evaluate` draws, in the browser, too; what it refuses."""
+
+import base64
+import io
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from g2rpo_ray import demo
+from g2rpo_ray.comparison.adapters import read_adapters
+from g2rpo_ray.config import dump_config, load_config
+from g2rpo_ray.models import export_lora, lora_shapes
+from tests.runs import EMBEDDINGS
+
+PROMPT = "a blue square"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, as far as the demo needs it, with an adapter that changes pictures."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    folder.mkdir()
+    config = load_config()
+    (folder / "config.yaml").write_text(dump_config(config))
+    rng = np.random.default_rng(0)
+    shapes = lora_shapes(config.model, config.lora)
+    export_lora(folder / "lora", {n: rng.normal(0, 0.05, s).astype(np.float32) for n, s in shapes.items()}, config.lora)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studio(run):
+    config = load_config(str(run / "config.yaml"))
+    return demo.Studio(config, read_adapters([f"mine={run / 'lora'}"], config))
+
+
+def test_base_and_adapter_start_from_the_same_noise(studio):
+    started = time.perf_counter()
+    base, mine = studio.draw(PROMPT, 3, 10, 1.0)
+    assert time.perf_counter() - started < 5
+    assert (base.adapter, mine.adapter) == ("base", "mine")
+    assert (base.picture != mine.picture).any()
+    again, without = studio.draw(PROMPT, 3, 10, 0.0)
+    assert (again.picture == base.picture).all()
+    assert (without.picture == base.picture).all()  # the base makes all steps
+    other, _ = studio.draw(PROMPT, 4, 10, 1.0)
+    assert (other.picture != base.picture).any()
+    assert base.scores.keys() == {"preference", "colour", "shape"}
+    assert 0 < base.scores["preference"] < 1
+
+
+def test_what_a_reward_cannot_judge_has_no_score(studio):
+    base, _ = studio.draw("a cat", 0, 2, 1.0)
+    assert np.isnan(base.scores["shape"])
+    assert np.isfinite(base.scores["preference"])
+    assert "- shape: **not scored**" in demo._caption(base)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [("", 0, 4, 1.0), ("x" * 1001, 0, 4, 1.0), ("a", -1, 4, 1.0), ("a", 0, 101, 1.0), ("a", 0, 4, 2.0)],
+)
+def test_values_out_of_bounds_are_refused(studio, bad):
+    with pytest.raises(ValueError, match="given"):
+        studio.draw(*bad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--adapter", "/nowhere"], ["--adapter: /nowhere given", "NAME=PATH"]),
+        (["--adapter", "a=/nowhere"], ["--adapter a: ", "cannot read"]),
+        (["--adapter", "RUN", "--port", "0"], ["--port: 0 given"]),
+        (["--adapter", "RUN", "--set", "rollout.device=cuda"], ["rollout.device: cuda given", "rollout.device=cpu"]),
+    ],
+)
+def test_invalid_input_is_one_line(run, capsys, arguments, words):
+    pytest.importorskip("gradio")
+    assert demo.main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert all(word in line for word in words)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_prompt_typed_in_a_browser_gives_the_pictures_of_evaluate(run, browser, tmp_path):
+    pytest.importorskip("gradio")
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    settings = ["--set", f"data.embeddings={EMBEDDINGS.name}", "--prompts", str(tmp_path / "prompts.txt")]
+    evaluate = [sys.executable, "-m", "g2rpo_ray.evaluate", *settings, "--adapter", f"mine={run / 'lora'}"]
+    subprocess.run([*evaluate, "--seeds", "1", "--output", str(tmp_path / "out")], check=True, capture_output=True)
+    expected = [np.array(Image.open(path)) for path in (tmp_path / "out" / "pictures").iterdir()]
+    port = "7917"
+    served = subprocess.Popen([sys.executable, "-m", "g2rpo_ray.demo", "--adapter", str(run), "--port", port])
+    try:
+        _wait_for(served, f"http://127.0.0.1:{port}")
+        page = browser.new_page()
+        told, asked = [], []
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and told.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_function("[...document.images].filter(i => i.naturalWidth >= 256).length == 2")  # drawn at once
+        first = _pictures(page)
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Prompt").press("Enter")
+        deadline = time.monotonic() + 30
+        while any((a == b).all() for a, b in zip(first, _pictures(page), strict=True)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found = _pictures(page)
+        assert len(found) == len(expected) == 2
+        assert all(any((picture == other).all() for other in expected) for picture in found)
+        assert not told
+        assert all(url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:")) for url in asked)
+        page.close()
+    finally:
+        served.terminate()
+        served.wait(30)
+
+
+def _wait_for(process, url):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError("the demo did not start")
+
+
+def _pictures(page):
+    """What the page shows, at the size that the model drew it."""
+    script = """async () => Promise.all([...document.querySelectorAll("img")].filter(i => i.naturalWidth >= 256).map(async i => {
+        const bytes = new Uint8Array(await (await fetch(i.src)).arrayBuffer());
+        return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(""));
+    }))"""  # noqa: E501
+    shown = [np.array(Image.open(io.BytesIO(base64.b64decode(text)))) for text in page.evaluate(script)]
+    return [picture[::8, ::8, :3] for picture in shown]
