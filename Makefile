@@ -5,7 +5,7 @@ JOBS ?= 0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lint clean
+.PHONY: setup run wheel test lint clean
 
 setup: $(VENV)/.ready
 
@@ -18,6 +18,9 @@ $(VENV)/.ready: pyproject.toml
 
 run: setup
 	$(BIN)/python -m g2rpo_ray.run $(ARGS)
+
+wheel: setup
+	$(BIN)/pip wheel --quiet --no-deps -w dist .
 
 test: setup
 	tests/isolated $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

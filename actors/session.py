@@ -14,6 +14,7 @@ from actors.system import System, open_system
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
 from g2rpo_ray.data import Prompts, drawn_prompts, iteration_prompts
+from g2rpo_ray.launch.next_steps import next_steps
 from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, publish_best
 from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.storage import Folder
@@ -55,6 +56,7 @@ async def run_session(
             return False
         journal.say(summarize(config, here))
         journal.report()
+        journal.say(next_steps(config, run, session.done))
     return True
 
 

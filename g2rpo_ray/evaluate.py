@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     with ExitStack() as stack:
         try:
-            options = _parser().parse_args(arguments)
+            options = make_parser().parse_args(arguments)
             plan = make_plan(options)
             book = ScoreBook(plan.folder)
             missing = [[cell for cell in block if not book.has(cell)] for block in plan.blocks()]
@@ -260,9 +260,12 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = _Parser(
-        prog="python -m g2rpo_ray.evaluate", description="Compare the base model and adapters: rewards, steps, seeds."
+        prog="python -m g2rpo_ray.evaluate",
+        description="Compare the base model and adapters: rewards, steps, seeds.",
+        epilog="example: python -m g2rpo_ray.evaluate --config runs/a/config.yaml --adapter a=runs/a/lora --seeds 8",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML settings, as of the run; default: the quickstart")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from g2rpo_ray.launch.command import launch
+from g2rpo_ray.launch.command import launch, make_parser
+
+__all__ = ["main", "make_parser", "train"]
 
 if TYPE_CHECKING:  # Ray is loaded when there is something to run
     from actors.session import Session

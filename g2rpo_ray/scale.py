@@ -13,7 +13,7 @@ INVALID = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 invalid input."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         sizes = {"rollout": options.rollout} if options.rollout is not None else {}
         sizes.update(_reward_size(text) for text in options.reward)
@@ -53,8 +53,13 @@ def _reward_size(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m g2rpo_ray.scale", description="Change the size of a running job.")
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m g2rpo_ray.scale",
+        description="Change the size of a running job.",
+        epilog="example: python -m g2rpo_ray.scale --name flux_hps --rollout 12 --reward hpsv2=2",
+    )
     parser.add_argument("--name", default=load_config().name, help="name of the run (default: the quickstart's)")
     parser.add_argument("--rollout", metavar="N", type=int, help="rollout actors")
     parser.add_argument("--reward", metavar="NAME=N", action="append", default=[], help="servers of a reward")

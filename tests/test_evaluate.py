@@ -19,7 +19,7 @@ from g2rpo_ray.comparison.scorebook import Cell, ScoreBook
 from g2rpo_ray.comparison.statistics import interval, row
 from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import load_config
-from g2rpo_ray.evaluate import _parser, main, make_plan
+from g2rpo_ray.evaluate import main, make_parser, make_plan
 from g2rpo_ray.models import FlowModel, export_lora, lora_shapes
 from g2rpo_ray.record.tracking import read_lines
 from g2rpo_ray.rollout.sampler import Sampler
@@ -103,7 +103,7 @@ def test_scores_are_kept_and_a_line_that_a_kill_cut_off_is_not(tmp_path):
 
 
 def plan_of(files, *given):
-    return make_plan(_parser().parse_args(["--prompts", str(files / "prompts.txt"), *given]))
+    return make_plan(make_parser().parse_args(["--prompts", str(files / "prompts.txt"), *given]))
 
 
 def test_scores_of_a_changed_adapter_or_setting_are_not_taken(files, tmp_path):

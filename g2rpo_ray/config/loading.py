@@ -12,11 +12,12 @@ from pydantic_core import ErrorDetails
 
 from g2rpo_ray.config.schema import Config, RewardConfig
 from g2rpo_ray.config.text import MOST_BYTES, read_yaml
-from g2rpo_ray.files import resolve
+from g2rpo_ray.files import EMBEDDED, resolve
 from g2rpo_ray.methods import DEFAULT_METHOD, preset
 from g2rpo_ray.words import one_line, shown
 
 QUICKSTART = "embedded:config.yaml"
+PACKAGED = Path(resolve(EMBEDDED)).parent / "configs"
 MOST_STEPS = 1000  # as sampler.steps has it
 OF_A_UNION = re.compile(r"(constrained-)?(float|int|str)|(literal|tuple|constrained)\[.*")  # pydantic's names
 
@@ -31,7 +32,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ValueError: one line that names the key or file, what was given and what is allowed.
     """
-    layers = _layers(resolve(path or QUICKSTART))
+    layers = _layers(_locate(path or QUICKSTART))
     given: dict[str, Any] = {}
     for override in overrides:
         # in the files' place, too, for a mapping there would be merged with; but a method is named where it is given
@@ -42,6 +43,17 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
+
+
+def _locate(name: str) -> str:
+    """The file of that name, or the packaged one that is called so, without its ending."""
+    packaged = PACKAGED / f"{name}.yaml"
+    if Path(name).exists() or not name.replace("_", "").isalnum():
+        return resolve(name)
+    if not packaged.is_file():
+        names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
+        raise ValueError(f"--config: {name} is no file, and no packaged configuration: these are {names}")
+    return str(packaged)
 
 
 def dump_config(config: Config) -> str:

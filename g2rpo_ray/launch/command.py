@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from g2rpo_ray.config import load_config
+from g2rpo_ray.launch.next_steps import next_steps
 from g2rpo_ray.launch.plan import describe_plan
 from g2rpo_ray.launch.preflight import check_files, fit_batches, open_run, read_run_prompts
 from g2rpo_ray.record.checkpoint import find_checkpoint, set_aside
@@ -28,7 +29,7 @@ def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return _launch(loop, _parser().parse_args(arguments))
+        return _launch(loop, make_parser().parse_args(arguments))
     except KeyboardInterrupt:  # before there was anything to save
         return INTERRUPTED
 
@@ -48,6 +49,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
         print(f"{config.name} is finished; --resume never starts it again, --name gives another run\n")
         with run.workspace(NOT_NEEDED_HERE) as here:
             print(summarize(config, here))
+        print(next_steps(config, run, checkpoint.iteration))
         return 0
     from actors.cluster import check_resources, cluster
 
@@ -91,12 +93,19 @@ def fail(run: Folder, error: Exception) -> int:
     return FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m g2rpo_ray.run",
         description="Align a text-to-image flow model by reinforcement learning on sampling trees, on Ray.",
+        epilog="examples:\n"
+        "  python -m g2rpo_ray.run                                       the quickstart, under 3 minutes on two cores\n"
+        "  python -m g2rpo_ray.run --set method=mix_grpo --name mix      by another method\n"
+        "  python -m g2rpo_ray.run --config flux_hps --check             a packaged configuration: what it needs\n"
+        "  python -m g2rpo_ray.run --config my.yaml --set output=s3://bucket/runs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML settings; default: the quickstart that ships with it")
+    parser.add_argument("--config", metavar="FILE", help="YAML settings, or the name of a packaged file")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
     parser.add_argument("--name", help="name of the run, its folder below `output`")
     parser.add_argument(

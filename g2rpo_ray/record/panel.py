@@ -40,7 +40,7 @@ class Limit:
 
 
 LIMITS: dict[PanelName, Limit] = {
-    "diversity": Limit("mean distance between the images of a prompt, pixels of 0 to 1", 0.4, 0.01),
+    "diversity": Limit("mean distance between the images of a prompt, pixels of 0 to 1", 0.25, 0.01),
     "high_frequency": Limit("share of the spectrum's energy above half of the highest frequency", 2.0, 0.01),
     "periodicity": Limit("correlation of the fine structure with itself, one and two periods on", 1.0, 0.2),
     "saturation": Limit("mean difference of the strongest and the weakest colour channel, 0 to 1", 1.5, 0.05),

@@ -11,8 +11,8 @@ from g2rpo_ray.report import read_run, render
 MOST_RUNS = 8  # as many as there are colours to tell them apart
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 invalid input."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m g2rpo_ray.report",
         description="Write one self-contained HTML file about a run, or several compared.",
@@ -22,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", metavar="FILE", help="default: report.html in the run's folder, or, of several, here"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 invalid input."""
+    options = make_parser().parse_args(arguments)
     try:
         if len(options.runs) > MOST_RUNS:
             raise ValueError(f"{len(options.runs)} runs given; at most {MOST_RUNS} fit in one report")

@@ -24,6 +24,11 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
         raise ValueError(f"{key}.kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory as module:factory")
     if kind not in KINDS:
         return []
+    if kind == "hpsv2" and find_spec("hpsv2") is None:
+        raise ValueError(
+            f"{key}.kind: hpsv2 needs the package hpsv2, whose own pins are too old for the rest: "
+            "pip install --no-deps hpsv2==1.2.0 clint args"
+        )
     defaults = option_names(kind)
     for name in options:
         if name not in defaults:
