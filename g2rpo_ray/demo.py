@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -48,15 +48,17 @@ class Studio:
         Raises:
             ValueError: one line; the model or a reward cannot be loaded here.
         """
-        from g2rpo_ray.models import FluxModel
+        from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import build_reward
         from g2rpo_ray.rollout.sampler import Sampler
 
         _prepare(config)
         self.config, self.adapters = config, list(adapters)
         device = config.rollout.device
-        self._model = FluxModel.load(config.model, device, transformer=True, vae=True, text_encoders=True)
+        self._model = FlowModel.load(config.model, device, transformer=True, vae=True, text_encoders=True)
         self._sampler = Sampler(config, self._model)
+        away = [] if config.model.negative_prompt is None else [config.model.negative_prompt]
+        self._negative = next(iter(self._model.encode(away, negative=True)), None)
         rewards = config.all_rewards.items() if scored else ()
         self._rewards = {name: build_reward(reward.kind, **reward.options) for name, reward in rewards}
         self._lock = threading.Lock()
@@ -76,7 +78,7 @@ class Studio:
             )
         shown = []
         with self._lock:
-            embedding = self._model.encode([prompt])[0]
+            embedding = replace(self._model.encode([prompt])[0], negative=self._negative)
             for number, adapter in enumerate(self.adapters):
                 self._sampler.load_weights(adapter.state)
                 unit = SampleUnit(prompt, (seed,), steps, share if number else 1.0)

@@ -9,6 +9,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+from diffusers import FluxPipeline
 from PIL import Image
 
 from g2rpo_ray import demo
@@ -29,7 +30,8 @@ def run(tmp_path_factory):
     (folder / "config.yaml").write_text(dump_config(config))
     rng = np.random.default_rng(0)
     shapes = lora_shapes(config.model, config.lora)
-    export_lora(folder / "lora", {n: rng.normal(0, 0.05, s).astype(np.float32) for n, s in shapes.items()}, config.lora)
+    state = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
+    export_lora(folder / "lora", state, config.lora, FluxPipeline)
     return folder
 
 

@@ -13,8 +13,8 @@ def next_steps(config: Config, run: Folder, done: int) -> str:
         f"pictures:   {run / 'samples'}/{done:06d}.png",
         f"report:     {run / 'report.html'}",
         f"LoRA:       {lora}",
-        "load it:    from diffusers import FluxPipeline",
-        f'            pipeline = FluxPipeline.from_pretrained("{resolve(model.path)}")',
+        "load it:    from diffusers import DiffusionPipeline",
+        f'            pipeline = DiffusionPipeline.from_pretrained("{resolve(model.path)}")',
         f'            pipeline.load_lora_weights("{lora}")',
         f"try it:     python -m g2rpo_ray.demo --adapter {run}",
     ]
