@@ -78,8 +78,12 @@ def test_another_key_or_column_is_named_after_the_file(tmp_path: Path) -> None:
         ("a.json", '["a", 3]', "entry 2 is 3, not text"),
         ("a.json", '[{"title": "a", "id": 1}]', "entry 1 has no prompt or caption or text, only title, id"),
         ("a.json", "[half", "expected a list of objects"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": ["a"]}', 'line 2 is ["a"], not text'),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": ["a"]}', "line 2 is ['a'], not text"),
         ("a.jsonl#name", '{"prompt": "a"}', "line 1 has no name"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": b}', "line 2 column 12: Expecting value"),
+        ("a.json", '["a",\n"b"', "line 2 column 4: Expecting ',' delimiter"),
+        ("a.jsonl", '"a"\n' + "[" * 100_000, "line 2 is nested too deep"),
+        ("a.json", '[["a"]]', "entry 1 is ['a'], not text"),
         ("a.parquet", "not parquet", "expected a string column with the prompt as prompt or caption or text"),
     ],
 )

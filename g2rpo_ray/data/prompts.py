@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from g2rpo_ray.files import resolve
+from g2rpo_ray.words import one_line, shown
 
 KEYS = ("prompt", "caption", "text")
 """What a prompt is called in an object or a column; the first of them that is there counts."""
@@ -63,9 +64,9 @@ def _read(file: Path, keys: tuple[str, ...], key: str) -> Iterator[str]:
         text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         if file.suffix == ".jsonl":
             lines = enumerate(text.split("\n"), 1)
-            yield from (_prompt(json.loads(line), keys, f"line {at}") for at, line in lines if line.strip())
+            yield from (_prompt(_json(line, at), keys, f"line {at}") for at, line in lines if line.strip())
         elif file.suffix == ".json":
-            entries = json.loads(text)
+            entries = _json(text)
             if not isinstance(entries, list):
                 raise ValueError(f"it holds one {type(entries).__name__}")
             yield from (_prompt(entry, keys, f"entry {at}") for at, entry in enumerate(entries, 1))
@@ -79,10 +80,20 @@ def _read(file: Path, keys: tuple[str, ...], key: str) -> Iterator[str]:
             f"{key}: cannot read {file} ({reason}); give a text file, a prompt a line, or .jsonl, .json or .parquet"
         ) from None
     except (ValueError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         expected = {".parquet": "a string column", ".jsonl": "an object a line", ".json": "a list of objects"}
         wanted = f"{expected.get(file.suffix)} with the prompt as {' or '.join(keys)}"
         raise ValueError(f"{key}: {file}: {reason}; expected {wanted}: another name is given as FILE#NAME") from None
+
+
+def _json(text: str, line: int = 0) -> Any:
+    """The value in a JSON text, which is the file or that line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {line or error.lineno} column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"line {line} is nested too deep" if line else "it is nested too deep") from None
 
 
 def _prompt(entry: Any, keys: tuple[str, ...], place: str) -> str:
@@ -94,7 +105,7 @@ def _prompt(entry: Any, keys: tuple[str, ...], place: str) -> str:
             raise ValueError(f"{place} has no {' or '.join(keys)}, only {', '.join(entry) or 'nothing'}")
         found = entry[name] if entry[name] is not None else ""
     if not isinstance(found, str):
-        raise ValueError(f"{place} is {json.dumps(found)[:40]}, not text")
+        raise ValueError(f"{place} is {shown(found)}, not text")
     return found
 
 
