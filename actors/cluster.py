@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,21 +83,37 @@ def demands(config: Config) -> list[tuple[str, int, Resources]]:
     return sections
 
 
-def check_resources(config: Config) -> None:
-    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once."""
-    import ray
+def this_machine() -> dict[str, float]:
+    """What a private cluster would have, found without one."""
+    import torch
 
-    there, free = ray.cluster_resources(), ray.available_resources()
+    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
+
+
+def check_resources(config: Config, machine: Mapping[str, float] | None = None) -> None:
+    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once.
+
+    `machine`: what there would be, where there is no cluster yet.
+    """
+    if machine is None:
+        import ray
+
+        there, free = ray.cluster_resources(), ray.available_resources()
+    else:
+        there = free = dict(machine)
     asked = demands(config)
     encoder = config.data.encoder_resources
     for resource in sorted({kind for _, _, resources in asked for kind in resources} | set(encoder)):
         parts = {key: number * resources.get(resource, 0) for key, number, resources in asked}
-        total = max(sum(parts.values()), encoder.get(resource, 0))
+        total, alone = sum(parts.values()), encoder.get(resource, 0)
+        if alone > total:
+            parts, total = {"data.encoder_resources": alone}, alone
         if total > there.get(resource, 0):
             wanted = ", ".join(f"{key} {amount:g}" for key, amount in parts.items() if amount)
             largest = max(parts, key=lambda key: parts[key])
+            where = "the cluster" if machine is None else "this machine"
             raise ValueError(
-                f"{largest}: the run asks for {total:g} {resource} in all ({wanted}); the cluster has "
+                f"{largest}: the run asks for {total:g} {resource} in all ({wanted}); {where} has "
                 f"{there.get(resource, 0):g}: lower the number of actors or their resources, or add nodes"
             )
         if total > free.get(resource, 0):

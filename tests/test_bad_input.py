@@ -1,14 +1,17 @@
 """What a user can get wrong: one line that names it, exit status 2, nothing started."""
 
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from diffusers import FluxPipeline
 
-from g2rpo_ray.config import LoraConfig, ModelConfig
+from g2rpo_ray.config import LoraConfig, ModelConfig, RewardConfig
 from g2rpo_ray.models import export_lora, lora_shapes
+from g2rpo_ray.rewards.trial import trial
 from g2rpo_ray.run import main
 from tests.tiny_flux import write_tiny_flux
 
@@ -18,6 +21,7 @@ def files(tmp_path_factory):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "empty.txt").write_text("\n\n")
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "not-a-pipeline").mkdir()
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "state.json").write_text("{half")
@@ -44,6 +48,10 @@ CASES = {
         ["sampler.kernel: cps given, which has no noise in a step that ends at the image"],
     ),
     "empty prompts": (["--set", "data.train_prompts=FILES/empty.txt"], ["data.train_prompts: ", "holds no prompt"]),
+    "all held out": (
+        ["--set", "data.train_prompts=embedded:prompts_heldout.txt"],
+        ["data.train_prompts: all 12 are among data.heldout_prompts, too"],
+    ),
     "few prompts": (["--set", "data.prompts_per_iteration=500"], ["data.prompts_per_iteration: 500 given"]),
     "unreadable checkpoint": (["--resume", "FILES/checkpoint"], ["--resume: ", "not a readable checkpoint"]),
     "no checkpoint": (["--resume", "FILES/none"], ["--resume: ", "not a readable checkpoint"]),
@@ -59,6 +67,9 @@ CASES = {
         ["--set", "rollout.memory_gib=80", "--set", "model.path=some/model"],
         ["rollout.memory_gib: 80 given, but the configuration of some/model cannot be read here"],
     ),
+    "an output below a file": (["--set", "output=FILES/empty.txt/runs"], ["output: cannot use ", "empty.txt"]),
+    "no wandb": (["--set", "tracking.wandb_project=x"], ["tracking.wandb_project: wandb is not installed here"]),
+    "brackets without end": (["--set", "data.train_prompts=FILES/deep.json"], ["data.train_prompts: ", "too deep"]),
     "name outside its folder": (["--name", "../x"], ["name: '../x' given"]),
 }
 
@@ -68,6 +79,75 @@ def test_bad_input_is_one_line_and_status_2(case, files, tmp_path, capsys):
     arguments, parts = CASES[case]
     status = main(["--set", f"output={tmp_path}", *(argument.replace("FILES", str(files)) for argument in arguments)])
     assert_refused(status, capsys.readouterr().err, parts, tmp_path)
+
+
+ONLY_CHECKED = {
+    "a size that is no multiple": (["model.height=34"], ["model.height: 34 given; must be a multiple of "]),
+    "a size that no machine has": (
+        ["model.height=8192", "model.width=8192", "rollout.micro_batch=4096"],
+        ["rollout.micro_batch: 4096 given; an actor needs ", "pictures of 8192 × 8192"],
+    ),
+    "no such backend": (["model.attention_backend=best"], ["model.attention_backend: 'best' given; allowed are flash"]),
+    "no such layer": (["lora.targets=[attn.to_x]"], ["lora.targets: 'attn.to_x' is not the ending of any"]),
+    "no such module": (
+        ["rewards.preference.kind=nomod:fac"],
+        ["rewards.preference: reward kind: 'nomod:fac' can't be imported (ModuleNotFoundError"],
+    ),
+    "more GPUs than there are": (
+        ["learner.resources={GPU: 999}"],
+        ["learner.resources: the run asks for 999 GPU in all (learner.resources 999); this machine has"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONLY_CHECKED)
+def test_check_finds_what_only_the_actors_would(case, tmp_path, capfd):
+    sets, parts = ONLY_CHECKED[case]
+    arguments = [part for override in [f"output={tmp_path}", *sets] for part in ("--set", override)]
+    status = main([*arguments, "--check"])
+    assert_refused(status, capfd.readouterr().err, parts, tmp_path)
+
+
+def test_check_needs_no_cluster_and_little_time(tmp_path):
+    """All that can be said: the plan, and that the rewards, of which there are three, gave a score."""
+    command = [sys.executable, "-m", "g2rpo_ray.run", "--set", f"output={tmp_path}", "--check"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    print(f"--check of the quickstart: {time.monotonic() - started:.1f} s")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("method: ")
+    assert re.match(r"cluster: +none was asked; this machine, with \d+ CPU, \d+ GPU, has what the run needs", lines[-1])
+    assert "not checked" not in done.stdout
+    assert not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+TRIED = {
+    "exits when it is imported": ("sys.exit('no licence')", "reward kind: .* .SystemExit: no licence"),
+    "ends its process": ("os._exit(3)", "its process ended with status 3 before it gave a score"),
+    "never returns": ("time.sleep(1000)", "gave no score within startup_timeout_s=3"),
+    "cannot be built": ("def build(): raise OSError('no disk')", "reward .*: its factory raised OSError: no disk"),
+    "cannot score": ("class build:\n def score(self, images, prompts): raise KeyError('x')", "KeyError: 'x'"),
+    "gives no scores": (
+        "class build:\n def score(self, images, prompts): return [1.0]",
+        r"score\(\) returned a list; expected a numpy array of float32 and shape \(1,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRIED)
+def test_a_reward_that_cannot_work_is_told_in_check(case, tmp_path, monkeypatch):
+    text, reason = TRIED[case]
+    (tmp_path / f"reward_that_{case.replace(' ', '_')}.py").write_text(f"import os, sys, time\n{text}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = {"rewards.mine": RewardConfig(kind=f"reward_that_{case.replace(' ', '_')}:build")}
+    limit_s = 3 if case == "never returns" else 60
+    if limit_s == 60:
+        rewards = {"rewards.first": RewardConfig(kind="jpeg_compressibility"), **rewards}
+    refused = pytest.raises(ValueError, match=f"^rewards.mine: {reason}")
+    with trial(rewards, (16, 16), "a red circle", limit_s) as tried, refused:
+        tried()
 
 
 @pytest.mark.cluster

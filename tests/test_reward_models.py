@@ -25,7 +25,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from g2rpo_ray.rewards import KINDS, build_reward, check_reward
-from g2rpo_ray.rewards.check import option_names
+from g2rpo_ray.rewards.check import REQUIRED, option_defaults
 from g2rpo_ray.rewards.clip import load_architecture
 from g2rpo_ray.rewards.features import CLIP_MEAN, CLIP_STD, clip_pixels
 from g2rpo_ray.rewards.imagereward import ARCHITECTURE, MEAN, STD, Network, load_tokenizer
@@ -489,8 +489,9 @@ def test_options_before_the_start_are_those_of_the_factories() -> None:
     for kind, place in KINDS.items():
         module, _, name = place.partition(":")
         parameters = inspect.signature(getattr(import_module(module), name)).parameters
-        assert option_names(kind) == {
-            option: parameter.default is parameter.empty for option, parameter in parameters.items()
+        assert option_defaults(kind) == {
+            option: REQUIRED if parameter.default is parameter.empty else parameter.default
+            for option, parameter in parameters.items()
         }
 
 
@@ -552,5 +553,5 @@ def test_documentation_lists_every_kind_with_every_option() -> None:
     text = DOCUMENT.read_text()
     for kind in KINDS:
         row = next(line for line in text.splitlines() if line.startswith("|") and f"`{kind}`" in line.split("|")[1])
-        for option in option_names(kind):
+        for option in option_defaults(kind):
             assert f"`{option}`" in row, f"{kind}: {option}"

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from g2rpo_ray.config import load_config
+from g2rpo_ray.launch.check import check
 from g2rpo_ray.launch.next_steps import next_steps
-from g2rpo_ray.launch.plan import describe_plan
-from g2rpo_ray.launch.preflight import check_files, fit_batches, open_run, read_run_prompts
+from g2rpo_ray.launch.preflight import check_files, check_writable, fit_batches, open_run, read_run_prompts
 from g2rpo_ray.record.checkpoint import find_checkpoint, set_aside
 from g2rpo_ray.record.journal import is_finished, summarize
 from g2rpo_ray.record.storage import Folder
@@ -55,13 +55,14 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
 
     with ExitStack() as stack:
         try:
+            check_writable(config, run)
+            if options.check:
+                check(config, prompts.train[0], unchecked, options.address)
+                return 0
             stack.enter_context(cluster(options.address))
             check_resources(config)
         except ValueError as error:
             return _refuse(error)
-        if options.check:
-            print("\n".join([describe_plan(config), *(f"not checked:   {line}" for line in unchecked)]))
-            return 0
         if checkpoint is None:
             set_aside(run)
         here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
@@ -112,5 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", metavar="auto|never|PATH", default="auto", help="go on from the latest checkpoint (default), or not"
     )
     parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else one on this machine")
-    parser.add_argument("--check", action="store_true", help="check settings, files and resources, print the plan, end")
+    parser.add_argument(
+        "--check", action="store_true", help="check settings, files, rewards, resources; print the plan, end"
+    )
     return parser

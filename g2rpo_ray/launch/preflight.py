@@ -1,14 +1,15 @@
 """What can be found wrong before anything starts: files, model, adapter, checkpoint."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 
 from g2rpo_ray.config import Config
 from g2rpo_ray.data import Prompts, iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.words import one_line
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
@@ -23,9 +24,20 @@ def open_run(config: Config) -> Folder:
         run = Folder(config.output) / config.name
         run.names()
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"output: cannot use {config.output.rpartition('@')[2]}: {reason}") from None
+        raise _no_place(config, error) from None
     return run
+
+
+def check_writable(config: Config, run: Folder) -> None:
+    """Raise ValueError, in one line, if nothing can be written in the run directory."""
+    try:
+        run.require_writable()
+    except OSError as error:
+        raise _no_place(config, error) from None
+
+
+def _no_place(config: Config, error: Exception) -> ValueError:
+    return ValueError(f"output: cannot use {config.output.rpartition('@')[2]}: {one_line(error)}")
 
 
 def read_run_prompts(config: Config) -> Prompts:
@@ -37,6 +49,8 @@ def read_run_prompts(config: Config) -> Prompts:
     heldout = read_prompts(config.data.heldout_prompts, "data.heldout_prompts")
     given = read_prompts(config.data.train_prompts, "data.train_prompts")
     train = without_heldout(given, heldout)
+    if not train:
+        raise ValueError(f"data.train_prompts: all {len(given)} are among data.heldout_prompts, too; give others")
     iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
     return Prompts(train, heldout, len(given) - len(train))
 
@@ -57,8 +71,10 @@ def check_models(config: Config) -> list[str]:
 
 
 def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
-    """`check_models`, and that the adapters which the run starts from are of this model."""
+    """`check_models`, that the adapters which the run starts from are of this model, and that it can be tracked."""
     unchecked = check_models(config)
+    if config.tracking.wandb_project and not find_spec("wandb"):
+        raise ValueError("tracking.wandb_project: wandb is not installed here: `pip install wandb`, or leave it out")
     if config.lora.initial or checkpoint:
         unchecked += _check_adapters(config, checkpoint, model_is_here=not _check_model(config))
     return unchecked
@@ -80,7 +96,7 @@ def fit_batches(config: Config) -> Config:
     try:
         fits = fitting_micro_batch(config, int(given * 2**30))
     except OSError as error:
-        reason = shorten(str(error), 200)
+        reason = one_line(error, 200)
         raise ValueError(
             f"rollout.memory_gib: {given:g} given, but the configuration of {config.model.path} cannot be read here: "
             f"give its directory as model.path, or set rollout.micro_batch alone ({reason})"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from safetensors import SafetensorError
 
 from g2rpo_ray.config import ModelConfig
@@ -67,6 +68,7 @@ def load_parts(kind: Any, config: ModelConfig, description: Description, parts: 
                 raise ValueError(f"it has no folder {part}")
         others = {part: None for part in description.parts if part not in wanted}
         dtype = getattr(torch, config.dtype)
+        disable_progress_bar()  # of parts: it would be between a user and a line that says what is wrong
         pipeline = kind.from_pretrained(path, revision=config.revision, dtype=dtype, **others)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

@@ -65,6 +65,20 @@ class Folder:
         with self.open(file) as stream:
             return stream.read()
 
+    def require_writable(self) -> None:
+        """Write a file here, and leave nothing; OSError where that cannot be."""
+        made = []
+        try:
+            for folder in [*reversed(self._path.parents), self._path] if self._path else []:
+                if not folder.exists():
+                    folder.mkdir()
+                    made.append(folder)
+            self.write(".writable", b"")
+            self.delete(".writable")
+        finally:
+            for folder in reversed(made):
+                folder.rmdir()
+
     def write(self, file: str, content: bytes | pa.Buffer) -> None:
         """Write a file so that a reader sees the old content or the new, never a part."""
         if self._path:

@@ -10,8 +10,10 @@ from g2rpo_ray.files import resolve
 from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
 from g2rpo_ray.rewards.registry import KINDS
 
+REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone")  # a directory, or a repository on the hub
+SERVER_OPTIONS = ("base_urls",)
 
 
 def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
@@ -29,34 +31,45 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
             f"{key}.kind: hpsv2 needs the package hpsv2, whose own pins are too old for the rest: "
             "pip install --no-deps hpsv2==1.2.0 clint args"
         )
-    defaults = option_names(kind)
+    known = option_defaults(kind)
     for name in options:
-        if name not in defaults:
-            allowed = ", ".join(defaults) or "none"
+        if name not in known:
+            allowed = ", ".join(known) or "none"
             raise ValueError(f"{key}.options.{name}: {kind} has no such option; allowed are {allowed}")
-    for name, required in defaults.items():
-        if required and name not in options:
+    for name, default in known.items():
+        if default is REQUIRED and name not in options:
             raise ValueError(f"{key}.options.{name}: not given; {kind} needs it")
-    checked = (_check_file(f"{key}.options.{name}", name, str(value)) for name, value in options.items())
+    used = {**known, **options}
+    checked = (_check_file(f"{key}.options.{name}", name, str(value)) for name, value in used.items())
     return [line for line in checked if line]
 
 
-def option_names(kind: str) -> dict[str, bool]:
-    """The options of a kind of KINDS, and whether each is required: read from the source, which is not run."""
+def option_defaults(kind: str) -> dict[str, Any]:
+    """The options of a kind of KINDS and their defaults, or REQUIRED: read from the source, which is not run."""
     module_name, _, name = KINDS[kind].partition(":")
     spec = find_spec(module_name)
     assert spec is not None, f"{module_name} is a module of this package"
     assert spec.origin is not None, f"{module_name} has a source file"
+    constants: dict[str, Any] = {}
     for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            constants[ast.unparse(node.targets[0])] = node.value.value
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            required = len(node.args.args) - len(node.args.defaults)
-            return {argument.arg: at < required for at, argument in enumerate(node.args.args)}
+            names = [argument.arg for argument in node.args.args]
+            given = [_constant(default, constants) for default in node.args.defaults]
+            return dict(zip(names, [REQUIRED] * (len(names) - len(given)) + given, strict=True))
     raise AssertionError(f"{KINDS[kind]} is no function")
+
+
+def _constant(node: ast.expr, constants: Mapping[str, Any]) -> Any:
+    return constants.get(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _check_file(key: str, name: str, given: str) -> str:
     """A line if `given` is looked for at start only, else ""; ValueError if it can be neither a file nor a hub name."""
     path = Path(resolve(given))
+    if name in SERVER_OPTIONS:
+        return f"{key}: {given} is asked at start"
     if name in FILE_OPTIONS and not path.is_file():
         if is_hub_file(given):
             return f"{key}: {given} is taken for a file on the hub, looked for at start"

@@ -12,7 +12,7 @@ from g2rpo_ray.files import resolve
 from g2rpo_ray.words import one_line
 
 
-class NotScores(TypeError):
+class NotScores(ValueError):
     """What a reward returned can never be scores: asking again does not help."""
 
 
