@@ -4,13 +4,20 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from g2rpo_ray.config import Config, Resources
 
 logger = logging.getLogger(__name__)
+
+ENDING_S = 10.0  # for Ray to do what it is told at the end
+_lost = threading.Event()
 
 OBJECT_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray would take 30 % of the machine's memory
 
@@ -45,7 +52,59 @@ def cluster(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        at_end(is_alive)
+        if not _lost.is_set():
+            ray.shutdown()
+
+
+class ClusterLost(RuntimeError):
+    """The head of the Ray cluster, or the node of this process, is gone."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"the Ray cluster is lost: {reason}; with a cluster, the same command goes on from there")
+        _lost.set()
+
+
+def is_alive() -> bool:
+    """Whether Ray's head answers and knows the node of this process as alive; blocks while the head is gone."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+
+
+def at_end(*work: Callable[[], object]) -> None:
+    """Have Ray do what it is told, in turn, for some seconds; not at all once the cluster is known as lost.
+
+    Ray calls that need a head which is gone never return, and a minute later they end the process.
+    """
+    threads = [threading.Thread(target=_quietly, args=(one,), daemon=True) for one in work]
+    for thread in threads:
+        if not _lost.is_set():
+            thread.start()
+            thread.join(ENDING_S)
+            if thread.is_alive():
+                _lost.set()
+
+
+def _quietly(work: Callable[[], object]) -> None:
+    try:
+        if work() is False:
+            _lost.set()
+    except Exception as error:
+        logger.warning("at the end: %s", str(error).split("\n")[0])
+
+
+def leave(status: int) -> int:
+    """The exit status of a command. Without a cluster Ray would end the process with another one: it ends here."""
+    if _lost.is_set():
+        for child in psutil.Process().children(recursive=True):  # of a private cluster
+            with suppress(psutil.Error):
+                child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _require_answer(address: str) -> None:

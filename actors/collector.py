@@ -18,7 +18,8 @@ import numpy as np
 import ray
 
 from actors.encoder import Embeddings
-from actors.pool import Pool, is_lost_object
+from actors.failures import is_lost_object
+from actors.pool import Pool
 from actors.reward import Scorer
 from actors.weights import PublishedWeights
 from g2rpo_ray.algo import Tree
@@ -108,7 +109,7 @@ class Collector:
         """Sample the tree of every prompt and score its leaves."""
         start = time.perf_counter()
         units = [TrunkUnit(iteration, slot, prompt) for slot, prompt in enumerate(prompts)]
-        jobs = [_Job(weights, iteration, ref) for ref in self._embeddings.refs(prompts)]
+        jobs = [_Job(weights, iteration, ref) for ref in await self._embeddings.refs(prompts)]
         done = await asyncio.gather(*(self._prompt(job, unit) for job, unit in zip(jobs, units, strict=True)))
         reports = [report for job in jobs for report in job.reports]
         planned = self._config.velocity_cost * sum(made.tree.evaluations for made, _ in done)
@@ -125,7 +126,7 @@ class Collector:
         `iteration` is the one before which that is due: its units come first.
         """
         units = [SampleUnit(prompt, tuple(range(self._config.evaluation.seeds))) for prompt in prompts]
-        jobs = [_Job(weights, iteration, ref) for ref in self._embeddings.refs(prompts)]
+        jobs = [_Job(weights, iteration, ref) for ref in await self._embeddings.refs(prompts)]
         done = await asyncio.gather(*(self._look(job, unit) for job, unit in zip(jobs, units, strict=True)))
         scores = {name: np.stack([by_reward[name] for _, by_reward, _ in done]) for name in self._scorers}
         shown = [picture for picture, _, _ in done[: self._config.evaluation.grid_prompts]]
@@ -190,7 +191,7 @@ class Collector:
         self._computing += 1
         try:
             refs, report = await self._rollout.call(
-                "compute", unit, job.weights, job.embedding, *args, priority=urgency, what=what
+                "compute", unit, job.weights, job.embedding, *args, priority=urgency, what=what, cost=cost
             )
         finally:
             self._computing -= 1

@@ -2,17 +2,22 @@
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import Callable, Mapping
 
 import ray
 from ray._private.state import state  # what Ray Train asks, too: there is no public way to hear of a drain
-from ray.exceptions import RayActorError
 
+from actors.cluster import ClusterLost, is_alive
+from actors.failures import Hung, in_thread, is_death, within
 from actors.pool import Pool
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # for nodes that are about to go
+# for a head that restarts; at the end of its own limit Ray ends the process, without a word
+HEAD_S = 0.75 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 Ray's name
 NAMESPACE = "g2rpo_ray"
 
 
@@ -50,22 +55,38 @@ async def follow_requests(run: str, pools: Mapping[str, Pool], say: Callable[[st
                 name, size = await control.next.remote()
                 say(f"{name}: {pools[name].size} actors were asked for, now {size}")
                 pools[name].resize(size)
-        except RayActorError:
-            continue
+        except Exception as error:
+            if not is_death(error):
+                raise
+            await asyncio.sleep(LOOK_EVERY_S)
         finally:
             ray.kill(control)
 
 
-async def follow_drains(leave: Callable[[set[str]], None]) -> None:
-    """Call `leave` with the ids of nodes that Ray is about to drain: preempted, idle, or asked to."""
+async def follow_cluster(leave: Callable[[set[str]], None]) -> None:
+    """Call `leave` with the ids of nodes that Ray is about to drain: preempted, idle, or asked to.
+
+    Raises:
+        ClusterLost: the head does not answer, or the node of this process is gone.
+    """
     known: set[str] = set()
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
         try:
-            draining = set(await asyncio.to_thread(state.get_draining_nodes))
-        except Exception as error:  # the head restarts: it will be asked again
-            logger.warning("cannot see which nodes are about to go: %s", str(error).split("\n")[0])
-            continue
+            draining, alive = await within(HEAD_S, "the head", in_thread(_look))
+        except Hung as error:
+            raise ClusterLost(str(error)) from None
+        if not alive:
+            raise ClusterLost("the node of this process is gone")
         if draining - known:
             leave(draining - known)
         known = draining
+
+
+def _look() -> tuple[set[str], bool]:
+    while True:
+        try:
+            return set(state.get_draining_nodes()), is_alive()
+        except Exception as error:  # the head restarts
+            logger.warning("cannot see the cluster's nodes: %s", str(error).split("\n")[0])
+            time.sleep(LOOK_EVERY_S)

@@ -2,14 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.failures import Hung, first_line, is_death, within
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.data import EmbeddingStore, encode_missing, fingerprint
 from g2rpo_ray.types import PromptEmbedding
@@ -17,6 +17,7 @@ from g2rpo_ray.types import PromptEmbedding
 logger = logging.getLogger(__name__)
 
 SAY_EVERY = 60.0  # seconds between two lines about a long encoding
+READ_S = 120.0  # for the embeddings of an iteration, or of the held-out prompts
 ATTEMPTS = 3  # processes that may die over one encoding; each goes on where the last one was
 Say = Callable[[str], None]
 
@@ -63,9 +64,9 @@ class _Reader:
     def __init__(self, directory: str, key: str, negative: str | None):
         self._store, self._negative = EmbeddingStore(directory, key), negative
 
-    def read(self, prompts: Sequence[str]) -> list[PromptEmbedding] | PromptEmbedding:
-        found = self._store.get(prompts, self._negative)
-        return found if len(found) > 1 else found[0]  # Ray unpacks a list only where it has several returns
+    def read(self, prompts: Sequence[str]) -> list[PromptEmbedding | None]:
+        """The embeddings, each an object of its own, and a last one that tells that they are there."""
+        return [*self._store.get(prompts, self._negative), None]
 
 
 class Embeddings:
@@ -87,24 +88,38 @@ class Embeddings:
                 reader = _Reader.options(scheduling_strategy=here)  # type: ignore[attr-defined]
                 self._reader = reader.remote(self._directory, self._key, self._config.model.negative_prompt)
                 return
-            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
-                if not left:
+            except Exception as error:
+                if not left or not (is_death(error) or isinstance(error, Hung)):
                     raise
-                logger.warning("the process that encodes prompts died, another goes on: %s", str(error).split("\n")[0])
+                logger.warning("the process that encodes prompts is gone, another goes on: %s", first_line(error))
 
     async def _encode_once(self, prompts: Sequence[str], say: Say) -> None:
         task = _encode.options(**ray_options(self._config.data.encoder_resources))
         said = 0.0
         # Ray's types know neither generators nor that their references can be awaited
         generator: Any = task.remote(self._config, self._directory, prompts)
-        async for ref in generator:
-            progress: _Progress = await ref
+        async for progress in self._parts(generator):
             self._key = progress.key
             if progress.missing and not progress.done:
                 say(self._announcement(progress, len(prompts) - progress.missing))
             elif progress.done < progress.missing and (not said or progress.seconds - said > SAY_EVERY):
                 said = progress.seconds
                 say(f"encoded {progress.done} of {progress.missing} prompts, {_to_go(progress)} to go")
+
+    async def _parts(self, generator: Any) -> AsyncIterator[_Progress]:
+        """What an encoding yields. A process that does not go on in time ends; its start may wait for a node."""
+        what = "encoding prompts (does the cluster have what data.encoder_resources asks for?)"
+        limit = self._config.startup_timeout_s
+        while True:
+            try:
+                ref = await within(limit, what, anext(generator))
+            except StopAsyncIteration:
+                return
+            except Hung:
+                ray.cancel(generator, force=True)
+                raise
+            limit, what = self._config.hung_after_s, "encoding prompts"
+            yield await ref
 
     def _announcement(self, progress: _Progress, stored: int) -> str:
         dtype = self._config.model.dtype
@@ -116,10 +131,19 @@ class Embeddings:
             f"{_size(each)} a prompt, {_size(each * progress.missing)} in {self._directory}{older}"
         )
 
-    def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:
-        """References to the embeddings, in the order of the prompts."""
-        refs: Any = self._reader.read.options(num_returns=len(prompts)).remote(prompts)
-        return refs if len(prompts) > 1 else [refs]
+    async def refs(self, prompts: Sequence[str]) -> list[ray.ObjectRef]:
+        """References to the embeddings, in the order of the prompts, once they are there."""
+        for left in reversed(range(ATTEMPTS)):
+            *refs, there = self._reader.read.options(num_returns=len(prompts) + 1).remote(prompts)
+            try:
+                await within(READ_S, f"reading embeddings from {self._directory}", there)
+                return refs
+            except Hung as error:
+                if not left:
+                    raise
+                logger.warning("the process that reads embeddings is taken for hung, it starts again: %s", error)
+                ray.kill(self._reader, no_restart=False)
+        raise AssertionError("not reached")
 
 
 def _to_go(progress: _Progress) -> str:

@@ -39,7 +39,7 @@ class Evaluator(System):
     async def score(self, cells: Sequence[Cell], keep: Keep) -> Literal[True]:
         """Sample and score the cells; each is handed to `keep` as soon as it is done."""
         prompts = list(dict.fromkeys(cell.unit.prompt for cell in cells))
-        embeddings = dict(zip(prompts, self._embeddings.refs(prompts), strict=True))
+        embeddings = dict(zip(prompts, await self._embeddings.refs(prompts), strict=True))
         await asyncio.gather(*(self._score_one(cell, embeddings[cell.unit.prompt], keep) for cell in cells))
         self.take_spans()  # an evaluation draws no timeline
         return True

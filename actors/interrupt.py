@@ -2,10 +2,17 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Somebody asked to end. `stuck`: what was under way then did not come to an end."""
+
+    def __init__(self, stuck: bool = False):
+        self.stuck = stuck
 
 
 class Interrupt:
@@ -28,6 +35,24 @@ class Interrupt:
         try:
             await asyncio.wait((task, asked), return_when=asyncio.FIRST_COMPLETED)
             return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            asked.cancel()
+
+    async def finish(self, work: Awaitable[T], grace_s: Callable[[], float]) -> T:
+        """The result of `work`, which is finished, in a while, even if somebody asks to end.
+
+        Raises:
+            Interrupted: it was not.
+        """
+        task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait((task, asked), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await asyncio.wait((task,), timeout=grace_s())
+            if not task.done():
+                raise Interrupted(stuck=True)
+            return task.result()
         finally:
             task.cancel()
             asked.cancel()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ import ray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from actors.failures import Hung, Patience, first_line, is_death, is_lost_object, within
 from actors.keeper import Keeper
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.record.storage import Folder
@@ -101,10 +103,12 @@ class LearnerGroup:
     """All ranks of the learner. A call returns when every rank is done, and raises as soon as one of them fails.
 
     After a failure the other ranks may wait in a collective for ever: `shutdown` is all that can be asked for then.
+    A call that takes many times what such calls took is a failure, too: LearnerLost.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, group: asyncio.TaskGroup) -> None:
+        self._config, self._group = config, group
+        self._patience: dict[str, Patience] = {}
         self._ranks: list[Any] = []
         self._keeper: Keeper | None = None
         self.node = ""
@@ -120,6 +124,7 @@ class LearnerGroup:
             Exception: what a rank failed with.
         """
         self.shutdown()
+        self._patience = {}  # the first call of each kind may take longer than the next ones
         learner = self._config.learner
         actor = LearnerRank.options(max_restarts=0, **ray_options(learner.resources))  # type: ignore[attr-defined]
         self._ranks = [actor.remote(self._config, rank) for rank in range(learner.ranks)]
@@ -127,8 +132,8 @@ class LearnerGroup:
         folder = None if checkpoint is None else str(checkpoint)
         try:
             await asyncio.wait_for(_all(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
-            self.node = await self._ranks[0].node.remote()
-            self._keeper = Keeper(self.node)
+            (self.node,) = await self._ask("node", [self._ranks[0].node.remote()])
+            self._keeper = Keeper(self.node, self._group, self._config.hung_after_s)
         except TimeoutError:
             raise TimeoutError(
                 f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
@@ -142,7 +147,8 @@ class LearnerGroup:
         """
         shards = spread(rollouts, len(self._ranks))
         batch = BatchShape.of(shards, self._config.learner, on_policy)
-        parts = await _all(rank.update.remote(shard, batch) for rank, shard in zip(self._ranks, shards, strict=True))
+        calls = [rank.update.remote(shard, batch) for rank, shard in zip(self._ranks, shards, strict=True)]
+        parts = await self._ask("update", calls)
         return reduce_metrics(parts)
 
     async def publish(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
@@ -152,13 +158,13 @@ class LearnerGroup:
         """
         first, *others = self._ranks
         manifest, state = first.publish.options(num_returns=2).remote(version)
-        found, *_ = await _all([manifest, *(rank.gather.remote() for rank in others)])
+        found, *_ = await self._ask("publish", [manifest, *(rank.gather.remote() for rank in others)])
         return found, state
 
     async def publish_again(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
         """The version before the one that was published last, or that the checkpoint holds."""
         manifest, state = self._ranks[0].publish_again.options(num_returns=2).remote(version)
-        (found,) = await _all([manifest])
+        (found,) = await self._ask("publish again", [manifest])
         return found, state
 
     async def keep(self, result: "ray.ObjectRef[Any]", at_once: bool) -> None:
@@ -168,8 +174,22 @@ class LearnerGroup:
 
     async def save(self, folder: Folder) -> dict[str, str]:
         """Write a checkpoint, readable with any number of ranks and any ZeRO stage; SHA-256 of each file, by name."""
-        files, *_ = await _all(rank.save.remote(str(folder)) for rank in self._ranks)
+        files, *_ = await self._ask("save", [rank.save.remote(str(folder)) for rank in self._ranks])
         return files
+
+    def ending(self, kind: str) -> float:
+        """Seconds that a call under way gets once somebody asked to end the run."""
+        return self._patience.get(kind, Patience(self._config.hung_after_s)).ending(1)
+
+    async def _ask(self, kind: str, calls: "Sequence[ray.ObjectRef[Any]]") -> list[Any]:
+        patience = self._patience.setdefault(kind, Patience(self._config.hung_after_s))
+        began = time.monotonic()
+        try:
+            answers = await within(patience.limit(1), f"{kind}, whose ranks are taken for hung", _all(calls))
+        except Hung as error:
+            raise LearnerLost(str(error)) from None
+        patience.took(time.monotonic() - began, 1)
+        return answers
 
     def shutdown(self) -> None:
         """End the ranks, also those that wait for a dead one."""
@@ -193,8 +213,8 @@ async def _all(refs: Iterable["ray.ObjectRef[Any]"]) -> list[Any]:
         await asyncio.wait(calls, timeout=PATIENCE_S)
         errors = [call.exception() for call in calls if call.done() and not call.cancelled()]
         for error in errors:
-            if isinstance(error, ray.exceptions.RayActorError) or (error is not None and _lost_object(error)):
-                raise LearnerLost(str(error).splitlines()[0]) from None
+            if error is not None and (is_death(error) or is_lost_object(error)):
+                raise LearnerLost(first_line(error)) from None
         raise first
     finally:
         for call in calls:
@@ -203,10 +223,6 @@ async def _all(refs: Iterable["ray.ObjectRef[Any]"]) -> list[Any]:
 
 async def _value(ref: "ray.ObjectRef[Any]") -> Any:
     return await ref
-
-
-def _lost_object(error: BaseException) -> bool:
-    return isinstance(getattr(error, "cause", error), ray.exceptions.ObjectLostError)
 
 
 def _read_behaviour(checkpoint: Path) -> dict[int, dict[str, FloatArray]]:

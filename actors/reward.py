@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import ray
 
-from actors.pool import Counter, Pool, here, is_lost_object
+from actors.crew import Counter
+from actors.failures import Hung, is_lost_object
+from actors.members import here
+from actors.pool import Pool
 from g2rpo_ray.config import RewardConfig
 from g2rpo_ray.rewards import NotScores, ask, build_reward
 from g2rpo_ray.types import FloatArray, Images, Place, Span
@@ -62,7 +65,7 @@ class Scorer:
             reason = "not a finite number"
             try:
                 _, (answer, span) = await self.pool.call(
-                    "score", images, prompt, priority=(0,), what=f"score of {what}"
+                    "score", images, prompt, priority=(0,), what=f"score of {what}", cost=count
                 )
                 self._timeline.append(replace(span, what=what))
                 scores = np.where(np.isfinite(scores), scores, answer)
@@ -72,6 +75,8 @@ class Scorer:
                 if isinstance(error.cause, NotScores):
                     raise NotScores(f"reward {self.name}: {error.cause}") from None
                 reason = one_line(repr(error.cause))
+            except Hung as error:
+                reason = str(error)
             if np.isfinite(scores).all():
                 return scores
             logger.warning(

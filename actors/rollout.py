@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from actors.pool import here
+from actors.members import here
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
 from g2rpo_ray.types import BranchUnit, Images, Place, PromptEmbedding, Trunk, TrunkUnit, Unit, UnitReport

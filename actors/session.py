@@ -3,12 +3,12 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from actors.interrupt import Interrupt
+from actors.failures import is_lost_object
+from actors.interrupt import Interrupt, Interrupted
 from actors.learner import LearnerLost
-from actors.pool import is_lost_object
 from actors.prometheus import prometheus_sink
 from actors.system import System, open_system
 from actors.weights import PublishedWeights
@@ -22,10 +22,7 @@ from g2rpo_ray.record.tracking import Metrics
 from g2rpo_ray.types import Rollout
 
 Loop = Callable[["Session"], Awaitable[None]]
-
-
-class Interrupted(Exception):
-    """Somebody asked to end while a rollout was under way."""
+T = TypeVar("T")
 
 
 async def run_session(
@@ -79,8 +76,8 @@ class Session:
         """Numbers, from 0 up, of the iterations that are left, until somebody asks to end."""
         last = self._config.iterations
         if self._config.rollout.max_staleness and 0 < self.done < last:  # as when the run was not interrupted
-            self._sample(self.done, await self._system.publish_again(self.done - 1))
-        self._weights = await self._system.publish(self.done)
+            self._sample(self.done, await self._finish("publish again", self._system.publish_again(self.done - 1)))
+        self._weights = await self._finish("publish", self._system.publish(self.done))
         if self.done in (0, last):
             await self._evaluate(math.nan if self.done else 0.0)
             await asyncio.to_thread(self._journal.report)
@@ -101,12 +98,12 @@ class Session:
         """The learner's step or steps; their metrics."""
         with self._journal.timed("update"):
             on_policy = rollout.weights_version == self.done
-            return await self._system.learner.update(rollout.prompts, on_policy)
+            return await self._finish("update", self._system.learner.update(rollout.prompts, on_policy))
 
     async def publish(self, version: int) -> None:
         """The learner's LoRA, from now on what rollouts are made with."""
         with self._journal.timed("broadcast"):
-            self._weights = await self._system.publish(version)
+            self._weights = await self._finish("publish", self._system.publish(version))
 
     async def record(self, done: int, rollout: Rollout, update: Metrics) -> None:
         """Write the iteration down; evaluate and save where that is due.
@@ -133,10 +130,7 @@ class Session:
             if self._restarts:
                 await self._system.start_learner(find_checkpoint(self._run, "auto"))
                 self._journal.say("the learner is ready again")
-            with suppress(Interrupted):
-                await loop(self)
-            if self.done > self._saved:
-                await self._save()
+            await self._save_after(loop)
             return True
         except Exception as error:
             self._restarts += 1
@@ -149,6 +143,24 @@ class Session:
             for task in self._rollouts.values():
                 task.cancel()
             self._rollouts.clear()
+
+    async def _save_after(self, loop: Loop) -> None:
+        """Run the loop and save what it did, unless the learner did not come back when somebody asked to end."""
+        try:
+            try:
+                await loop(self)
+            except Interrupted as end:
+                if end.stuck:
+                    raise
+            if self.done > self._saved:
+                await self._save()
+        except Interrupted:
+            self._journal.say(f"the learner did not answer in time; iterations after {self._saved} are not saved")
+            self.done = self._saved
+
+    async def _finish(self, kind: str, call: Awaitable[T]) -> T:
+        """What the learner answers; once somebody asked to end, in a while."""
+        return await self._interrupt.finish(call, lambda: self._system.learner.ending(kind))
 
     def _go_back(self, error: Exception) -> None:
         checkpoint = find_checkpoint(self._run, "auto")
@@ -171,7 +183,7 @@ class Session:
 
     async def _save(self, score: float | None = None) -> None:
         with self._journal.timed("checkpoint"):
-            files = await self._system.learner.save(new_checkpoint(self._run, self.done))
+            files = await self._finish("save", self._system.learner.save(new_checkpoint(self._run, self.done)))
             await asyncio.to_thread(self._journal.keep)  # before there is a checkpoint to go on from
             keep = self._config.checkpoint.keep
             await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, score)

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
 
+from actors.cluster import at_end
 from actors.collector import Collector
-from actors.control import follow_drains, follow_requests
+from actors.control import follow_cluster, follow_requests
 from actors.encoder import Embeddings, Say
 from actors.learner import LearnerGroup
 from actors.pool import Pool
@@ -34,7 +35,7 @@ class System:
             name: _scorer(name, reward, config, self._timeline) for name, reward in config.all_rewards.items()
         }
         self._pools = {"rollout": self._rollout, **{name: scorer.pool for name, scorer in self._scorers.items()}}
-        self.learner = LearnerGroup(config)
+        self.learner = LearnerGroup(config, group)
         self.collector = Collector(
             config, self._embeddings, self._rollout, self._scorers, self.learner.keep, self._timeline
         )
@@ -50,7 +51,7 @@ class System:
     def _start_pools(self) -> None:
         for pool in self._pools.values():
             pool.start(self._group)
-        self._watch(follow_drains(self._leave))
+        self._watch(follow_cluster(self._leave))
 
     def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
         self._watchers.append(self._group.create_task(watch))
@@ -73,6 +74,8 @@ class System:
             "rollout/actors": len(self._rollout.pids),
             "rollout/units_retried": self._rollout.retried.take(),
             "rollout/restarts": sum(pool.restarts.take() for pool in self._pools.values()),
+            "rollout/hung": sum(pool.hung.take() for pool in self._pools.values()),
+            "rollout/copies": self._rollout.copied.take(),
             "perf/lost_s": sum(pool.lost_seconds.take() for pool in self._pools.values()),
             **{f"reward/{name}/missing": scorer.missing.take() for name, scorer in self._scorers.items()},
         }
@@ -95,12 +98,10 @@ class System:
             pool.leave(nodes)
 
     def stop(self) -> None:
-        """End all actors."""
+        """End all actors, unless there is no cluster that could."""
         for watcher in self._watchers:
             watcher.cancel()
-        for pool in self._pools.values():
-            pool.stop()
-        self.learner.shutdown()
+        at_end(*(pool.stop for pool in self._pools.values()), self.learner.shutdown)
 
 
 S = TypeVar("S", bound=System)
@@ -130,6 +131,9 @@ def _rollout_pool(config: Config) -> Pool:
         minimum=rollout.min_actors,
         max_restarts=rollout.max_restarts,
         patience_s=config.startup_timeout_s,
+        hung_after_s=config.hung_after_s,
+        peers=not rollout.compile,
+        copies=True,
         max_unused=max(rollout.max_unscored_units, 2 * rollout.max_actors),
         resources=rollout.resources,
     )
@@ -143,6 +147,7 @@ def _scorer(name: str, reward: RewardConfig, config: Config, timeline: list[Span
         reward.replicas,
         max_restarts=reward.max_restarts,
         patience_s=config.startup_timeout_s,
+        hung_after_s=config.hung_after_s,
         resources=reward.resources,
     )
     return Scorer(name, reward, pool, timeline)

@@ -81,18 +81,18 @@ class _Embeddings:
     def __init__(self, ref: Any):
         self._ref = ref
 
-    def refs(self, prompts: list[str]) -> list[Any]:
+    async def refs(self, prompts: list[str]) -> list[Any]:
         return [self._ref] * len(prompts)
 
 
 class _Device:
-    """What the pool takes for an actor: one of the devices of a host."""
+    """What the pool takes for an actor: one of the devices of a host, `times` as slow as others."""
 
-    def __init__(self, host: Any, name: str):
-        self._host, self._name, self.ready, self.compute = host, name, host.ready, self
+    def __init__(self, host: Any, name: str, times: float):
+        self._host, self._name, self._times, self.ready, self.compute = host, name, times, host.ready, self
 
     def remote(self, *args: Any) -> Any:
-        return self._host.compute.remote(self._name, *args)
+        return self._host.compute.remote(self._name, self._times, *args)
 
 
 def _host(work: Work, seconds: float) -> Any:
@@ -108,9 +108,11 @@ def _host(work: Work, seconds: float) -> Any:
             return place
 
         @ray.method(num_returns=3)
-        async def compute(self, name: str, unit: Any, weights: Any, embedding: Any, trunk: Any = None) -> Any:
+        async def compute(
+            self, name: str, times: float, unit: Any, weights: Any, embedding: Any, trunk: Any = None
+        ) -> Any:
             part = work.part(unit)
-            taken = part.evaluations * seconds
+            taken = part.evaluations * seconds * times
             async with self._busy.setdefault(name, asyncio.Lock()):  # one unit at a time, as a device does
                 await asyncio.sleep(taken)
             images = np.zeros((len(part.images), 8, 8, 3), np.uint8)
@@ -126,8 +128,8 @@ def _host(work: Work, seconds: float) -> Any:
     return ray.remote(max_concurrency=1000, num_cpus=0)(Host).remote()
 
 
-def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int, repeats: int) -> Row:
-    """Iterations of `prompts` prompts on simulated devices that take `seconds` an evaluation."""
+def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int, repeats: int, slow: float) -> Row:
+    """Iterations on simulated devices that take `seconds` an evaluation, the first of them `slow` times as long."""
     import ray
 
     from actors.collector import Collector
@@ -141,14 +143,17 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     round_robin = itertools.cycle(machines)
     weights = PublishedWeights(WeightsManifest(1, 0, 0, ""), ray.put({}))
     names = [f"prompt {number}" for number in range(prompts)]
-    taken, cpu, loop = [], [], []
+    taken, cpu, loop, copies = [], [], [], []
+
+    def spawn(name: str) -> Any:
+        return _Device(next(round_robin), name, slow if name == "rollout-0" else 1)
 
     async def run() -> None:
         async with asyncio.TaskGroup() as group:
-            pool = Pool("rollout", lambda name: _Device(next(round_robin), name), actors, minimum=actors)  # type: ignore[arg-type,return-value]
+            pool = Pool("rollout", spawn, actors, minimum=actors, copies=True)
             scores: Any = {name: _Scores() for name in config.all_rewards}
             embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
-            keeper = Keeper(ray.get_runtime_context().get_node_id())
+            keeper = Keeper(ray.get_runtime_context().get_node_id(), group, 600)
             collector = Collector(config, embeddings, pool, scores, keeper.keep, [])
             pool.start(group)
             await pool.wait_ready()
@@ -158,6 +163,7 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
                 cpu.append((time.process_time() - process) / len(rollout.reports))
                 loop.append((time.thread_time() - thread) / len(rollout.reports))
                 taken.append(rollout.sampling_seconds)
+                copies.append(pool.copied.take())
             keeper.stop()
             raise _Done  # the devices are no actors of their own: not pool.stop(), which would kill them one by one
 
@@ -168,12 +174,12 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     for machine in machines:
         ray.kill(machine)
     iteration = median(taken[1:])  # the first one warms up
-    ideal = prompts * work.evaluations * seconds / actors
+    ideal = prompts * work.evaluations * seconds / (actors - 1 + 1 / slow)
     return {
         "devices": actors, "prompts": prompts, "members a unit": members,
         "units": prompts * (1 + len(work.branches)),
         "ideal s": ideal, "iteration s": iteration,
-        "utilisation": ideal / iteration, "on paper": on_paper(work, prompts, actors),
+        "utilisation": ideal / iteration, "on paper": on_paper(work, prompts, actors), "copies": median(copies[1:]),
         "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
     }  # fmt: skip
 
@@ -204,6 +210,7 @@ def main() -> None:
         "--evaluation-ms", type=float, default=4.0, help="what a simulated evaluation takes (FLUX: 100)"
     )
     options.add_argument("--hosts", type=int, default=2, help="Ray actors that the devices live in")
+    options.add_argument("--slow", type=float, default=1.0, help="as slow as this many times the others: one device")
     options.add_argument("--cases", nargs="+", metavar="DEVICESxPROMPTS", default=["1x1", "8x8", "64x16", "64x64"])
     options.add_argument("--members", type=int, nargs="+", default=[12, 6, 3], help="of a unit")
     given = options.parse_args()
@@ -220,7 +227,7 @@ def main() -> None:
         seconds = given.evaluation_ms / 1e3
         with tempfile.TemporaryDirectory() as folder:
             close = log_to(Path(folder) / "run.log")  # a line a unit, as in a run
-            rows = [measure(*case, size, seconds, given.hosts, repeats) for case in cases for size in sizes]
+            rows = [measure(*case, size, seconds, given.hosts, repeats, given.slow) for case in cases for size in sizes]
             close()
         note = (
             f"{given.evaluation_ms:g} ms an evaluation, {given.hosts} host processes, median of {repeats} iterations."

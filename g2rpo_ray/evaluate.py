@@ -221,8 +221,10 @@ def write_results(plan: Plan, book: ScoreBook) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from actors.cluster import leave
+
     try:
-        return _main(arguments)
+        return leave(_main(arguments))
     except KeyboardInterrupt:  # before sampling, or after it
         print("stopped: the same command goes on with what is scored")
         return INTERRUPTED

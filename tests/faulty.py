@@ -1,5 +1,7 @@
 """Rewards that fail, by import path, as a user's own would."""
 
+import time
+
 import numpy as np
 
 
@@ -30,3 +32,12 @@ def build(errors=0, missing=None, returns=None):
 
 def broken():
     raise ValueError("taste: no such thing")
+
+
+class Sleeper:
+    def score(self, images, prompts):
+        time.sleep(1000)
+
+
+def build_sleeper():
+    return Sleeper()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import ray
 
+from actors.crew import PoolStopped
+from actors.failures import is_lost_object
 from actors.keeper import PAUSE_S, Keeper
-from actors.members import AHEAD
-from actors.pool import Pool, PoolStopped, here, is_lost_object
+from actors.members import AHEAD, here
+from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
@@ -251,20 +253,17 @@ def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score(
     assert is_lost_object(lost.value)
     assert subject.missing.total == 0
 
-    async def keep():
-        keeper = Keeper(ray.get_runtime_context().get_node_id())
+    async def keep(keeper):
         there = ray.put(IMAGES)
-        found = await asyncio.gather(*map(keeper.keep, [there, images, there]), return_exceptions=True)
-        keeper.stop()
-        return found
+        return await asyncio.gather(*map(keeper.keep, [there, images, there]), return_exceptions=True)
 
-    first, gone, last = asyncio.run(keep())
+    first, gone, last = with_keeper(keep)
     assert (first, is_lost_object(gone), last) == (None, True, None)
 
 
 def test_results_are_kept_a_second_s_worth_at_a_time_but_the_last_at_once():
-    async def keep():
-        keeper, result = Keeper(ray.get_runtime_context().get_node_id()), ray.put(IMAGES)
+    async def keep(keeper):
+        result = ray.put(IMAGES)
         await keeper.keep(result, at_once=True)  # it has started
         start = time.monotonic()
         first = asyncio.ensure_future(keeper.keep(result))
@@ -272,11 +271,22 @@ def test_results_are_kept_a_second_s_worth_at_a_time_but_the_last_at_once():
         await asyncio.gather(first, keeper.keep(result, at_once=True))
         between = time.monotonic()
         await asyncio.gather(keeper.keep(result), keeper.keep(result))
-        keeper.stop()
         return between - start, time.monotonic() - between
 
-    together, alone = asyncio.run(keep())
+    together, alone = with_keeper(keep)
     assert PAUSE_S / 4 < together < PAUSE_S <= alone
+
+
+def with_keeper(body):
+    async def main():
+        async with asyncio.TaskGroup() as group:
+            keeper = Keeper(ray.get_runtime_context().get_node_id(), group, 60)
+            try:
+                return await body(keeper)
+            finally:
+                keeper.stop()
+
+    return asyncio.run(main())
 
 
 def scorer(retries=2, **options):

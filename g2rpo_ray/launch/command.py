@@ -27,9 +27,11 @@ NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora")  # of a run directory: t
 
 def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
+    from actors.cluster import leave
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return _launch(loop, make_parser().parse_args(arguments))
+        return leave(_launch(loop, make_parser().parse_args(arguments)))
     except KeyboardInterrupt:  # before there was anything to save
         return INTERRUPTED
 

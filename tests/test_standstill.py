@@ -1,0 +1,81 @@
+"""A run whose processes stand still, or whose Ray is gone: it goes on, or ends in a line, in time."""
+
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.runs import actors_of, finish, lora, metrics, recovery, run, same_lora, start, wait_for, wait_for_iteration
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+LOG = "run.log"
+LIMIT = {"hung_after_s": 20}
+
+
+def one_of(process, title) -> psutil.Process:
+    found: list[psutil.Process] = []
+    wait_for(process, lambda: found.extend(actors_of(process, title)) or found)
+    return found[0]
+
+
+def ray_process(process, what) -> psutil.Process:
+    """A process of the run's private Ray: `gcs_server`, `raylet`, or an agent by its title."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.name() == what or what in " ".join(child.cmdline()[:1]):
+            return child
+    raise AssertionError(f"no {what}")
+
+
+@pytest.mark.timeout(900)
+def test_stopped_processes_change_no_bit(long_reference, tmp_path):
+    process = start(tmp_path, "stopped", **LIMIT, iterations=20, rollout__max_actors=2)
+    for iteration, title in ((1, "RolloutActor"), (4, "RewardActor"), (7, "LearnerRank"), (10, "_Fetcher")):
+        wait_for_iteration(process, tmp_path, "stopped", iteration)
+        one_of(process, title).send_signal(signal.SIGSTOP)
+    finish(process)
+    recovery(tmp_path, "stopped", "rollout-0", "rollout-2 on")
+    recovery(tmp_path, "stopped", "reward preference-0", "reward preference-1 on")
+    recovery(tmp_path, "stopped", "learner lost (update, whose ranks are taken for hung", "the learner is ready again")
+    assert "the process that fetches results is taken for hung" in (tmp_path / "stopped" / LOG).read_text()
+    assert sum(line.get("rollout/hung", 0) for line in metrics(tmp_path, "stopped")) == 2
+    same_lora(lora(tmp_path, "stopped"), long_reference())
+
+
+def test_ctrl_c_ends_a_run_whose_learner_stands_still(tmp_path):
+    process = start(tmp_path, "stuck")
+    wait_for_iteration(process, tmp_path, "stuck", 1)
+    one_of(process, "LearnerRank").send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    assert seconds_to_end(process, 130) < 30
+
+
+def seconds_to_end(process, status) -> float:
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    finish(process, status)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("what", ["gcs_server", "ray::DashboardAgent"])
+def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    process = start(tmp_path, "lost", iterations=30)
+    wait_for_iteration(process, tmp_path, "lost", 1)
+    ray_process(process, what).kill()
+    began = time.monotonic()
+    last = finish(process, status=1).strip().splitlines()[-1]
+    print(f"{what} killed: ended after {time.monotonic() - began:.0f} s")
+    assert last.startswith("error: ClusterLost: the Ray cluster is lost:")
+    assert (tmp_path / "lost" / "error.log").exists()
+    run(tmp_path, "lost")
+    same_lora(lora(tmp_path, "lost"), lora(reference[0], "reference"))
+
+
+def test_ctrl_c_ends_a_run_whose_head_is_gone(tmp_path):
+    process = start(tmp_path, "headless", iterations=30)
+    wait_for_iteration(process, tmp_path, "headless", 1)
+    ray_process(process, "gcs_server").kill()
+    time.sleep(3)
+    assert seconds_to_end(process, 130) < 30
