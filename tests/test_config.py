@@ -1,6 +1,9 @@
 """Settings: what is read, what is refused, and that the refusal names the key, the value and what is allowed."""
 
 import ast
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -385,3 +388,15 @@ def test_a_trained_step_without_noise_is_refused():
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="sampler.kernel: cps given"):
         load_config(None, ["method=flow_grpo_fast", "sampler.branch_steps=[3, 8]"])
+
+
+def test_the_settings_reference_is_what_the_models_say():
+    """`python docs/settings.py --write` makes it; every setting has a meaning."""
+    made = subprocess.run([sys.executable, "docs/settings.py"], capture_output=True, text=True, check=True).stdout
+    assert made == Path("docs/settings.md").read_text()
+    rows = [row for row in made.splitlines() if row.startswith("| `")]
+    assert len(rows) > 90
+    assert not [row for row in rows if re.search(r"\|  (\*By|\|)", row)]
+    assert (
+        "| `sampler.eta` | number, > 0, ≤ 100 | `0.7` | Noise level of a stochastic step. *By method:* `0.7`; " in made
+    )

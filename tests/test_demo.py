@@ -140,9 +140,11 @@ def _wait_for(process, url):
 
 def _pictures(page):
     """What the page shows, at the size that the model drew it."""
-    script = """async () => Promise.all([...document.querySelectorAll("img")].filter(i => i.naturalWidth >= 256).map(async i => {
-        const bytes = new Uint8Array(await (await fetch(i.src)).arrayBuffer());
-        return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(""));
-    }))"""  # noqa: E501
+    script = """[...document.images].filter(image => image.naturalWidth >= 256).map(image => {
+        const canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+        canvas.getContext("2d").drawImage(image, 0, 0);
+        return canvas.toDataURL("image/png").split(",")[1];
+    })"""
     shown = [np.array(Image.open(io.BytesIO(base64.b64decode(text)))) for text in page.evaluate(script)]
     return [picture[::8, ::8, :3] for picture in shown]

@@ -45,6 +45,7 @@ class ModelConfig(Section):
     height: int = Field(720, gt=0, le=8192)
     """Pixels; a multiple of the pipeline's latent patch (16 for published models)."""
     width: int = Field(720, gt=0, le=8192)
+    """Pixels; the same."""
     guidance_scale: float | None = Field(None, ge=0, le=100)
     """What the pipeline calls so: an input of guidance-distilled models, the scale of classifier-free guidance of the
     others; unset: the pipeline's default."""
@@ -58,7 +59,9 @@ class ModelConfig(Section):
 
 class LoraConfig(Section):
     rank: int = Field(64, gt=0, le=1024)
+    """Rank of each adapter."""
     alpha: float = Field(64, gt=0, le=1_000_000)
+    """The adapter is scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] | None = None
     """Name endings of the transformer's linear layers that get an adapter, or `all-linear`; unset: those of attention,
     which docs/models.md lists."""
@@ -72,6 +75,7 @@ class RolloutConfig(Section):
     max_actors: int = Field(1, ge=1, le=MOST_ACTORS)
     """Rollout actors asked for, all the time: they join as the cluster finds room, and autoscalers see the demand."""
     device: Device = "cuda"
+    """Where rollout actors compute."""
     threads: int = Field(1, ge=1, le=256)
     """CPU threads of one actor."""
     micro_batch: int = Field(8, ge=1, le=4096)
@@ -128,14 +132,17 @@ class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, le=256)
     """DeepSpeed ranks, each a Ray actor. The result does not depend on it beyond rounding."""
     device: Device = "cuda"
+    """Where the learner computes."""
     threads: int = Field(1, ge=1, le=256)
     """CPU threads of one rank."""
     resources: Resources = {"GPU": 1}
     """Ray resources of one rank."""
     zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed's: 1 partitions the optimizer's state over the ranks, 2 the gradients, too, 3 all weights."""
     micro_batch: int = Field(1, ge=1, le=4096)
     """States (parents of trained edges) in one forward and backward pass."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for a third more time."""
     objective: Literal["clip", "guard", "dppo", "reinforce"] = "clip"
     """What is minimised: see g2rpo_ray/algo/objectives.py."""
     subpaths: tuple[Annotated[int, Field(ge=2, le=MOST_SUBSTEPS)], ...] = ()
@@ -147,9 +154,13 @@ class LearnerConfig(Section):
     updates_per_rollout: int = Field(1, ge=1, le=1024)
     """Equal parts of an iteration's prompts; each makes the optimizer steps of its own, one after another."""
     lr: float = Field(2e-6, gt=0, le=1)
+    """Learning rate of AdamW, constant."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's."""
     eps: float = Field(1e-8, gt=0, le=1)
+    """AdamW's."""
     weight_decay: float = Field(1e-4, ge=0, le=1000)
+    """AdamW's."""
     grad_clip: float = Field(1.0, gt=0, le=1_000_000)
     """Largest norm of the whole gradient."""
     clip_range: float = Field(1e-4, gt=0, le=1000)
@@ -168,9 +179,11 @@ class DataConfig(Section):
     heldout_prompts: str
     """The same. What is held out is dropped from the training prompts."""
     prompts_per_iteration: int = Field(16, ge=1, le=16_384)
+    """Prompts drawn for an iteration; each has a tree of its own."""
     embeddings: str | None = None
     """Folder or URI of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""
     encoder_device: Device = "cuda"
+    """Where prompts are encoded."""
     encoder_resources: Resources = {"GPU": 1}
     """Ray resources of the actor that encodes prompts, held only until all are encoded."""
 
@@ -201,6 +214,7 @@ class CheckpointConfig(Section):
 
 class TrackingConfig(Section):
     tensorboard: bool = True
+    """Write TensorBoard files to `tensorboard/` in the run directory."""
     timeline_every: int = Field(10, ge=0, le=1_000_000)
     """Iterations between timelines of who did what when; 0: none."""
     wandb_project: str | None = None
@@ -215,10 +229,12 @@ class Config(Section):
     output: str = "runs"
     """Where run directories are made: a path that every node of the cluster sees, or a URI such as s3://bucket/runs."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of the order of prompts, all noise, and the start of the LoRA."""
     method: str = "g2rpo"
     """What fills the tree's shape, `credit` and the objective, unless they are given beside it or later: a name in
     docs/methods.md, or the import path of a module of your own, with a dot."""
     iterations: int = Field(300, ge=1, le=1_000_000)
+    """Iterations of the run: a rollout and an update each."""
     startup_timeout_s: float = Field(600, gt=0, le=604_800)
     """How long the run waits for its actors to start."""
     hung_after_s: float = Field(1800, gt=0, le=86400)

@@ -18,6 +18,7 @@ class SamplerConfig(Section):
     guidance: bool = True
     """Classifier-free guidance in rollout and update, where model.negative_prompt is given: twice the evaluations."""
     kernel: Literal["flow", "dance", "cps"] = "flow"
+    """Noise of a stochastic step: see docs/methods.md."""
     eta: float = Field(0.7, gt=0, le=100)
     """Noise level of a stochastic step."""
     roots: int = Field(1, ge=1, le=1024)
@@ -38,6 +39,7 @@ class SamplerConfig(Section):
     splits: tuple[Step, ...] = ()
     """Schedule indices at which a node among stochastic edges has `width` children in place of one."""
     width: int = Field(2, ge=1, le=64)
+    """Children of a node at `splits`."""
     strides: tuple[Step, ...] = (1, 2, 3)
     """Λ: the granularities at which each branch is completed."""
     layout: Literal["paper", "authors"] = "paper"
