@@ -111,16 +111,25 @@ def wait_for(process: subprocess.Popen, condition) -> None:
         time.sleep(0.02)
 
 
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    """All processes below it; none where it has ended."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def actors_of(process: subprocess.Popen, title: str) -> list[psutil.Process]:
     """The run's Ray actors whose process title contains `title`."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if title in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:  # it ended meanwhile
-            continue
-    return found
+    return [child for child in descendants(process) if title in title_of(child)]
+
+
+def title_of(process: psutil.Process) -> str:
+    """Empty where it has ended: any process may, between being listed and being looked at."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def kill_at_work(process: subprocess.Popen, title: str) -> None:
@@ -128,11 +137,12 @@ def kill_at_work(process: subprocess.Popen, title: str) -> None:
 
     def caught() -> bool:
         for actor in actors_of(process, title):
-            actor.suspend()  # what the title says of a process that stands still is true
-            if title in " ".join(actor.cmdline()):
-                actor.kill()
-                return True
-            actor.resume()
+            with suppress(psutil.NoSuchProcess):
+                actor.suspend()  # what the title says of a process that stands still is true
+                if title in title_of(actor):
+                    actor.kill()
+                    return True
+                actor.resume()
         return False
 
     wait_for(process, caught)
@@ -140,7 +150,7 @@ def kill_at_work(process: subprocess.Popen, title: str) -> None:
 
 def kill_all(process: subprocess.Popen) -> None:
     """End the driver as a power cut would, and what it leaves behind."""
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = descendants(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     for child in children:

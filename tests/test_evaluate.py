@@ -24,7 +24,7 @@ from g2rpo_ray.models import FlowModel, export_lora, lora_shapes
 from g2rpo_ray.record.tracking import read_lines
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import SampleUnit
-from tests.runs import EMBEDDINGS, finish, kill_all, wait_for
+from tests.runs import EMBEDDINGS, descendants, finish, kill_all, wait_for
 
 NAN = math.nan
 PROMPTS = ("a red circle", "a blue star")
@@ -242,7 +242,7 @@ def test_killed_then_interrupted_then_finished_is_as_if_never_stopped(files, who
 
     interrupted = start(files, tmp_path)
     wait_for(interrupted, lambda: len(read_lines(tmp_path / "scores.jsonl")) > len(first))
-    children = psutil.Process(interrupted.pid).children(recursive=True)
+    children = descendants(interrupted)
     interrupted.send_signal(signal.SIGINT)
     printed = finish(interrupted, status=130)
     assert "of 8 units are scored and kept; the same command goes on from there" in printed.splitlines()[-1]

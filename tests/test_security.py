@@ -19,7 +19,7 @@ from g2rpo_ray.config import ModelConfig, load_config
 from g2rpo_ray.models import FlowModel, read_lora
 from g2rpo_ray.rewards.weights import pretrained, read_weights
 from g2rpo_ray.run import main
-from tests.runs import PATIENCE, command, head_command, kill_all, metrics, wait_for
+from tests.runs import PATIENCE, command, descendants, head_command, kill_all, metrics, title_of, wait_for
 from tests.test_system import listens
 from tests.test_unified_reward import KEY, chat_server
 from tests.tiny_flux import write_tiny_flux
@@ -115,13 +115,20 @@ def test_a_private_cluster_has_a_token_that_nobody_can_see(tmp_path):
         text=True,
     ) as owner:  # fmt: skip
         address = owner.stdout.readline().strip()
-        processes = psutil.Process(owner.pid).children(recursive=True)
-        (token,) = {process.environ().get("RAY_AUTH_TOKEN") for process in processes} - {None}  # workers hide theirs
+        processes = descendants(owner)
+        (token,) = {token_of(process) for process in processes} - {None}  # workers hide theirs
         assert len(token) == 64
-        assert token not in " ".join(word for process in processes for word in process.cmdline())
+        assert token not in " ".join(map(title_of, processes))
         check = command(tmp_path / "runs", "x", "--check", "--address", address)
         assert "asks for a token" in ask(check, tmp_path, {"RAY_AUTH_MODE": "disabled"}).stdout
         owner.communicate("\n")
+
+
+def token_of(process):
+    try:
+        return process.environ().get("RAY_AUTH_TOKEN")
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ secrets

@@ -15,6 +15,7 @@ import pytest
 from tests.runs import (
     PATIENCE,
     command,
+    descendants,
     finish,
     head_command,
     kill_all,
@@ -89,7 +90,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint_to_the_same_bits(reference,
 def test_ctrl_c_saves_and_leaves_nothing_running_and_the_same_command_goes_on(reference, tmp_path):
     process = start(tmp_path, "stopped", checkpoint__every=100)
     wait_for_iteration(process, tmp_path, "stopped", 1)
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = descendants(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes, too
     printed = finish(process, status=130)
     assert "Traceback" not in printed
