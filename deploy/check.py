@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 
 Manifest = dict[str, Any]
 Line = tuple[str, str]
-Amounts = dict[str, float]  # cpu in cores, memory in bytes, nvidia.com/gpu in GPUs
+Amounts = Counter[str]  # cpu in cores, memory in bytes, nvidia.com/gpu in GPUs
 
 OPERATOR = "1.7"
 OLDEST_KUBERNETES = (1, 28)  # what KubeRay 1.7 is made for
@@ -97,18 +98,10 @@ def amount(text: str | int | float) -> float:
     return float(number) * UNITS[unit]
 
 
-def total(parts: Iterator[Amounts] | list[Amounts]) -> Amounts:
-    out: Amounts = {}
-    for part in parts:
-        for kind, value in part.items():
-            out[kind] = out.get(kind, 0) + value
-    return out
-
-
 def requests(pod: Manifest) -> Amounts:
     """Of one pod, by its template's spec."""
     each = [container["resources"]["requests"] for container in pod["containers"]]
-    return total([{kind: amount(text) for kind, text in one.items()} for one in each])
+    return sum((Amounts({kind: amount(text) for kind, text in one.items()}) for one in each), Amounts())
 
 
 def pods_of(manifests: list[Manifest], replicas: str) -> list[tuple[str, int, Amounts]]:
@@ -116,26 +109,20 @@ def pods_of(manifests: list[Manifest], replicas: str) -> list[tuple[str, int, Am
     cluster = cluster_of(manifests)
     head = requests(cluster["headGroupSpec"]["template"]["spec"])
     if cluster.get("enableInTreeAutoscaling"):  # the operator adds a container
-        head = total([head, requests({"containers": [cluster["autoscalerOptions"]]})])
-    found = [("head", 1, head)]
-    for group in cluster["workerGroupSpecs"]:
-        found.append((group["groupName"], group[replicas], requests(group["template"]["spec"])))
-    for job in of_kind(manifests, "RayJob"):
-        found.append(("submitter", 1, requests(job["spec"]["submitterPodTemplate"]["spec"])))
-    for other in of_kind(manifests, "Deployment"):
-        found.append((other["metadata"]["name"], 1, requests(other["spec"]["template"]["spec"])))
-    return found
+        head += requests({"containers": [cluster["autoscalerOptions"]]})
+    groups = [(one["groupName"], one[replicas], one["template"]["spec"]) for one in cluster["workerGroupSpecs"]]
+    jobs = [("submitter", 1, job["spec"]["submitterPodTemplate"]["spec"]) for job in of_kind(manifests, "RayJob")]
+    others = [("redis", 1, one["spec"]["template"]["spec"]) for one in of_kind(manifests, "Deployment")]
+    return [("head", 1, head), *((name, number, requests(pod)) for name, number, pod in [*groups, *jobs, *others])]
 
 
 def asked(manifests: list[Manifest], replicas: str) -> Amounts:
     """Of all pods together."""
-    pods = pods_of(manifests, replicas)
-    return total([{kind: number * value for kind, value in each.items()} for _, number, each in pods])
+    return sum((each for _, number, each in pods_of(manifests, replicas) for _ in range(number)), Amounts())
 
 
 def show(amounts: Amounts) -> str:
-    memory = f"{amounts.get('memory', 0) / 2**30:.3g} GiB"
-    return f"{amounts.get('cpu', 0):.3g} CPUs, {memory}, {amounts.get('nvidia.com/gpu', 0):.0f} GPUs"
+    return f"{amounts['cpu']:.3g} CPUs, {amounts['memory'] / 2**30:.3g} GiB, {amounts['nvidia.com/gpu']:.0f} GPUs"
 
 
 # ------------------------------------------------------------------------------------------------------- the checks
@@ -234,16 +221,14 @@ def storage(manifests: list[Manifest]) -> Iterator[Line]:
 
 def room(manifests: list[Manifest]) -> Iterator[Line]:
     nodes = [node for node in items("/api/v1/nodes") if not node["spec"].get("unschedulable")]
-    each = [{kind: amount(text) for kind, text in node["status"]["allocatable"].items()} for node in nodes]
-    kinds = ("cpu", "memory", "nvidia.com/gpu")
-    have = {kind: sum(node.get(kind, 0) for node in each) for kind in kinds}
+    each = [Amounts({kind: amount(text) for kind, text in one["status"]["allocatable"].items()}) for one in nodes]
+    have = sum(each, Amounts())
     for name, _, wanted in pods_of(manifests, "replicas"):
-        if not any(all(node.get(kind, 0) >= value for kind, value in wanted.items()) for node in each):
+        if not any(wanted <= node for node in each):
             yield "??", f"no node is large enough for a pod of {name} ({show(wanted)}): can an autoscaler add one?"
     for text, replicas in (("at the start", "replicas"), ("at most", "maxReplicas")):
         wanted = asked(manifests, replicas)
-        enough = all(have[kind] >= wanted.get(kind, 0) for kind in kinds)
-        yield "ok" if enough else "??", f"{text} {show(wanted)}; the nodes have {show(have)}, in use or not"
+        yield "ok" if wanted <= have else "??", f"{text} {show(wanted)}; the nodes have {show(have)}, in use or not"
 
 
 def quotas(manifests: list[Manifest]) -> Iterator[Line]:
@@ -253,7 +238,7 @@ def quotas(manifests: list[Manifest]) -> Iterator[Line]:
         used = quota["status"].get("used", {})
         short = []
         for kind, limit in quota["status"].get("hard", {}).items():
-            need = wanted.get(kind.removeprefix("requests."), 0) if "limits." not in kind else 0
+            need = wanted[kind.removeprefix("requests.")] if "limits." not in kind else 0
             if need > amount(limit) - amount(used.get(kind, 0)):
                 short.append(f"{kind} {limit}, {used.get(kind, 0)} used")
         name = f"quota {quota['metadata']['name']}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.check import STATUS_TIMEOUT, asked, requests, show, total
+from deploy.check import STATUS_TIMEOUT, Amounts, asked, requests, show
 from tests.kuberay.render import Manifest, render
 from tests.kuberay.rules import complaints, groups
 from tests.test_deploy import (
@@ -165,19 +165,16 @@ def test_only_the_cluster_the_operator_and_prometheus_connect():
 
 # -------------------------------------------------------------------------------------------------------------- laptop
 
-OPERATOR = {
-    "cpu": 0.1,
-    "memory": 512 * 2**20,
-}  # KubeRay's helm chart: its limits, which are requests where none are given
-SYSTEM = {"cpu": 0.95, "memory": 290 * 2**20}  # a kind node: API server, etcd, controllers, DNS, network
-LAPTOP = {"cpu": 4, "memory": 7.75 * 2**30}  # 8 GiB, less what the kernel keeps
+OPERATOR = Amounts(cpu=0.1, memory=512 * 2**20)  # KubeRay's chart: its limits, which are what it asks for
+SYSTEM = Amounts(cpu=0.95, memory=290 * 2**20)  # a kind node: API server, etcd, controllers, DNS, network
+LAPTOP = Amounts(cpu=4, memory=7.75 * 2**30)  # 8 GiB, less what the kernel keeps
 
 
 def test_the_quickstart_fits_a_laptop_whole():
     """With both rollout pods, by what the scheduler adds up."""
-    wanted = total([asked(overlay("cpu-quickstart"), "maxReplicas"), OPERATOR, SYSTEM])
+    wanted = asked(overlay("cpu-quickstart"), "maxReplicas") + OPERATOR + SYSTEM
     print(show(wanted))
-    assert all(wanted[kind] <= LAPTOP[kind] for kind in LAPTOP), show(wanted)
+    assert wanted <= LAPTOP, show(wanted)
     assert "4 CPUs and 8 GiB" in README
     for name, group in groups(cluster_of(ray_manifest("cpu-quickstart"))).items():
         pod = requests(group["template"]["spec"])
