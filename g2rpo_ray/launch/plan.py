@@ -47,6 +47,7 @@ def describe_plan(config: Config) -> str:
             f"same device; the update is {updated / (an_iteration + updated):.0%} of the work",
             f"largest unit:  {largest} evaluations, in batches of at most {config.rollout.micro_batch}",
             f"rollout actor: {_memory(config)}",
+            *_devices(config),
             f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
             f"{config.rollout.max_unscored_units} units wait",
         ]
@@ -55,6 +56,23 @@ def describe_plan(config: Config) -> str:
 
 def _list(numbers: tuple[int, ...]) -> str:
     return "{" + ", ".join(map(str, numbers)) + "}"
+
+
+def _devices(config: Config) -> list[str]:
+    """What the model's micro-batches may be on devices of the usual sizes."""
+    if not Path(resolve(config.model.path)).is_dir():
+        return []
+    from g2rpo_ray.models.estimate import fits
+
+    lines = []
+    for fit in fits(config):
+        learner = "learner does not fit: more learner.ranks, or smaller images"
+        if fit.states:
+            checkpointing = "with" if fit.checkpointed else "without"
+            learner = f"learner {fit.states}, {checkpointing} gradient checkpointing, zero_stage {fit.zero_stage}"
+        rollout = f"rollout {fit.latents}" if fit.latents else "rollout does not fit"
+        lines.append(f"{'on ' + str(fit.gigabytes) + ' GB:':<15}largest micro-batch: {rollout}; {learner}")
+    return lines
 
 
 def _memory(config: Config) -> str:

@@ -114,7 +114,7 @@ def _check_model(config: Config) -> list[str]:
     if path.is_dir():
         for name in MODEL_FILES:
             if not (path / name).is_file():
-                raise ValueError(f"model.path: {given} has no {name}; expected a FLUX pipeline in diffusers' format")
+                raise ValueError(f"model.path: {given} has no {name}; expected a pipeline in diffusers' format")
         return []
     if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.exists():
         return [f"model.path: {given} is taken for a hub id; its files are looked for when the actors start"]
