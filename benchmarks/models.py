@@ -97,7 +97,9 @@ def main() -> None:
     given = options.parse_args()
     if given.quick:
         given.models, given.size = ["lumina2"], 256
-    config = load_config(None, [f"learner.ranks={given.ranks}", "lora.rank=64", "lora.targets=null"])
+    config = load_config(
+        None, [f"learner.ranks={given.ranks}", "lora.rank=64", "lora.targets=null", "rollout.decode_batch=1"]
+    )
     rows = [row(name, given, config) for name in given.models]
     note = (
         "Largest micro-batch of a rollout actor / states of a learner rank, by estimate: bfloat16, LoRA of rank 64, "

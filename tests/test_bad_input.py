@@ -65,7 +65,7 @@ CASES = {
     "too little memory": (["--set", "rollout.memory_gib=0.5"], ["rollout.memory_gib: 0.5 given; not enough"]),
     "memory of a model that is not here": (
         ["--set", "rollout.memory_gib=80", "--set", "model.path=some/model"],
-        ["rollout.memory_gib: 80 given, but the configuration of some/model cannot be read here"],
+        ["model.path: cannot load 'some/model'", "download it where the hub can be reached"],
     ),
     "an output below a file": (["--set", "output=FILES/empty.txt/runs"], ["output: cannot use ", "empty.txt"]),
     "no wandb": (["--set", "tracking.wandb_project=x"], ["tracking.wandb_project: wandb is not installed here"]),

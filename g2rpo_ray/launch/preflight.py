@@ -93,14 +93,7 @@ def fit_batches(config: Config) -> Config:
         return config
     from g2rpo_ray.models.estimate import fitting_micro_batch, with_micro_batch
 
-    try:
-        fits = fitting_micro_batch(config, int(given * 2**30))
-    except OSError as error:
-        reason = one_line(error, 200)
-        raise ValueError(
-            f"rollout.memory_gib: {given:g} given, but the configuration of {config.model.path} cannot be read here: "
-            f"give its directory as model.path, or set rollout.micro_batch alone ({reason})"
-        ) from None
+    fits = fitting_micro_batch(config, int(given * 2**30))
     if not fits:
         raise ValueError(
             f"rollout.memory_gib: {given:g} given; not enough for one latent of this model: lower "
