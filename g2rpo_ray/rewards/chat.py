@@ -1,19 +1,26 @@
 """A client of OpenAI-compatible servers: several in turn, bounded time, retries, and a key that no message holds.
 
+HTTP is httpx's, retries are tenacity's. What neither has is by hand: a bound on the time and the size of a whole
+answer, and Retry-After.
+
 Neither what a server answers nor its reason phrase goes into a message: a server may echo the key. Redirects are not
 followed and proxies not used: the key goes to the named servers alone.
 """
 
+import itertools
 import json
 import logging
 import math
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, responses
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +69,22 @@ class ChatClient:
 
     def __init__(self, servers: Sequence[Server], key: str, timeout: float, retries: int, backoff: float) -> None:
         """`timeout`: seconds an attempt may take; `backoff`: seconds before the second, doubled before each other."""
-        self._servers, self._key = servers, key
-        self._timeout, self._retries, self._backoff = timeout, retries, backoff
+        self._servers, self._timeout, self._backoff = servers, timeout, backoff
+        for library in ("httpx", "httpcore"):  # below warnings they log what servers send, where a key may be
+            logging.getLogger(library).setLevel(logging.WARNING)
+        authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(
+            headers={"Accept-Encoding": "identity", **authorization},
+            timeout=timeout,
+            follow_redirects=False,
+            trust_env=False,  # no proxies
+            verify=ssl.create_default_context(),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),  # an idle one may be gone
+        )
+        self._attempts = Retrying(
+            stop=stop_after_attempt(1 + retries), wait=self._wait, reraise=True,
+            retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.again),
+        )  # fmt: skip
 
     def ask(self, body: Mapping[str, Any], turn: int) -> str:
         """The text that the server whose turn it is answers to a chat; after a failure the next one is asked.
@@ -71,17 +92,19 @@ class ChatClient:
         Raises:
             RequestFailed: no attempt gave an answer, or one can't be expected.
         """
-        attempt = 0
-        while True:
-            server = self._servers[(turn + attempt) % len(self._servers)]
-            try:
-                return _text(server, self._request(server, "POST", "/v1/chat/completions", body))
-            except RequestFailed as failure:
-                if not failure.again or attempt == self._retries:
-                    raise
-                wait = self._backoff * 2**attempt if failure.retry_after is None else failure.retry_after
-                time.sleep(min(wait, MAX_WAIT))
-                attempt += 1
+        turns = itertools.count(turn)
+
+        def once() -> str:
+            server = self._servers[next(turns) % len(self._servers)]
+            return _text(server, self._request(server, "POST", "/v1/chat/completions", body))
+
+        return self._attempts.copy()(once)
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt: what the server asked for, else twice as long as before the last one."""
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.retry_after if isinstance(failure, RequestFailed) else None
+        return min(self._backoff * 2 ** (state.attempt_number - 1) if asked is None else asked, MAX_WAIT)
 
     def models(self) -> list[str]:
         """Names of the models that are served, the first server's first; a warning for each server that is silent.
@@ -105,32 +128,29 @@ class ChatClient:
             logger.warning("%s; goes on with the others", line)
         return names
 
-    def _read(self, response: HTTPResponse) -> bytes:
+    def _read(self, response: httpx.Response) -> bytes:
         """What the server sends within the timeout: one that sends a byte now and then is as good as silent."""
         content, deadline = b"", time.monotonic() + self._timeout
-        while len(content) < MAX_ANSWER and (part := response.read1(MAX_ANSWER)):
+        for part in response.iter_raw():
             content += part
             if time.monotonic() > deadline:
-                raise TimeoutError("the answer did not end")
+                raise httpx.ReadTimeout("the answer did not end")
+            if len(content) >= MAX_ANSWER:
+                break
         return content
 
     def _request(self, server: Server, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        kind = HTTPSConnection if server.scheme == "https" else HTTPConnection
-        connection = kind(server.host, server.port, timeout=self._timeout)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        url = httpx.URL(scheme=server.scheme, host=server.host, port=server.port, path=server.prefix + path)
         try:
-            connection.request(method, server.prefix + path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            content = self._read(response)
-        except HTTPException as error:  # its text can be a line that the server sent
-            raise RequestFailed(server, f"{type(error).__name__}, the connection broke", again=True) from None
-        except OSError as error:
+            with self._http.stream(method, url, json=body) as response:
+                content = self._read(response)
+        except (httpx.TimeoutException, httpx.ConnectError) as error:
             raise RequestFailed(server, f"{type(error).__name__}: {error}", again=True) from None
-        finally:
-            connection.close()
-        if response.status != 200:
-            again = response.status in (408, 429) or response.status >= 500
-            raise RequestFailed(server, _status(response.status), again, _seconds(response.getheader("Retry-After")))
+        except httpx.HTTPError as error:  # its text can be a line that the server sent
+            raise RequestFailed(server, f"{type(error).__name__}, the connection broke", again=True) from None
+        if response.status_code != 200:
+            status, after = response.status_code, _seconds(response.headers.get("Retry-After"))
+            raise RequestFailed(server, _status(status), status in (408, 429) or status >= 500, after)
         try:
             return json.loads(content)
         except (ValueError, RecursionError):  # also where the connection ended early
@@ -150,7 +170,9 @@ def _text(server: Server, answer: Any) -> str:
 
 def _status(status: int) -> str:
     """The status in the standard's words: the server's own reason phrase is the server's text."""
-    return f"HTTP {status} {responses.get(status, '')}" + ("; is the key right?" if status in (401, 403) else "")
+    return f"HTTP {status} {httpx.codes.get_reason_phrase(status)}" + (
+        "; is the key right?" if status in (401, 403) else ""
+    )
 
 
 def _seconds(retry_after: str | None) -> float | None:
