@@ -38,7 +38,7 @@ async def run_session(
     interrupt = Interrupt()
     with Journal(config, here, done, [prometheus_sink(config.name)], kept=run) as journal:
         async with open_system(System, config, run) as system:
-            journal.say(f"{config.name}: starting the actors")
+            journal.say(f"{config.name}: starting the actors: prompts are encoded, then model and rewards are loaded")
             if prompts.dropped:
                 journal.say(f"{prompts.dropped} training prompts are held out too and are not trained on")
             if not await interrupt.unless(system.start([*used, *prompts.heldout], checkpoint, journal.say)):
@@ -79,6 +79,7 @@ class Session:
             self._sample(self.done, await self._finish("publish again", self._system.publish_again(self.done - 1)))
         self._weights = await self._finish("publish", self._system.publish(self.done))
         if self.done in (0, last):
+            self._journal.say("sampling and scoring the held-out prompts")
             await self._evaluate(math.nan if self.done else 0.0)
             await asyncio.to_thread(self._journal.report)
         while self.done < last and not self._interrupt and not self._journal.stopped_by:

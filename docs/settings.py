@@ -23,8 +23,8 @@ Every setting, as `section.key` in a file or `--set section.key=value` on the co
 `python docs/settings.py --write` from the models in `g2rpo_ray/config/`; a test compares the two. What to change when
 is in [tuning.md](tuning.md).
 
-A setting with *by method* is filled by `method: NAME`, unless a file gives it beside `method`, or later: first the value of
-all methods that are not named, then those of the others, at the number of steps of their papers.
+A setting with *by method* is filled by `method: NAME`, unless a file gives it beside `method`, or later. First comes
+the value of all methods that are not named, then those of the others, at the number of steps of their papers.
 """
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "unset", Any: "anything"}
 

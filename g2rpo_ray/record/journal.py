@@ -63,6 +63,7 @@ class Journal:
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time inside as `timing_s/<phase>` of the next line."""
         started, start = time.time(), time.perf_counter()
+        self._tracker.phase(phase)
         try:
             yield
         finally:

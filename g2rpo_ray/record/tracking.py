@@ -3,11 +3,14 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from g2rpo_ray.config import Config
 from g2rpo_ray.record.storage import replace_text
@@ -24,11 +27,16 @@ class Tracker:
     def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = ()):
         self._lines = run / "metrics.jsonl"
         self._sinks: list[Sink] = [json_lines(self._lines, done), *sinks]
-        self._closers: list[Callable[[], None]] = [log_to(run / "run.log")]
+        redirected = ExitStack()
+        redirected.enter_context(
+            logging_redirect_tqdm()
+        )  # a warning stands above the progress bar, on a line of its own
+        self._closers: list[Callable[[], None]] = [log_to(run / "run.log"), redirected.close]
         if config.tracking.tensorboard:
             self._add_tensorboard(run / "tensorboard", done)
         if config.tracking.wandb_project:
             self._add_wandb(config, run)
+        self._name = config.name
         self._bar = tqdm(total=config.iterations, initial=done, unit="iteration", desc=config.name, dynamic_ncols=True)
 
     def log(self, iteration: int, metrics: Metrics) -> None:
@@ -41,6 +49,10 @@ class Tracker:
         self._sinks[0] = json_lines(self._lines, done)
         self._bar.n = done
         self._bar.refresh()
+
+    def phase(self, phase: str) -> None:
+        """What is done now, in front of the progress bar; where lines are kept, with its next one."""
+        self._bar.set_description_str(f"{self._name}, {phase}", refresh=sys.stderr.isatty())
 
     def advance(self, metrics: Mapping[str, float]) -> None:
         """Move the progress bar on by an iteration, with these numbers beside it."""
