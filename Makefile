@@ -3,17 +3,19 @@
 PYTHON ?= python3
 JOBS ?= 0
 VENV ?= .venv
+HPSV2 := hpsv2==1.2.0 clint args
 BIN := $(VENV)/bin
+VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))
 
-.PHONY: setup run wheel test lint clean
+.PHONY: setup run wheel wheelhouse test lint clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(if $(VERSION),python3,$(PYTHON)) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	# hpsv2 pins protobuf<4 and pytest==7.2.0, which would hold everything else back; it needs neither.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps hpsv2==1.2.0 clint args
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(HPSV2)
 	touch $@
 
 run: setup
@@ -21,6 +23,14 @@ run: setup
 
 wheel: setup
 	$(BIN)/pip wheel --quiet --no-deps -w dist .
+
+# All wheels for a machine without network, of another Python, too: make wheelhouse PYTHON=3.12. There, with that Python:
+#   pip install --no-index --find-links wheelhouse g2rpo_ray
+#   pip install --no-index --no-deps --find-links wheelhouse hpsv2 clint args
+wheelhouse: setup
+	$(BIN)/pip wheel --quiet --no-deps -w wheelhouse . 'deepspeed>=0.19,<0.20' $(HPSV2)
+	$(BIN)/pip download --quiet --only-binary=:all: $(VERSION) -d wheelhouse \
+		--find-links wheelhouse g2rpo_ray
 
 test: setup
 	tests/isolated $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

@@ -1,7 +1,8 @@
-"""The demo: what it draws is what `evaluate` draws, in the browser, too; what it refuses."""
+"""What follows a run: its last words, and the demo, which draws what `evaluate` draws, in the browser, too."""
 
 import base64
 import io
+import shlex
 import subprocess
 import sys
 import time
@@ -12,10 +13,13 @@ import pytest
 from diffusers import FluxPipeline
 from PIL import Image
 
-from g2rpo_ray import demo
+from g2rpo_ray import demo, evaluate
 from g2rpo_ray.comparison.adapters import read_adapters
 from g2rpo_ray.config import dump_config, load_config
+from g2rpo_ray.launch import command
+from g2rpo_ray.launch.next_steps import next_steps
 from g2rpo_ray.models import export_lora, lora_shapes
+from g2rpo_ray.record.storage import Folder
 from tests.runs import EMBEDDINGS
 
 PROMPT = "a blue square"
@@ -39,6 +43,27 @@ def run(tmp_path_factory):
 def studio(run):
     config = load_config(str(run / "config.yaml"))
     return demo.Studio(config, read_adapters([f"mine={run / 'lora'}"], config))
+
+
+def test_the_last_words_of_a_run_work_as_they_are_printed(run):
+    config = load_config(str(run / "config.yaml"))
+    lines = next_steps(config, Folder(run), 40).splitlines()
+    python = [line[12:] for line in lines if line.startswith(("load it:", " "))]
+    assert len(python) == 3
+    program = "; ".join(python)
+    names: dict = {}
+    exec(program, names)
+    assert names["pipeline"].get_active_adapters()
+    commands = {line.split(":")[0]: shlex.split(line.split(":", 1)[1]) for line in lines if "python -m" in line}
+    assert commands.keys() == {"try it", "compare", "go on"}
+    assert demo.make_parser().parse_args(commands["try it"][3:]).adapter == [str(run)]
+    plan = evaluate.make_plan(evaluate.make_parser().parse_args(commands["compare"][3:]))
+    assert [column.adapter.name for column in plan.columns] == ["base", config.name]
+    more = command.make_parser().parse_args(commands["go on"][3:])
+    assert load_config(more.config, more.set).iterations == 40 + config.iterations
+    remote = next_steps(config, Folder("memory://bucket/run"), 40)
+    assert "LoRA:       memory://bucket/run/lora" in remote
+    assert "compare:" not in remote  # of object storage the files must be fetched first
 
 
 def test_base_and_adapter_start_from_the_same_noise(studio):
@@ -95,8 +120,8 @@ def test_a_prompt_typed_in_a_browser_gives_the_pictures_of_evaluate(run, browser
     pytest.importorskip("gradio")
     (tmp_path / "prompts.txt").write_text(PROMPT)
     settings = ["--set", f"data.embeddings={EMBEDDINGS.name}", "--prompts", str(tmp_path / "prompts.txt")]
-    evaluate = [sys.executable, "-m", "g2rpo_ray.evaluate", *settings, "--adapter", f"mine={run / 'lora'}"]
-    subprocess.run([*evaluate, "--seeds", "1", "--output", str(tmp_path / "out")], check=True, capture_output=True)
+    program = [sys.executable, "-m", "g2rpo_ray.evaluate", *settings, "--adapter", f"mine={run / 'lora'}"]
+    subprocess.run([*program, "--seeds", "1", "--output", str(tmp_path / "out")], check=True, capture_output=True)
     expected = [np.array(Image.open(path)) for path in (tmp_path / "out" / "pictures").iterdir()]
     port = "7917"
     served = subprocess.Popen([sys.executable, "-m", "g2rpo_ray.demo", "--adapter", str(run), "--port", port])
