@@ -3,7 +3,6 @@
 PYTHON ?= python3
 JOBS ?= 0
 VENV ?= .venv
-HPSV2 := hpsv2==1.2.0 clint args
 BIN := $(VENV)/bin
 VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))
 
@@ -15,7 +14,7 @@ $(VENV)/.ready: pyproject.toml
 	$(if $(VERSION),python3,$(PYTHON)) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	# hpsv2 pins protobuf<4 and pytest==7.2.0, which would hold everything else back; it needs neither.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(HPSV2)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps hpsv2==1.2.0 clint args
 	touch $@
 
 run: setup
@@ -28,7 +27,7 @@ wheel: setup
 #   pip install --no-index --find-links wheelhouse g2rpo_ray
 #   pip install --no-index --no-deps --find-links wheelhouse hpsv2 clint args
 wheelhouse: setup
-	$(BIN)/pip wheel --quiet --no-deps -w wheelhouse . 'deepspeed>=0.19,<0.20' $(HPSV2)
+	$(BIN)/pip wheel --quiet --no-deps -w wheelhouse . 'deepspeed>=0.19,<0.20' hpsv2==1.2.0 clint args
 	$(BIN)/pip download --quiet --only-binary=:all: $(VERSION) -d wheelhouse \
 		--find-links wheelhouse g2rpo_ray
 
