@@ -83,6 +83,21 @@ async def follow_cluster(leave: Callable[[set[str]], None]) -> None:
         known = draining
 
 
+async def require_cluster() -> None:
+    """Before anything is started again: a process whose own node is gone can start nothing, and may end at the try.
+
+    Raises:
+        ClusterLost: as `follow_cluster`, which may not have seen it yet.
+    """
+    await asyncio.sleep(LOOK_EVERY_S)  # the head learns of a dead node a moment later than who talked to it
+    try:
+        alive = await within(HEAD_S, "the head", in_thread(is_alive))
+    except Hung as error:
+        raise ClusterLost(str(error)) from None
+    if not alive:
+        raise ClusterLost("the node of this process is gone")
+
+
 def _look() -> tuple[set[str], bool]:
     while True:
         try:

@@ -64,14 +64,18 @@ def in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
 
-    def set_result(found: T) -> None:
+    def settle(found: T | None, error: Exception | None) -> None:
         if not result.done():
-            result.set_result(found)
+            result.set_exception(error) if error else result.set_result(found)  # type: ignore[arg-type]
 
     def run() -> None:
-        found = work()
+        found = error = None
+        try:
+            found = work()
+        except Exception as raised:
+            error = raised
         with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(set_result, found)
+            loop.call_soon_threadsafe(settle, found, error)
 
     threading.Thread(target=run, daemon=True).start()
     return result

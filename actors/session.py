@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from actors.control import require_cluster
 from actors.failures import is_lost_object
 from actors.interrupt import Interrupt, Interrupted
 from actors.learner import LearnerLost
@@ -138,6 +139,7 @@ class Session:
             lost = isinstance(error, LearnerLost) or is_lost_object(error)
             if not lost or self._restarts > self._config.learner.max_restarts:
                 raise
+            await require_cluster()
             self._go_back(error)
             return False
         finally:

@@ -7,8 +7,9 @@ from typing import Any, Literal, TypeVar
 
 from actors.cluster import at_end
 from actors.collector import Collector
-from actors.control import follow_cluster, follow_requests
+from actors.control import follow_cluster, follow_requests, require_cluster
 from actors.encoder import Embeddings, Say
+from actors.failures import is_death
 from actors.learner import LearnerGroup
 from actors.pool import Pool
 from actors.reward import RewardActor, Scorer
@@ -118,7 +119,10 @@ async def open_system(kind: type[S], config: Config, folder: Folder) -> AsyncIte
             finally:
                 system.stop()
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        error = errors.exceptions[0]
+        if is_death(getattr(error, "cause", error)):
+            await require_cluster()  # a better word for it
+        raise error from None
 
 
 def _rollout_pool(config: Config) -> Pool:
