@@ -18,6 +18,8 @@ from g2rpo_ray.report.read import Run
 FAULTS = {
     "rollout/restarts": "actors replaced",
     "rollout/units_retried": "units sent again",
+    "rollout/hung": "calls that hung",
+    "rollout/copies": "units of slow actors copied",
     "learner/restarts": "learner started again",
 }
 
