@@ -1,7 +1,11 @@
 """The LoRA: added, moved, checked, exported; the export read by diffusers itself."""
 
 import dataclasses
+import hashlib
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +213,23 @@ def test_an_export_is_read_back_as_it_was(tiny: Path, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     verify(read_lora(tmp_path), describe(state, 0))
     verify(read_lora(tmp_path / "pytorch_lora_weights.safetensors"), describe(state, 0))
+
+
+def test_equal_states_are_equal_files_in_any_process(tmp_path: Path) -> None:
+    """What `sha256sum` shows of two runs; safetensors orders two keys of metadata by chance, even within a process."""
+    program = (
+        "import sys, numpy as np; from g2rpo_ray.config import LoraConfig; from g2rpo_ray.models import export_lora; from diffusers import FluxPipeline\n"
+        "names = [f'blocks.{i}.attn.to_{x}.lora_{m}.weight' for i in range(3) for x in 'qkv' for m in 'AB']\n"
+        "state = {name: np.full((2, 2), float(len(name)), np.float32) for name in sorted(names, key=hash)}\n"
+        "for folder in sys.argv[1:]: export_lora(folder, state, LoraConfig(rank=2, alpha=4), FluxPipeline)"
+    )
+    folders = [[str(tmp_path / f"{seed}{number}") for number in range(8)] for seed in range(2)]
+    for seed, names in enumerate(folders):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        subprocess.run([sys.executable, "-c", program, *names], env=environment, check=True)
+    files = [file for names in folders for folder in names for file in Path(folder).iterdir()]
+    assert len({hashlib.sha256(file.read_bytes()).digest() for file in files}) == 1
+    assert len(files) == 16
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ A state is {name: float32 array}, the names those of PEFT without the adapter's 
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,7 +163,10 @@ def verify(state: Mapping[str, FloatArray], manifest: WeightsManifest) -> None:
 
 
 def export_lora(directory: str | Path, state: Mapping[str, FloatArray], config: LoraConfig, pipeline: Any) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of this class reads with rank and alpha."""
+    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of this class reads with rank and alpha.
+
+    Equal states are equal files.
+    """
     layers = sorted({name.split(".lora_")[0] for name in state})
     pipeline.save_lora_weights(
         directory,
@@ -170,6 +174,19 @@ def export_lora(directory: str | Path, state: Mapping[str, FloatArray], config: 
         # without metadata diffusers takes alpha for equal to the rank
         transformer_lora_adapter_metadata={"r": config.rank, "lora_alpha": config.alpha, "target_modules": layers},
     )
+    _sort_metadata(Path(directory) / FILE)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the header's metadata in order: safetensors writes them in another one every time."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        stream.seek(8)
+        stream.write(text)
 
 
 def read_lora(path: str | Path) -> dict[str, FloatArray]:
