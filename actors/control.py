@@ -12,6 +12,7 @@ from ray._private.state import state  # what Ray Train asks, too: there is no pu
 from actors.cluster import ClusterLost, is_alive
 from actors.failures import Hung, in_thread, is_death, within
 from actors.pool import Pool
+from g2rpo_ray.record.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,13 @@ async def follow_requests(run: str, pools: Mapping[str, Pool], say: Callable[[st
             await asyncio.sleep(LOOK_EVERY_S)
         finally:
             ray.kill(control)
+
+
+async def follow_lease(lease: Lease) -> None:
+    """Raise LeaseLost soon after another process has taken the run over."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        lease.check()
 
 
 async def follow_cluster(leave: Callable[[set[str]], None]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from actors.control import require_cluster
+from actors.control import follow_lease, require_cluster
 from actors.failures import is_lost_object
 from actors.interrupt import Interrupt, Interrupted
 from actors.learner import LearnerLost
@@ -14,10 +14,12 @@ from actors.prometheus import prometheus_sink
 from actors.system import System, open_system
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config
+from g2rpo_ray.config.resume import settings
 from g2rpo_ray.data import Prompts, drawn_prompts, iteration_prompts
 from g2rpo_ray.launch.next_steps import next_steps
 from g2rpo_ray.record.checkpoint import Checkpoint, find_checkpoint, finish_checkpoint, new_checkpoint, publish_best
 from g2rpo_ray.record.journal import Journal, is_finished, summarize
+from g2rpo_ray.record.lease import Lease
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import Metrics
 from g2rpo_ray.types import Rollout
@@ -27,18 +29,19 @@ T = TypeVar("T")
 
 
 async def run_session(
-    loop: Loop, config: Config, prompts: Prompts, run: Folder, here: Path, checkpoint: Checkpoint | None
+    loop: Loop, config: Config, prompts: Prompts, run: Folder, here: Path, checkpoint: Checkpoint | None, lease: Lease
 ) -> bool:
     """Run the loop from the checkpoint, or the start, to the last iteration; False if somebody asked to end before.
 
     A learner that is lost is started again from the latest checkpoint, and the iterations since are done again.
-    `here` is the run directory, or a copy of it on this machine.
+    `here` is the run directory, or a copy of it on this machine. A lease that is lost ends the run at once.
     """
     used = drawn_prompts(prompts.train, config.data.prompts_per_iteration, config.seed, config.iterations)
     done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
-    with Journal(config, here, done, [prometheus_sink(config.name)], kept=run) as journal:
+    with Journal(config, here, done, [prometheus_sink(config.name)], kept=run, guard=lease.check) as journal:
         async with open_system(System, config, run) as system:
+            system.watch(follow_lease(lease))
             journal.say(f"{config.name}: starting the actors: prompts are encoded, then model and rewards are loaded")
             if prompts.dropped:
                 journal.say(f"{prompts.dropped} training prompts are held out too and are not trained on")
@@ -79,7 +82,7 @@ class Session:
         if self._config.rollout.max_staleness and 0 < self.done < last:  # as when the run was not interrupted
             self._sample(self.done, await self._finish("publish again", self._system.publish_again(self.done - 1)))
         self._weights = await self._finish("publish", self._system.publish(self.done))
-        if self.done in (0, last):
+        if self.done in (self._journal.judged_since, last):
             self._journal.say("sampling and scoring the held-out prompts")
             await self._evaluate(math.nan if self.done else 0.0)
             await asyncio.to_thread(self._journal.report)
@@ -130,7 +133,7 @@ class Session:
         """Run the loop, and save what it did; False if the learner was lost and is started again."""
         try:
             if self._restarts:
-                await self._system.start_learner(find_checkpoint(self._run, "auto"))
+                await self._system.start_learner(find_checkpoint(self._run))
                 self._journal.say("the learner is ready again")
             await self._save_after(loop)
             return True
@@ -166,7 +169,7 @@ class Session:
         return await self._interrupt.finish(call, lambda: self._system.learner.ending(kind))
 
     def _go_back(self, error: Exception) -> None:
-        checkpoint = find_checkpoint(self._run, "auto")
+        checkpoint = find_checkpoint(self._run)
         self.done = self._saved = checkpoint.iteration if checkpoint else 0
         self._journal.say(f"learner lost ({str(error).splitlines()[0]}); going on from iteration {self.done}")
         self._journal.rewind(self.done)
@@ -186,10 +189,12 @@ class Session:
 
     async def _save(self, score: float | None = None) -> None:
         with self._journal.timed("checkpoint"):
+            self._journal.guard()
             files = await self._finish("save", self._system.learner.save(new_checkpoint(self._run, self.done)))
             await asyncio.to_thread(self._journal.keep)  # before there is a checkpoint to go on from
-            keep = self._config.checkpoint.keep
-            await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, score)
+            keep, prompts = self._config.checkpoint.keep, self._prompts
+            made_with = settings(self._config, prompts.train, prompts.heldout)
+            await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, made_with, score)
         self._saved = self.done
 
     def _end_with_the_best(self) -> None:

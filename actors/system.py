@@ -45,16 +45,17 @@ class System:
         """Encode the prompts, then start all actors; returns when the learner and enough of each kind can work."""
         await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
         self._start_pools()
-        self._watch(follow_requests(self._config.name, self._pools, say))
+        self.watch(follow_requests(self._config.name, self._pools, say))
         await asyncio.gather(self.start_learner(checkpoint), *(pool.wait_ready() for pool in self._pools.values()))
         return True
 
     def _start_pools(self) -> None:
         for pool in self._pools.values():
             pool.start(self._group)
-        self._watch(follow_cluster(self._leave))
+        self.watch(follow_cluster(self._leave))
 
-    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
+    def watch(self, watch: Coroutine[Any, Any, None]) -> None:
+        """Do this for as long as the run goes on; what it raises ends the run."""
         self._watchers.append(self._group.create_task(watch))
 
     async def start_learner(self, checkpoint: Checkpoint | None) -> None:

@@ -56,7 +56,7 @@ def test_sigterm_saves_and_ends(reference, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "is saved" in finish(process, status=130)
     done = int((tmp_path / "stopped" / "checkpoints" / "LATEST").read_text())
-    assert find_checkpoint(Folder(tmp_path / "stopped"), "auto").iteration == done >= 1
+    assert find_checkpoint(Folder(tmp_path / "stopped")).iteration == done >= 1
     run(tmp_path, "stopped", "--resume", "auto")
     same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
 

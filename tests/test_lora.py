@@ -218,7 +218,8 @@ def test_an_export_is_read_back_as_it_was(tiny: Path, tmp_path: Path) -> None:
 def test_equal_states_are_equal_files_in_any_process(tmp_path: Path) -> None:
     """What `sha256sum` shows of two runs; safetensors orders two keys of metadata by chance, even within a process."""
     program = (
-        "import sys, numpy as np; from g2rpo_ray.config import LoraConfig; from g2rpo_ray.models import export_lora; from diffusers import FluxPipeline\n"
+        "import sys, numpy as np; from g2rpo_ray.config import LoraConfig; from g2rpo_ray.models import export_lora\n"
+        "from diffusers import FluxPipeline\n"
         "names = [f'blocks.{i}.attn.to_{x}.lora_{m}.weight' for i in range(3) for x in 'qkv' for m in 'AB']\n"
         "state = {name: np.full((2, 2), float(len(name)), np.float32) for name in sorted(names, key=hash)}\n"
         "for folder in sys.argv[1:]: export_lora(folder, state, LoraConfig(rank=2, alpha=4), FluxPipeline)"

@@ -154,7 +154,7 @@ def test_the_best_adapter_becomes_the_runs_own(tmp_path):
     for iteration, score in enumerate([0.1, 0.9, None], start=1):
         folder = new_checkpoint(run, iteration)
         (folder / "lora").write("weights", str(iteration).encode())
-        finish_checkpoint(run, iteration, folder.digests(), 2, score)
+        finish_checkpoint(run, iteration, folder.digests(), 2, {}, score)
     assert (run / "lora").read("weights") == b"3"
     assert publish_best(run) == 2
     assert (run / "lora").read("weights") == b"2"

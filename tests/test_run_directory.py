@@ -11,7 +11,7 @@ from PIL import Image
 
 from g2rpo_ray.algo import ANCHOR, Shape, plan_tree
 from g2rpo_ray.config import load_config
-from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, read_checkpoint
 from g2rpo_ray.record.heldout import compare, picture_grid, table
 from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.metrics import rollout_metrics, signals, utilisation
@@ -25,21 +25,20 @@ def save(path, iteration, keep=2, content="x", score=None):
     run = Folder(path)
     folder = new_checkpoint(run, iteration)
     (folder / "lora").write("weights", content.encode())
-    finish_checkpoint(run, iteration, folder.digests(), keep, score)
+    finish_checkpoint(run, iteration, folder.digests(), keep, {}, score)
 
 
-def find(path, resume="auto"):
-    return find_checkpoint(Folder(path), resume)
+def find(path):
+    return find_checkpoint(Folder(path))
 
 
 def test_the_latest_checkpoint_is_found_and_the_newest_are_kept(tmp_path):
     for iteration in (1, 2, 3):
         save(tmp_path, iteration, content=str(iteration))
     assert find(tmp_path).iteration == 3
-    assert find(tmp_path, "never") is None
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["000002", "000003", "LATEST"]
-    assert find(tmp_path, str(tmp_path / "checkpoints" / "000002")).iteration == 2
+    assert read_checkpoint(Folder(tmp_path / "checkpoints" / "000002")).iteration == 2
     assert (tmp_path / "lora" / "weights").read_text() == "3"
 
 
@@ -85,14 +84,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
     assert find(tmp_path).iteration == 1
 
 
-def test_an_earlier_run_is_set_aside_and_not_lost(tmp_path):
-    run = tmp_path / "run"
-    set_aside(Folder(run))
-    for number in (1, 2):
-        save(run, number)
-        set_aside(Folder(run))
-        assert not run.exists()
-        assert find(tmp_path / f"run.{number}").iteration == number
+def test_a_damaged_checkpoint_costs_none_that_comes_after(tmp_path):
+    """Its number is higher, but it is neither the newest nor one to keep."""
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    (tmp_path / "checkpoints" / "000002" / "lora" / "weights").write_text("y")
+    save(tmp_path, 1, keep=1)
+    assert find(tmp_path).iteration == 1
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "000001\n"
 
 
 def test_metrics_after_the_checkpoint_of_a_killed_run_are_dropped(tmp_path):

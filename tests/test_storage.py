@@ -3,51 +3,16 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
 
 import fsspec
 import pytest
-from pyarrow import fs
 
 from g2rpo_ray.data import EmbeddingStore
-from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint, set_aside
+from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint
 from g2rpo_ray.record.storage import Folder
 from tests.runs import kill_all, lora, run, same_lora, start, wait_for, wait_for_iteration
 from tests.test_data import embedding
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """The URI of an empty bucket on a moto server, which speaks S3."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    settings = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "s3cr3t", "AWS_EC2_METADATA_DISABLED": "true"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in settings.items():
-            patch.setenv(key, value)
-        wait_for(server, lambda: answers(port))
-        query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
-        server_itself, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
-        server_itself.create_dir("bucket")
-        yield f"s3://bucket/runs?{query}"
-        kill_all(server)
-
-
-def answers(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        time.sleep(0.2)
-        return False
-    return True
 
 
 @pytest.fixture(params=["path", "file://", "s3://", "memory://"])
@@ -62,32 +27,37 @@ def save(run, iteration, content=b"x", keep=2):
         (path / "lora").mkdir()
         (path / "lora" / "weights").write_bytes(content)
         files = Folder(path).digests()
-    finish_checkpoint(run, iteration, files, keep)
+    finish_checkpoint(run, iteration, files, keep, {})
 
 
 def test_checkpoints_are_whole_or_not_there_wherever_they_are(folder, caplog):
-    assert find_checkpoint(folder, "auto") is None
+    assert find_checkpoint(folder) is None
     for iteration in (1, 2, 3):
         save(folder, iteration, str(iteration).encode())
     assert (folder / "checkpoints").names() == ["000002", "000003", "LATEST"]
     assert folder.read("lora/weights") == b"3"
-    found = find_checkpoint(folder, "auto")
+    found = find_checkpoint(folder)
     with found.folder.reading() as path:
         assert (path / "lora" / "weights").read_bytes() == b"3"
-    assert find_checkpoint(folder, str(found.folder)).iteration == 3
     (found.folder / "lora").write("weights", b"damaged")
-    assert find_checkpoint(folder, "auto").iteration == 2
+    assert find_checkpoint(folder).iteration == 2
     assert "lora/weights is not as it was written" in caplog.text
     new_checkpoint(folder, 4).write("half", b"of it")
-    assert find_checkpoint(folder, "auto").iteration == 2
+    assert find_checkpoint(folder).iteration == 2
 
 
-def test_an_earlier_run_is_set_aside(folder):
-    save(folder, 1)
-    set_aside(folder)
-    assert folder.names() == []
-    base, mark, query = str(folder).partition("?")
-    assert find_checkpoint(Folder(f"{base}.1{mark}{query}"), "auto").iteration == 1
+def test_files_and_folders_get_other_names_and_copies(folder, tmp_path):
+    (folder / "a" / "b").write("c", b"1")
+    folder.write("d", b"2")
+    folder.copy("d", folder / "e")
+    folder.copy("d", Folder(tmp_path / "here"))
+    for name in ("a", "d"):
+        folder.move(name, f"x/{name}")
+    assert folder.files() == ["e/d", "x/a/b/c", "x/d"]
+    assert (tmp_path / "here" / "d").read_bytes() == b"2"
+    assert (folder / "x" / "a" / "b").read("c") == b"1"
+    assert (folder / "x").name == "x"
+    assert str((folder / "x").parent) == str(folder)
 
 
 def test_a_workspace_brings_what_is_there_and_keeps_what_is_new(folder):
@@ -170,7 +140,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(reference
         assert "No space left on device" in printed.splitlines()[-1]
         assert "Traceback" not in printed
         (disk / "filler").unlink()
-        assert find_checkpoint(Folder(disk / "full"), "auto").iteration >= 1
+        assert find_checkpoint(Folder(disk / "full")).iteration >= 1
         run(disk, "full")
         same_lora(lora(disk, "full"), lora(reference[0], "reference"))
     finally:

@@ -9,12 +9,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from g2rpo_ray.config import load_config
+from g2rpo_ray.config import dump_config, load_config
 from g2rpo_ray.launch.check import check
 from g2rpo_ray.launch.next_steps import next_steps
-from g2rpo_ray.launch.preflight import check_files, check_writable, fit_batches, open_run, read_run_prompts
-from g2rpo_ray.record.checkpoint import find_checkpoint, set_aside
+from g2rpo_ray.launch.preflight import (
+    check_files,
+    check_writable,
+    find_start,
+    fit_batches,
+    open_run,
+    read_run_prompts,
+)
 from g2rpo_ray.record.journal import is_finished, summarize
+from g2rpo_ray.record.lease import LEASE, Lease, LeaseLost
+from g2rpo_ray.record.lineage import ASIDE, begin_lineage, finish_beginning
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.words import one_line
 
@@ -22,7 +30,13 @@ if TYPE_CHECKING:  # Ray is loaded when there is something to run
     from actors.session import Loop
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
-NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora")  # of a run directory: the actors read them where they are
+NOT_NEEDED_HERE = (
+    "checkpoints",
+    "embeddings",
+    "lora",
+    ASIDE,
+    LEASE,
+)  # of a run directory: the actors read them where they are
 
 
 def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:
@@ -38,42 +52,48 @@ def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:
 
 def _launch(loop: "Loop", options: argparse.Namespace) -> int:
     name = [f"name={options.name}"] if options.name else []
-    try:
-        config = load_config(options.config, [*options.set, *name])
-        run = open_run(config)
-        checkpoint = find_checkpoint(run, options.resume)
-        prompts = read_run_prompts(config)
-        unchecked = check_files(config, checkpoint)
-        config = fit_batches(config)
-    except ValueError as error:
-        return _refuse(error)
-    if checkpoint and is_finished(config, run, checkpoint.iteration) and not options.check:
-        print(f"{config.name} is finished; --resume never starts it again, --name gives another run\n")
-        with run.workspace(NOT_NEEDED_HERE) as here:
-            print(summarize(config, here))
-        print(next_steps(config, run, checkpoint.iteration))
-        return 0
-    from actors.cluster import check_resources, cluster
-
     with ExitStack() as stack:
         try:
-            check_writable(config, run)
+            config = load_config(options.config, [*options.set, *name])
+            run = open_run(config)
+            prompts = read_run_prompts(config)
+            config = fit_batches(config)
+            lease = Lease(run)
+            if not options.check:
+                stack.enter_context(lease)
+                finish_beginning(run)
+            start = find_start(run, options.resume, config, prompts)
+            unchecked = check_files(config, start.checkpoint)
+        except ValueError as error:
+            return _refuse(error)
+        if not options.check and start.is_in(run) and is_finished(config, run, start.iteration):
+            print(f"{config.name} is finished; --resume never starts it again, --name gives another run\n")
+            with run.workspace(NOT_NEEDED_HERE) as here:
+                print(summarize(config, here))
+            print(next_steps(config, run, start.iteration))
+            return 0
+        from actors.cluster import check_resources, cluster
+
+        try:
             if options.check:
+                check_writable(config, run)
                 check(config, prompts.train[0], unchecked, options.address)
                 return 0
             stack.enter_context(cluster(options.address))
             check_resources(config)
         except ValueError as error:
             return _refuse(error)
-        if checkpoint is None:
-            set_aside(run)
-        here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
         from actors.session import run_session  # imports Ray, which may not be before there is a cluster
 
         try:
-            done = asyncio.run(run_session(loop, config, prompts, run, here, checkpoint))
+            checkpoint = begin_lineage(run, start, dump_config(config)) if start.anew else start.checkpoint
+            here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
+            done = asyncio.run(run_session(loop, config, prompts, run, here, checkpoint, lease))
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
+        except LeaseLost as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
         except Exception as error:
             return fail(run, error)
     return 0 if done else INTERRUPTED
@@ -112,8 +132,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
     parser.add_argument("--name", help="name of the run, its folder below `output`")
     parser.add_argument(
-        "--resume", metavar="auto|never|PATH", default="auto", help="go on from the latest checkpoint (default), or not"
-    )
+        "--resume", nargs="+", metavar="auto|never|PATH [changed]", default=["auto"],
+        help="go on from the latest checkpoint (default), start anew, or go back; `changed`: with other settings",
+    )  # fmt: skip
     parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else one on this machine")
     parser.add_argument(
         "--check", action="store_true", help="check settings, files, rewards, resources; print the plan, end"

@@ -1,13 +1,16 @@
 """What can be found wrong before anything starts: files, model, adapter, checkpoint."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 from g2rpo_ray.config import Config
+from g2rpo_ray.config.resume import describe, settings
 from g2rpo_ray.data import Prompts, iteration_prompts, read_prompts, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.record.checkpoint import Checkpoint
+from g2rpo_ray.record.lineage import Beginning, find_beginning
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.words import one_line
 
@@ -53,6 +56,32 @@ def read_run_prompts(config: Config) -> Prompts:
         raise ValueError(f"data.train_prompts: all {len(given)} are among data.heldout_prompts, too; give others")
     iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
     return Prompts(train, heldout, len(given) - len(train))
+
+
+def find_start(run: Folder, resume: Sequence[str], config: Config, prompts: Prompts) -> Beginning:
+    """Where `--resume` says that the run goes on. Settings that count must be those of the checkpoint, or `changed`.
+
+    Raises:
+        ValueError: one line; there is no such checkpoint, or settings differ.
+    """
+    where = [word for word in resume if word != "changed"] or ["auto"]
+    if len(where) > 1:
+        raise ValueError(
+            f"--resume: {' '.join(where)} given; give one of auto, never and PATH, and `changed` beside it"
+        )
+    beginning = find_beginning(run, where[0], settings(config, prompts.train, prompts.heldout))
+    checkpoint, changed = beginning.checkpoint, beginning.changed
+    if checkpoint and checkpoint.iteration > config.iterations:
+        raise ValueError(
+            f"iterations: {config.iterations} given, but {checkpoint.iteration} are done: give more, or go back with "
+            f"--resume {checkpoint.folder.parent}/<iteration>"
+        )
+    if checkpoint and changed and "changed" not in resume:
+        raise ValueError(
+            f"--resume: not the settings of {checkpoint.folder}: {describe(changed)}; --resume changed goes on with "
+            f"these, from iteration {checkpoint.iteration} on, and keeps what was before; or give another --name"
+        )
+    return beginning
 
 
 def check_models(config: Config) -> list[str]:

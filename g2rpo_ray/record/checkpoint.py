@@ -6,12 +6,12 @@ object storage, too, where folders can't be renamed. Nothing else needs keeping:
 and the iteration.
 """
 
-import itertools
 import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from g2rpo_ray.record.storage import Folder
 
@@ -27,6 +27,8 @@ class Checkpoint:
 
     folder: Folder
     iteration: int
+    settings: dict[str, Any]
+    """What it was made with."""
 
 
 def new_checkpoint(run: Folder, iteration: int) -> Folder:
@@ -38,28 +40,24 @@ def new_checkpoint(run: Folder, iteration: int) -> Folder:
 
 
 def finish_checkpoint(
-    run: Folder, iteration: int, files: Mapping[str, str], keep: int, score: float | None = None
-) -> None:
+    run: Folder, iteration: int, files: Mapping[str, str], keep: int, settings: Mapping[str, Any],
+    score: float | None = None,
+) -> None:  # fmt: skip
     """Make the folder that was filled a checkpoint; all but the newest `keep` and the best go.
 
     Args:
         files: SHA-256 of every file, by name, as they were written.
+        settings: what it was made with.
         score: the higher the better; None where nothing was evaluated.
     """
     checkpoints = run / "checkpoints"
     folder = checkpoints / f"{iteration:06d}"
-    state = {"iteration": iteration, "score": score, "files": dict(files)}
-    folder.write(STATE, (json.dumps(state) + "\n").encode())
-    checkpoints.write(LATEST, f"{iteration:06d}\n".encode())
-    finished = _finished(checkpoints)
-    scores = {name: _score(checkpoints / name) for name in finished}
-    best = max(reversed(finished), key=lambda name: scores[name])  # of equals the newest
-    if scores[best] > -math.inf:
-        checkpoints.write(BEST, f"{best}\n".encode())
+    write_state(folder, {"iteration": iteration, "score": score, "settings": settings, "files": dict(files)})
+    finished, best = mark_checkpoints(checkpoints, iteration)
     for name in set(finished[:-keep]) - {best}:
         (checkpoints / name).delete(STATE)
         (checkpoints / name).delete()
-    _publish(run, folder)
+    publish_adapter(folder, run)
 
 
 def publish_best(run: Folder) -> int | None:
@@ -68,36 +66,43 @@ def publish_best(run: Folder) -> int | None:
     if not checkpoints.exists(BEST):
         return None
     best = checkpoints.read(BEST).decode().strip()
-    _publish(run, checkpoints / best)
+    publish_adapter(checkpoints / best, run)
     return int(best)
 
 
-def _publish(run: Folder, checkpoint: Folder) -> None:
+def write_state(folder: Folder, state: Mapping[str, Any]) -> None:
+    """Make a folder that is filled a checkpoint."""
+    folder.write(STATE, (json.dumps(state) + "\n").encode())
+
+
+def mark_checkpoints(checkpoints: Folder, newest: int) -> tuple[list[str], str | None]:
+    """Let LATEST name the newest checkpoint and BEST the best one, if any was judged.
+
+    Returns all up to the newest, and the best. A later one was found damaged, and will be written again.
+    """
+    finished = [name for name in _finished(checkpoints) if int(name) <= newest]
+    scores = {name: _score(checkpoints / name) for name in finished}
+    best = max(reversed(finished), key=lambda name: scores[name])  # of equals the newest
+    checkpoints.write(LATEST, f"{finished[-1]}\n".encode())
+    if scores[best] == -math.inf:
+        return finished, None
+    checkpoints.write(BEST, f"{best}\n".encode())
+    return finished, best
+
+
+def publish_adapter(checkpoint: Folder, run: Folder) -> None:
+    """Make the checkpoint's adapter the run's."""
     adapter, published = checkpoint / "lora", run / "lora"
     for name in adapter.names():
         published.write(name, adapter.read(name))
 
 
-def set_aside(run: Folder) -> None:
-    """Rename the folder of an earlier run with checkpoints to the first free <name>.1, <name>.2 ..."""
-    if _finished(run / "checkpoints"):
-        base, mark, query = str(run).partition("?")
-        numbered = (Folder(f"{base}.{number}{mark}{query}") for number in itertools.count(1))
-        run.rename(next(folder for folder in numbered if not folder.names()))
-
-
-def find_checkpoint(run: Folder, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` asks for: the run's latest (`auto`), none (`never`), or the one at a path or URI.
-
-    Where the latest is damaged, that is told and the one before it is taken.
+def find_checkpoint(run: Folder) -> Checkpoint | None:
+    """The run's latest checkpoint. Where that is damaged, it is told and the one before it is taken.
 
     Raises:
-        ValueError: one line; the one asked for, or every one there is, can't be used.
+        ValueError: one line; every one that there is is damaged.
     """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return read_checkpoint(Folder(resume))
     damage: ValueError | None = None
     for name in reversed(_finished(run / "checkpoints")):
         try:
@@ -118,7 +123,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
         changed = [name for name, digest in state["files"].items() if found.get(name) != digest]
         if changed:
             raise ValueError(f"{changed[0]} is not as it was written")
-        return Checkpoint(folder, int(state["iteration"]))
+        return Checkpoint(folder, int(state["iteration"]), dict(state["settings"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume: {folder} is not a readable checkpoint ({type(error).__name__}: {error}); name a folder "

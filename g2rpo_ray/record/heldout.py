@@ -47,8 +47,8 @@ def win_rate(difference: NDArray[Any]) -> float:
 
 
 def compare_all(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> dict[str, dict[str, float]]:
-    """The comparison of every reward, as summary.json holds it."""
-    return {name: asdict(compare(before[name], after[name])) for name in after}
+    """The comparison of every reward that both have, as summary.json holds it."""
+    return {name: asdict(compare(before[name], after[name])) for name in after if name in before}
 
 
 def table(comparisons: Mapping[str, Mapping[str, float]], trained: Sequence[str]) -> str:

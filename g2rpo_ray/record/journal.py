@@ -5,8 +5,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ from PIL import Image
 from g2rpo_ray.config import Config, dump_config
 from g2rpo_ray.config.schema import PanelName
 from g2rpo_ray.record.heldout import compare_all, picture_grid, table
+from g2rpo_ray.record.lease import LeaseLost
+from g2rpo_ray.record.lineage import in_words, judged_since, read_changes
 from g2rpo_ray.record.metrics import hacked, mean_of_present, rollout_metrics
 from g2rpo_ray.record.panel import panel, tripped
 from g2rpo_ray.record.storage import Folder, replace_text
@@ -32,13 +34,20 @@ HACKING_WINDOW = 20  # iterations over which trained and judging rewards are com
 class Journal:
     """Writes down what happens in a run, iteration by iteration; a run that goes on finds what it had written."""
 
-    def __init__(self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = (), kept: Folder | None = None):
+    def __init__(
+        self, config: Config, run: Path, done: int, sinks: Sequence[Sink] = (), kept: Folder | None = None,
+        guard: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         """
         Args:
             run: the run directory, or a copy of it on this machine.
             kept: where the run is kept, if that is another place: `keep` brings what is new there.
+            guard: called before anything is written; raises LeaseLost where nothing may be.
         """
-        self._config, self._run, self._kept = config, run, kept
+        self._config, self._run, self._kept, self.guard = config, run, kept, guard
+        changes = read_changes(Folder(run))
+        self.judged_since = judged_since(changes)
+        """Held-out scores since this iteration can be compared."""
         self._kept_at = 0.0
         self._spans: list[Span] = []
         (run / "samples" / "pictures").mkdir(parents=True, exist_ok=True)
@@ -46,7 +55,10 @@ class Journal:
         self._tracker = Tracker(config, run, done, sinks)
         self.stopped_by: list[PanelName] = []
         """What of the hacking panel ends the run, by `evaluation.stop_on`."""
-        self._means: dict[str, float] = {}
+        for line in changes[-1:]:
+            if line["iteration"] == done:
+                self.say(in_words(line))
+        self._means: tuple[int, dict[str, float]] = (0, {})  # of the evaluation after so many iterations
         self._window: deque[Metrics] = deque(maxlen=HACKING_WINDOW)
         self._seconds: dict[str, float] = {}
         self._lost, self._rewinds = 0.0, 0
@@ -57,7 +69,8 @@ class Journal:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._tracker.close()
-        self.keep()
+        with suppress(LeaseLost):
+            self.keep()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -73,6 +86,7 @@ class Journal:
 
     def keep(self) -> None:
         """Bring what was written since the last call to where the run is kept: a checkpoint is there, or almost."""
+        self.guard()
         self._safe_at = time.perf_counter()
         if self._kept and self._kept.path != self._run:
             now = time.time()
@@ -97,22 +111,25 @@ class Journal:
         Returns the weighted sum of the trained rewards' means: the higher, the better the policy; None where the
         hacking panel ends the run, for a policy that exploits its rewards is not the best one.
         """
+        self.guard()
         lists = {name: scores.tolist() for name, scores in samples.scores.items()}
-        start = samples.scores if done == 0 else _read_scores(self._run, 0)
+        start = samples.scores if done == self.judged_since else _read_scores(self._run, self.judged_since)
         values = panel(samples.traces, samples.scores, start, list(self._config.eval_rewards), distance)
         record = {"prompts": samples.prompts, "shown": len(samples.pictures), "scores": lists, "panel": values}
         if samples.pictures:
-            columns = {"base": self._keep_pictures(done, samples.pictures), f"iteration {done}": samples.pictures}
+            first = self._keep_pictures(done, samples.pictures)
+            columns = {self._first_column(): first, f"iteration {done}": samples.pictures}
             shown = samples.prompts[: len(samples.pictures)]
             picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
         replace_text(scores_file(self._run, done), to_json(record) + "\n")
         means = {name: mean_of_present(scores) for name, scores in samples.scores.items()}
         self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
-        self._means = {f"heldout/{name}/mean": mean for name, mean in means.items()}
-        self._means |= {f"panel/{name}": value for name, value in values.items()}
-        self._means["heldout/evaluations"] = samples.evaluations
-        if done == 0:
-            self._write(0, {})
+        panels = {f"panel/{name}": value for name, value in values.items()}
+        of_scores = {f"heldout/{name}/mean": mean for name, mean in means.items()}
+        self._means = done, {**of_scores, **panels, "heldout/evaluations": samples.evaluations}
+        lines = read_lines(self._run / "metrics.jsonl")
+        if done == self.judged_since and all(line["iteration"] != done for line in lines):
+            self._write(done, {})
         passed = passed_limits(Folder(self._run), done)
         self.say("hacking panel: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
         for line in passed.values():
@@ -159,14 +176,19 @@ class Journal:
     def _write(self, done: int, metrics: Metrics) -> None:
         seconds = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
         step = {"timing_s/step": time.perf_counter() - self._start}
-        self._tracker.log(done, {**metrics, **self._means, **step, **seconds})
-        self._means, self._seconds, self._start = {}, {}, time.perf_counter()
+        evaluated, means = self._means
+        self.guard()
+        self._tracker.log(done, {**metrics, **(means if evaluated == done else {}), **step, **seconds})
+        self._seconds, self._start = {}, time.perf_counter()
+
+    def _first_column(self) -> str:
+        return f"iteration {self.judged_since}" if self.judged_since else "base"
 
     def _keep_pictures(self, done: int, pictures: Sequence[Images]) -> Sequence[Images]:
         """Write the pictures below each other in a PNG, for the report and a run that goes on; the base model's."""
         folder = self._run / "samples" / "pictures"
         Image.fromarray(np.concatenate(pictures)).save(folder / f"{done:06d}.png")
-        return np.split(np.array(Image.open(folder / f"{0:06d}.png")), len(pictures))
+        return np.split(np.array(Image.open(folder / f"{self.judged_since:06d}.png")), len(pictures))
 
 
 def scores_file(run: Path, done: int) -> Path:
@@ -183,8 +205,9 @@ def is_finished(config: Config, run: Folder, done: int) -> bool:
 
 def passed_limits(run: Folder, done: int) -> dict[PanelName, str]:
     """What the hacking panel found after these iterations, if they were evaluated; a sentence each."""
+    first = judged_since(read_changes(run))
     try:
-        values, base = (json.loads((run / "samples").read(f"{at:06d}.json"))["panel"] for at in (done, 0))
+        values, base = (json.loads((run / "samples").read(f"{at:06d}.json"))["panel"] for at in (done, first))
     except OSError:
         return {}
     return tripped(*({name: math.nan if v is None else v for name, v in made.items()} for made in (values, base)))
@@ -192,11 +215,13 @@ def passed_limits(run: Folder, done: int) -> dict[PanelName, str]:
 
 def summarize(config: Config, run: Path) -> str:
     """Write summary.json of a finished run; the held-out comparison as a table."""
-    lines = read_lines(run / "metrics.jsonl")
-    done = int(lines[-1]["iteration"])
-    comparisons = compare_all(_read_scores(run, 0), _read_scores(run, done))
+    lines, changes = read_lines(run / "metrics.jsonl"), read_changes(Folder(run))
+    done, since = int(lines[-1]["iteration"]), judged_since(changes)
+    comparisons = compare_all(_read_scores(run, since), _read_scores(run, done))
     summary = {
         "iterations": done,
+        "changes": changes,
+        "heldout_since": since,
         "stopped_by": sorted(set(config.evaluation.stop_on) & passed_limits(Folder(run), done).keys()),
         "heldout": comparisons,
         "evaluations": sum(int(line.get("rollout/evaluations", 0)) for line in lines),
@@ -208,7 +233,8 @@ def summarize(config: Config, run: Path) -> str:
         "lost_s": sum(line.get("perf/lost_s", 0.0) for line in lines),
     }
     replace_text(run / "summary.json", to_json(summary, indent=2) + "\n")
-    return table(comparisons, list(config.rewards))
+    note = f"\nbefore: after {since} iterations, since when all scores are of the same settings" if since else ""
+    return table(comparisons, list(config.rewards)) + note
 
 
 def _read_scores(run: Path, done: int) -> dict[str, FloatArray]:

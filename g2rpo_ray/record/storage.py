@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,8 +41,17 @@ class Folder:
         return self._name
 
     def __truediv__(self, child: str) -> "Folder":
-        address, mark, query = self._name.partition("?") if self._path is None else (self._name, "", "")
-        return Folder(f"{address.rstrip('/')}/{child}{mark}{query}")
+        address, mark, query = self._parts()
+        return Folder(f"{address}/{child}{mark}{query}")
+
+    @property
+    def parent(self) -> "Folder":
+        address, mark, query = self._parts()
+        return Folder(f"{address.rpartition('/')[0]}{mark}{query}")
+
+    @property
+    def name(self) -> str:
+        return self._parts()[0].rpartition("/")[2]
 
     @property
     def path(self) -> Path | None:
@@ -108,15 +117,34 @@ class Folder:
         elif self._fs.get_file_info(self._root).type is fs.FileType.Directory:
             self._fs.delete_dir(self._root)
 
-    def rename(self, other: "Folder") -> None:
-        """Give the folder another name in the same storage; object storage can only copy and delete."""
-        if self._path and other.path:
-            self._path.rename(other.path)
-        else:
-            for file in self.files():
-                with self.open(file) as content:
-                    other._upload(content, file)
-            self.delete()
+    def move(self, name: str, target: str) -> None:
+        """Give what is called `name`, file or folder, another name in here, where nothing is.
+
+        On object storage one object after another: where that was cut off, the same call goes on.
+        """
+        if self._path:
+            (self._path / target).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._path / name, self._path / target)
+            return
+        if self.exists(name):
+            self._fs.move(self._at(name), self._at(target))
+            return
+        for file in (self / name).files():
+            self._fs.move(self._at(f"{name}/{file}"), self._at(f"{target}/{file}"))
+        (self / name).delete()
+
+    def copy(self, file: str, other: "Folder") -> None:
+        """Put a file into another folder by the same name: a link where that can be, so never change it in place."""
+        if other.path:
+            target = other.path / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            with suppress(OSError):  # another disk, or a file system that knows no links
+                if self._path:
+                    os.link(self._path / file, target)
+                    return
+        with self.open(file) as content:
+            other._upload(content, file)
 
     @contextmanager
     def reading(self) -> Iterator[Path]:
@@ -167,6 +195,11 @@ class Folder:
     def _upload(self, content: Any, file: str) -> None:
         with self._fs.open_output_stream(self._at(file)) as stream:
             shutil.copyfileobj(content, stream, CHUNK)
+
+    def _parts(self) -> tuple[str, str, str]:
+        """Address, `?` and query of a URI."""
+        address, mark, query = self._name.partition("?") if self._path is None else (self._name, "", "")
+        return address.rstrip("/"), mark, query
 
     def _at(self, file: str) -> str:
         return f"{self._root.rstrip('/')}/{file}"

@@ -137,5 +137,9 @@ def _finite(value: Any) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file, without the line that a killed run may have left half written."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a newline
+    return parse_lines(path.read_text() if path.exists() else "")
+
+
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines; a whole line ends with a newline."""
+    return [json.loads(line) for line in text.split("\n")[:-1]]

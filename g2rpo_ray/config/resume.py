@@ -1,0 +1,62 @@
+"""What may change when a run goes on: which settings change no result, and how two sets of settings differ."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from g2rpo_ray.config.schema import Config
+
+Differences = dict[str, tuple[Any, Any]]  # by key: before, now; None where it was not given
+
+FREE = (
+    "name", "output", "iterations", "startup_timeout_s", "checkpoint.*", "tracking.*", "evaluation.every",
+    "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors", "rollout.max_actors",
+    "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas", "eval_rewards.*.replicas",
+    "data.embeddings", "data.encoder_resources*",
+)  # fmt: skip
+"""Settings that change no bit of a result, `*` being any text: a run goes on with any of them. All others count."""
+
+TRAINING = (
+    "method", "lora.*", "credit.*", "learner.*", "sampler.*", "rewards.*.weight", "data.train_prompts",
+    "data.prompts_per_iteration", "rollout.max_staleness", "rollout.members_per_unit", "evaluation.anchors",
+)  # fmt: skip
+"""Settings that count, but change only what is learned: held-out scores from before can be compared with later ones."""
+SAMPLING = ("sampler.steps", "sampler.shift")  # change how held-out prompts are sampled
+
+
+def settings(config: Config, train: Sequence[str], heldout: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says that it was made with: all settings, with the prompts themselves in place of files."""
+    values = config.model_dump(mode="json")
+    for key, prompts in (("train_prompts", train), ("heldout_prompts", heldout)):
+        digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+        values["data"][key] = f"{len(prompts)} prompts, sha256 {digest[:16]}"
+    return values
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    """The settings that count and are not the same, by their dotted keys."""
+    return {key: (old, new) for key, old, new in _differences(before, now) if not _any(key, FREE)}
+
+
+def judged_alike(changed: Differences) -> bool:
+    """Whether held-out scores from before these changes can be compared with those since."""
+    return all(_any(key, TRAINING) and key not in SAMPLING for key in changed)
+
+
+def describe(changed: Differences) -> str:
+    """The differences in words, in one line."""
+    return ", ".join(f"{key} {str(old)[:60]} -> {str(new)[:60]}" for key, (old, new) in changed.items())
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in {**before, **now}:
+        old, new, key = before.get(name), now.get(name), f"{above}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{key}.")
+        elif old != new:
+            yield key, old, new
+
+
+def _any(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)

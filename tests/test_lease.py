@@ -1,0 +1,126 @@
+"""One process at a time writes a run: the lease, taken by real processes, which are killed and stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from g2rpo_ray.record.lease import LEASE, Lease
+from g2rpo_ray.record.storage import Folder
+
+HOLD = """
+import sys, time
+from g2rpo_ray.record import lease
+from g2rpo_ray.record.storage import Folder
+lease.BEAT_S, lease.STALE_S, lease.SETTLE_S = 0.2, 2.0, 0.5
+started = time.monotonic()
+try:
+    with lease.Lease(Folder(sys.argv[1])) as held:
+        print("held", flush=True)
+        if "busy" in sys.argv:
+            sum(i * i for i in range(3 * 10**7))  # holds the interpreter, as an event loop that stands still
+        while True:
+            held.check()
+            time.sleep(0.05)
+except (ValueError, lease.LeaseLost) as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A run directory that is not there yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hold():
+    """Start a process that takes the lease and holds it."""
+    started = []
+
+    def start(run, *arguments, before=()):
+        process = subprocess.Popen(
+            [*before, sys.executable, "-c", HOLD, str(run), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_second_process_is_told_who_holds_the_run(hold, tmp_path):
+    first = hold(tmp_path)
+    assert first.stdout.readline() == "held\n"
+    since = json.loads((tmp_path / LEASE).read_text())["since"]
+    refusal = hold(tmp_path).stdout.readline()
+    assert refusal.startswith(f"{tmp_path} is in use by process {first.pid} on ")
+    assert since in refusal
+    assert "--name" in refusal
+
+
+def test_the_lease_of_a_killed_process_is_taken_at_once_and_given_back(hold, tmp_path):
+    first = hold(tmp_path)
+    assert first.stdout.readline() == "held\n"
+    first.kill()
+    first.wait()
+    begin = time.monotonic()
+    with Lease(Folder(tmp_path)):
+        assert time.monotonic() - begin < 1
+        assert json.loads((tmp_path / LEASE).read_text())["pid"] == os.getpid()
+    assert not tmp_path.exists()  # nothing was written
+
+
+def test_a_process_id_that_was_given_again_is_another_process(tmp_path):
+    with Lease(Folder(tmp_path)) as lease:
+        lease.check()
+        held = json.loads((tmp_path / LEASE).read_text())
+    Folder(tmp_path).write(LEASE, json.dumps({**held, "started": "12"}).encode())
+    with Lease(Folder(tmp_path)):
+        pass
+
+
+def test_of_many_that_start_at_once_one_holds_it(hold, tmp_path):
+    said = [process.stdout.readline() for process in [hold(tmp_path) for _ in range(4)]]
+    assert sum(line == "held\n" for line in said) == 1
+    assert sum("is in use by process" in line for line in said) == 3
+
+
+def test_on_another_machine_a_busy_holder_lives_and_one_that_stands_still_is_replaced(hold, tmp_path):
+    """A namespace of process ids of its own is another machine: what is known of the holder is its lease alone."""
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*elsewhere, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to make a namespace: see tests/isolated")
+    first = hold(tmp_path, "busy")
+    assert first.stdout.readline() == "held\n"
+    second = hold(tmp_path, before=elsewhere)
+    assert f"in use by process {first.pid} on" in second.stdout.readline()
+    assert "waiting up to 2 s for a sign of life" in second.stderr.readline()
+    os.killpg(first.pid, signal.SIGSTOP)
+    third = hold(tmp_path, before=elsewhere)
+    assert third.stdout.readline() == "held\n"
+    os.killpg(first.pid, signal.SIGCONT)
+    assert f"{tmp_path} was taken over by process " in first.stdout.readline()
+    assert first.wait(60) == 0
+    assert third.poll() is None
+
+
+def test_on_object_storage_too(hold, bucket):
+    run = Folder(bucket) / "leased"
+    pair = [hold(run), hold(run)]
+    said = sorted(process.stdout.readline() for process in pair)
+    assert said[0] == "held\n"
+    assert "is in use by process" in said[1]
+    for process in pair:
+        process.kill()
+        process.wait()
+    assert hold(run).stdout.readline() == "held\n"
