@@ -14,6 +14,7 @@ import torch
 
 from g2rpo_ray.algo import shifted_sigmas
 from g2rpo_ray.config import LoraConfig, ModelConfig, load_config
+from g2rpo_ray.launch.plan import describe_plan
 from g2rpo_ray.models import (
     FlowModel,
     add_lora,
@@ -28,7 +29,10 @@ from g2rpo_ray.models import (
 )
 from g2rpo_ray.models.base import FAMILIES
 from g2rpo_ray.models.estimate import rollout_memory
-from g2rpo_ray.types import PromptEmbedding
+from g2rpo_ray.rollout.plan import possible_trees, trunk_part
+from g2rpo_ray.rollout.sampler import Sampler
+from g2rpo_ray.types import PromptEmbedding, SampleUnit, TrunkUnit
+from tests.runs import lora, metrics, run, same_lora
 from tests.tiny_models import write_tiny
 
 PROMPTS = ["a red cat", "two blue dogs on a very long green sofa", "7"]
@@ -320,3 +324,60 @@ def assert_refused(family: str, words: list[str], **changes: Any) -> None:
 def test_a_grid_that_needs_more_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^sampler\.steps: 1 given; the pipeline's own grid needs more"):
         loaded("qwen_image").sigmas(1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_rollout_and_evaluation_are_guided_apart_and_guidance_counts_twice(trained: bool, evaluated: bool) -> None:
+    switches = [f"sampler.guidance={trained}", f"evaluation.guidance={evaluated}", "sampler.steps=4", "seed=1"]
+    config = load_config(None, [*switches, "sampler.branch_steps=[0]", "model.path=x"])
+    config = config.model_copy(update={"model": settings("sd3"), "lora": LoraConfig(rank=2)})
+    (prompt, *_), negative = embeddings("sd3")
+    sampler, embedding = Sampler(config), replace(prompt, negative=negative)
+    (tree,) = possible_trees(config)
+    sampler.trunk(TrunkUnit(0, 0, prompt.prompt), embedding)
+    rollout = trunk_part(tree).evaluations
+    assert sampler.evaluations == rollout * (2 if trained else 1) == rollout * config.velocity_cost
+    before = sampler.evaluations
+    images = sampler.sample(SampleUnit(prompt.prompt, (0, 1)), embedding)
+    assert sampler.evaluations - before == 2 * 4 * (2 if evaluated else 1) == 2 * 4 * config.sample_cost
+    plain = Sampler(config).sample(SampleUnit(prompt.prompt, (0, 1)), prompt)  # nothing to guide away from
+    assert (images != plain).any() == evaluated
+    told = f"{tree.evaluations * config.velocity_cost:g} velocity evaluations"
+    assert told in describe_plan(config)
+
+
+RUN = {
+    "iterations": 2, "sampler.shift": "pipeline", "model.max_sequence_length": "null", "lora.targets": "null",
+    "model.guidance_scale": SCALE, "evaluation.seeds": 1, "learner.gradient_checkpointing": "true",
+}  # fmt: skip
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@families
+def test_a_whole_run_has_the_same_bits_with_one_actor_and_two(family: str, tmp_path: Path) -> None:
+    """On Ray and DeepSpeed; prompts of unlike length meet in the learner's batches."""
+    config = settings(family)
+    negative = "null" if config.negative_prompt is None else f"'{config.negative_prompt}'"
+    texts = {"train": ["a red cat", "two blue dogs on a green sofa"], "heldout": ["7"]}
+    for name, prompts in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    given = RUN | {
+        "model.path": config.path, "model.height": config.height, "model.width": config.width,
+        "model.negative_prompt": negative, "data.train_prompts": tmp_path / "train.txt",
+        "data.heldout_prompts": tmp_path / "heldout.txt", "rewards.preference.kind": "jpeg_compressibility",
+        "rewards.preference.options": "{}", "data.embeddings": tmp_path / "embeddings",
+    }  # fmt: skip
+    adapters = []
+    for actors in (1, 2):
+        dotted = {key.replace(".", "__"): value for key, value in given.items()}
+        run(tmp_path, f"{actors}", rollout__max_actors=actors, **dotted)
+        adapters.append(lora(tmp_path, f"{actors}"))
+        lines = metrics(tmp_path, f"{actors}")
+        assert max(line["actor/ratio_initial_max_dev"] for line in lines[1:]) <= 1e-6
+        (tree,) = possible_trees(load_config(str(tmp_path / f"{actors}" / "config.yaml")))
+        cost = 1 if config.negative_prompt is None else 2
+        assert [line["rollout/evaluations"] for line in lines[1:]] == [cost * 2 * tree.evaluations] * 2
+    same_lora(*adapters)
+    assert any(np.abs(array).max() > 0 for name, array in adapters[0].items() if "lora_B" in name)
