@@ -32,7 +32,6 @@ from g2rpo_ray.models.estimate import rollout_memory
 from g2rpo_ray.rollout.plan import possible_trees, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import PromptEmbedding, SampleUnit, TrunkUnit
-from tests.runs import lora, metrics, run, same_lora
 from tests.tiny_models import write_tiny
 
 PROMPTS = ["a red cat", "two blue dogs on a very long green sofa", "7"]
@@ -345,39 +344,3 @@ def test_rollout_and_evaluation_are_guided_apart_and_guidance_counts_twice(train
     assert (images != plain).any() == evaluated
     told = f"{tree.evaluations * config.velocity_cost:g} velocity evaluations"
     assert told in describe_plan(config)
-
-
-RUN = {
-    "iterations": 2, "sampler.shift": "pipeline", "model.max_sequence_length": "null", "lora.targets": "null",
-    "model.guidance_scale": SCALE, "evaluation.seeds": 1, "learner.gradient_checkpointing": "true",
-}  # fmt: skip
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-@families
-def test_a_whole_run_has_the_same_bits_with_one_actor_and_two(family: str, tmp_path: Path) -> None:
-    """On Ray and DeepSpeed; prompts of unlike length meet in the learner's batches."""
-    config = settings(family)
-    negative = "null" if config.negative_prompt is None else f"'{config.negative_prompt}'"
-    texts = {"train": ["a red cat", "two blue dogs on a green sofa"], "heldout": ["7"]}
-    for name, prompts in texts.items():
-        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
-    given = RUN | {
-        "model.path": config.path, "model.height": config.height, "model.width": config.width,
-        "model.negative_prompt": negative, "data.train_prompts": tmp_path / "train.txt",
-        "data.heldout_prompts": tmp_path / "heldout.txt", "rewards.preference.kind": "jpeg_compressibility",
-        "rewards.preference.options": "{}", "data.embeddings": tmp_path / "embeddings",
-    }  # fmt: skip
-    adapters = []
-    for actors in (1, 2):
-        dotted = {key.replace(".", "__"): value for key, value in given.items()}
-        run(tmp_path, f"{actors}", rollout__max_actors=actors, **dotted)
-        adapters.append(lora(tmp_path, f"{actors}"))
-        lines = metrics(tmp_path, f"{actors}")
-        assert max(line["actor/ratio_initial_max_dev"] for line in lines[1:]) <= 1e-6
-        (tree,) = possible_trees(load_config(str(tmp_path / f"{actors}" / "config.yaml")))
-        cost = 1 if config.negative_prompt is None else 2
-        assert [line["rollout/evaluations"] for line in lines[1:]] == [cost * 2 * tree.evaluations] * 2
-    same_lora(*adapters)
-    assert any(np.abs(array).max() > 0 for name, array in adapters[0].items() if "lora_B" in name)
