@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from actors.failures import Hung, Patience, first_line, is_death, is_lost_object, within
 from actors.keeper import Keeper
@@ -21,7 +19,6 @@ from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
 from learner.batch import BatchShape, RankMetrics, reduce_metrics, spread
 
-BEHAVIOUR = "behaviour.safetensors"  # the LoRA version before the checkpoint's own
 PATIENCE_S = 10.0  # for the death of a rank to be known, after another rank failed for want of it
 
 
@@ -35,7 +32,6 @@ class LearnerRank:
 
     def __init__(self, config: Config, rank: int) -> None:
         self._config, self._rank = config, rank
-        self._published: dict[int, dict[str, FloatArray]] = {}  # the newest two versions, by rank 0
 
     def endpoint(self) -> tuple[str, int]:
         """Where the ranks may meet: this node's address and a port that is free now."""
@@ -59,27 +55,26 @@ class LearnerRank:
 
         with Folder(checkpoint).reading() if checkpoint else nullcontext() as path:
             self._engine = LearnerEngine(self._config, self._rank, self._config.learner.ranks, path)
-            self._published = _read_behaviour(path) if path else {}
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
         return self._engine.update([_fetch(rollout) for rollout in shard], batch)
 
-    def publish(self, version: int) -> tuple[WeightsManifest, dict[str, FloatArray]]:
+    def publish(self, version: int, kind: str) -> tuple[WeightsManifest, dict[str, FloatArray]]:
         from g2rpo_ray.models import describe
 
-        state = self._engine.lora_state()
-        self._published = {**{v: s for v, s in self._published.items() if v == version - 1}, version: state}
+        state = self.gather(version, kind)
         return describe(state, version), state
 
     def publish_again(self, version: int) -> tuple[WeightsManifest, dict[str, FloatArray]]:
         """The version before the current one, which a stale rollout is sampled with; known from the checkpoint, too."""
         from g2rpo_ray.models import describe
 
-        return describe(self._published[version], version), self._published[version]
+        state = self._engine.copies.versions[version]
+        return describe(state, version), state
 
-    def gather(self) -> None:
-        """Take part in another rank's `publish`: under ZeRO-3 every rank holds a piece of the LoRA."""
-        self._engine.lora_state()
+    def gather(self, version: int, kind: str) -> dict[str, FloatArray]:
+        """What is published; other ranks take part: under ZeRO-3 every rank holds a piece of the LoRA."""
+        return self._engine.publish(version, kind)
 
     def save(self, folder: str) -> dict[str, str]:
         """Write the checkpoint, all of it from rank 0; the checksum of each file as it was before any upload."""
@@ -89,8 +84,6 @@ class LearnerRank:
         try:
             with Folder(folder).writing() as path:
                 self._engine.save(path)
-                for version, state in list(self._published.items())[:-1]:
-                    save_file(state, path / BEHAVIOUR, {"version": str(version)})
                 return Folder(path).digests()
         except (OSError, SafetensorError) as error:
             raise OSError(
@@ -151,14 +144,16 @@ class LearnerGroup:
         parts = await self._ask("update", calls)
         return reduce_metrics(parts)
 
-    async def publish(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
-        """The LoRA as one object in the store, and what its receivers must find.
+    async def publish(
+        self, version: int, kind: str = "rollouts"
+    ) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
+        """A policy of the engine's as one object in the store, and what its receivers must find.
 
         This process owns the object, as it owns every result of a call it made: it outlives the rank that made it.
         """
         first, *others = self._ranks
-        manifest, state = first.publish.options(num_returns=2).remote(version)
-        found, *_ = await self._ask("publish", [manifest, *(rank.gather.remote() for rank in others)])
+        manifest, state = first.publish.options(num_returns=2).remote(version, kind)
+        found, *_ = await self._ask("publish", [manifest, *(rank.gather.remote(version, kind) for rank in others)])
         return found, state
 
     async def publish_again(self, version: int) -> tuple[WeightsManifest, "ray.ObjectRef[dict[str, FloatArray]]"]:
@@ -225,13 +220,6 @@ async def _value(ref: "ray.ObjectRef[Any]") -> Any:
     return await ref
 
 
-def _read_behaviour(checkpoint: Path) -> dict[int, dict[str, FloatArray]]:
-    file = checkpoint / BEHAVIOUR
-    if not file.exists():
-        return {}
-    with safe_open(file, framework="np") as content:
-        version = int(content.metadata()["version"])
-        return {version: {name: content.get_tensor(name) for name in content.keys()}}  # noqa: SIM118
 
 
 def _fetch(rollout: PromptRollout) -> PromptRollout:

@@ -3,8 +3,9 @@
     python benchmarks/methods.py --jobs 2
     python benchmarks/methods.py --methods mix_grpo --seeds 0 --lr 3e-4 1e-3 3e-3
 
-Cost: velocity evaluations of rollouts + 3 for each state of the learner, forward and backward; the budget is that of
-`make run`. A run is one process: the sampler, the rewards and a learner rank, as a run on Ray has them.
+Cost: velocity evaluations of rollouts + 3 for each state of the learner, forward and backward, + 1 for each velocity of
+another policy there; the budget is that of `make run`. A run is one process: the sampler, the rewards and a learner
+rank, as a run on Ray has them.
 """
 
 import itertools
@@ -27,8 +28,8 @@ from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.methods import method_names
 
 LEARNING_RATES = {
-    "branch_grpo": 2e-3, "dance_grpo": 2e-3, "e_grpo": 4e-3, "flow_grpo": 4e-3, "flow_grpo_fast": 4e-3, "g2rpo": 1e-3,
-    "mix_grpo": 1e-3, "pave_grpo": 2e-3, "tempflow_grpo": 4e-3,
+    "awm": 2e-3, "branch_grpo": 2e-3, "dance_grpo": 2e-3, "diffusion_nft": 2e-3, "e_grpo": 4e-3, "flow_grpo": 4e-3,
+    "flow_grpo_fast": 4e-3, "g2rpo": 1e-3, "mix_grpo": 1e-3, "pave_grpo": 2e-3, "tempflow_grpo": 4e-3,
 }  # fmt: skip
 """On the quickstart: the best of a grid on a seed that is not reported; see docs/methods.md."""
 
@@ -58,9 +59,9 @@ class Run:
 
     @property
     def cost(self) -> int:
-        from g2rpo_ray.rollout.plan import BACKWARD
+        from g2rpo_ray.launch.plan import state_cost
 
-        return self.sampler.evaluations + BACKWARD * self.states
+        return round(self.sampler.evaluations + state_cost(self.config) * self.states)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, score, update; the update's metrics."""
@@ -68,14 +69,13 @@ class Run:
         from g2rpo_ray.launch.plan import learner_states
         from learner.batch import BatchShape, reduce_metrics, spread
 
+        self.sampler.load_weights(self.engine.publish(iteration))
         per_iteration = self.config.data.prompts_per_iteration
         drawn = iteration_prompts(self.train, per_iteration, self.config.seed, iteration)
         rollouts = [self._prompt(iteration, slot, prompt) for slot, prompt in enumerate(drawn)]
-        self.states += int(learner_states(self.config, sum(len(rollout.tree.states) for rollout in rollouts)))
+        self.states += sum(learner_states(self.config, rollout.tree) for rollout in rollouts)
         shards = spread(rollouts, 1)
-        metrics = reduce_metrics([self.engine.update(shards[0], BatchShape.of(shards, self.config.learner))])
-        self.sampler.load_weights(self.engine.lora_state())
-        return metrics
+        return reduce_metrics([self.engine.update(shards[0], BatchShape.of(shards, self.config.learner))])
 
     def _prompt(self, iteration: int, slot: int, prompt: str) -> Any:
         from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, put_scores
@@ -97,6 +97,7 @@ class Run:
         from g2rpo_ray.types import SampleUnit
 
         before, seeds = self.sampler.evaluations, tuple(range(self.config.evaluation.seeds))
+        self.sampler.load_weights(self.engine.lora_state())
         pictures = {p: self.sampler.sample(SampleUnit(p, seeds), self.embeddings[p]) for p in self.heldout}
         self.sampler.evaluations = before
         return {
@@ -130,7 +131,7 @@ def one(method: str, seed: int, lr: float, share: float, settings: list[str]) ->
     while run.cost + largest <= limit:
         cost = run.cost
         metrics = run.iterate(iteration)
-        largest, ratio = max(largest, run.cost - cost), max(ratio, metrics["actor/ratio_initial_max_dev"])
+        largest, ratio = max(largest, run.cost - cost), max(ratio, metrics.get("actor/ratio_initial_max_dev", 0.0))
         iteration += 1
     after = run.judge()
     found = {name: compare(before[name], after[name]) for name in JUDGED}

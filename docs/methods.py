@@ -12,9 +12,9 @@ from typing import Any
 
 from g2rpo_ray.algo import Shape, Tree, plan_tree
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.launch.plan import learner_states
+from g2rpo_ray.launch.plan import learner_states, state_cost
 from g2rpo_ray.methods import method_names, preset
-from g2rpo_ray.rollout.plan import BACKWARD, possible_trees
+from g2rpo_ray.rollout.plan import possible_trees
 
 FOLDER = Path(__file__).parent / "methods"
 SHOWN, SHOWN_OFTEN = 3, 2  # most roots, and children of a branch point, that are drawn; with more than four of these
@@ -90,33 +90,39 @@ def draw(method: str) -> Any:
     height = 1.0 + 0.085 * (max(place) + 1)
     figure, axes = plt.subplots(figsize=(8, min(9.0, max(2.0, height))), layout="constrained")
     lines: dict[str, list[list[tuple[float, float]]]] = {ODE: [], UNTRAINED: [], TRAINED: []}
+    forward = config.learner.forward  # no step is stochastic, and images are trained
     for node, parent in enumerate(tree.parent.tolist()):
         if parent >= 0:
             edge, start, end = int(tree.edge[node]), float(tree.index[parent]), float(tree.index[node])
             bend = start + 0.6 * min(1, end - start)
             way = [(start, place[parent]), (bend, place[node]), (end, place[node])]
-            lines[ODE if edge < 0 else TRAINED if tree.trained[edge] else UNTRAINED].append(way)
+            lines[ODE if edge < 0 or forward else TRAINED if tree.trained[edge] else UNTRAINED].append(way)
     for colour, ways in lines.items():
         axes.add_collection(LineCollection(ways, colors=colour, linewidths=0.9 if colour == ODE else 1.6))
     inner = [node for node in range(len(tree.index)) if tree.inner[node]]
     axes.scatter(tree.index[inner], [place[n] for n in inner], s=5, color="#333333", zorder=3, linewidths=0)
     for tag in sorted(set(tree.tag.tolist())):
         nodes = tree.leaf[tree.tag == tag]
-        axes.scatter(tree.index[nodes], [place[n] for n in nodes], s=14, marker="s", edgecolors="#333333",
-                     color=TAGS[tag] if tag >= 0 else "#ffffff", linewidths=0.5, zorder=4)  # fmt: skip
+        axes.scatter(tree.index[nodes], [place[n] for n in nodes], s=14, marker="s", zorder=4,
+                     edgecolors=TRAINED if forward else "#333333", linewidths=1.6 if forward else 0.5,
+                     color=TAGS[tag] if tag >= 0 else "#ffffff")  # fmt: skip
     axes.invert_yaxis()
     axes.set_yticks([])
     axes.set_xticks(range(0, shape.steps + 1, 2 if shape.steps > 12 else 1))
     axes.set_xlabel("schedule index: 0 is noise, the last is the image")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{method}" + (f" ({note})" if note else ""), fontsize=9, loc="left")
-    figure.legend(handles=_legend(shape), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(handles=_legend(shape, forward), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 
-def _legend(shape: Shape) -> list[Any]:
+def _legend(shape: Shape, forward: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
+    if forward:
+        marks = {"color": TAGS[0], "markeredgecolor": TRAINED, "markeredgewidth": 1.6, "markersize": 5}
+        image = Line2D([], [], marker="s", linestyle="", label="image, trained where it is noisy again", **marks)
+        return [Line2D([], [], color=ODE, label="ODE"), image]
     lines = [("ODE", ODE), ("stochastic, trained", TRAINED)]
     lines += [("stochastic, not trained", UNTRAINED)] if shape.untrained else []
     handles = [Line2D([], [], color=colour, label=label) for label, colour in lines]
@@ -135,10 +141,9 @@ def costs(config: Config) -> tuple[float, float, float, float]:
     trees = possible_trees(config)
     evaluations, images, states = (
         sum(column) / len(trees)
-        for column in zip(*((t.evaluations, len(t.images), len(t.states)) for t in trees), strict=True)
+        for column in zip(*((t.evaluations, len(t.images), learner_states(config, t)) for t in trees), strict=True)
     )
-    states = learner_states(config, states)
-    return evaluations, images, states, evaluations + BACKWARD * states
+    return evaluations, images, states, evaluations + state_cost(config) * states
 
 
 def cost_table(title: str, configs: Sequence[Config]) -> str:
@@ -148,7 +153,7 @@ def cost_table(title: str, configs: Sequence[Config]) -> str:
         evaluations, images, states, cost = costs(config)
         lines.append(
             f"| `{config.method}` | {config.sampler.steps} | {evaluations:,.0f} | {images:,.0f} | {states:,.0f} | "
-            f"{cost:,.0f} | {BACKWARD * states / cost:.0%} |"
+            f"{cost:,.0f} | {1 - evaluations / cost:.0%} |"
         )
     return "\n".join(lines)
 
@@ -165,11 +170,13 @@ def setting_table() -> str:
         splits = f", splits {{{_numbers(s.splits)}}}" if s.splits else ""
         weight = f", weight {learner.edge_weight:g} std" if learner.edge_weight else ""
         ways = f", subpaths {{{_numbers(learner.subpaths)}}}" if learner.subpaths else ""
-        clip = "" if learner.objective == "reinforce" else f" {learner.clip_range:g}"
+        clip = "" if learner.objective in ("reinforce", "nft") else f" {learner.clip_range:g}"
+        clip += f", {learner.draws} draws" if learner.forward else ""
         updates = len(s.branch_steps) if learner.schedule == "per_step" else learner.updates_per_rollout
         lines.append(
             f"| `{method}` | {s.roots} | {{{_numbers(s.branch_steps)}}} of {s.steps}{moves} | {s.group_size} | "
-            f"{s.stochastic_edges}{length}{splits} | {s.kernel} {s.eta:g} | {{{_numbers(s.strides)}}} | "
+            + ("0 | ode" if s.kernel == "ode" else f"{s.stochastic_edges}{length}{splits} | {s.kernel} {s.eta:g}")
+            + f" | {{{_numbers(s.strides)}}} | "
             f"{config.credit.group}, {config.credit.spread} | {learner.objective}{clip}{weight}{ways} | {updates} |"
         )
     return "\n".join(lines)

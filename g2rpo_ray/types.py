@@ -108,7 +108,7 @@ class Trunk:
 class Branches:
     """The stochastic edges of one branch unit, under the policy that sampled them."""
 
-    nodes: Ints  # [n], those of the unit that trained edges start or end at
+    nodes: Ints  # [n], those of the unit that trained edges start or end at; of the forward process, images
     latents: FloatArray  # [n, L, D]
     edges: Ints  # [e], all of the unit
     log_prob: FloatArray  # [e], nats, mean over latent dimensions; NaN where a step has no noise

@@ -13,7 +13,7 @@ import torch
 
 from g2rpo_ray.algo import batch_std, scored_edges
 from g2rpo_ray.config import LearnerConfig
-from g2rpo_ray.types import PromptRollout
+from g2rpo_ray.types import Ints, PromptRollout
 
 StepKey = tuple[int, int | None]
 """Part of the iteration's prompts, and schedule index at which the edges start; None: at any."""
@@ -24,7 +24,7 @@ class StepShape:
     """One optimizer step, over all ranks."""
 
     key: StepKey
-    edges: int  # trained ones that have all their scores: the denominator of the loss
+    edges: int  # trained ones that have all their scores, once for each state that serves them: the denominator
     states: int  # most that one rank has; the others evaluate as many, since each pass may be a collective
 
 
@@ -47,13 +47,13 @@ class BatchShape:
         edges: dict[StepKey, int] = {}
         for rollout in real.values():
             scored = scored_edges(rollout.tree, torch.tensor(rollout.scores)).numpy() & rollout.tree.trained
-            for key, node in state_keys(rollout, prompts, learner):
-                edges[key] = edges.get(key, 0) + int(scored[rollout.tree.source == node].sum())
+            for key, _, served, _ in state_places(rollout, prompts, learner):
+                edges[key] = edges.get(key, 0) + int(scored[served].sum())
         counts: list[dict[StepKey, int]] = []
         for shard in shards:
             counts.append({})
             for rollout in shard:
-                for key, _ in state_keys(rollout, prompts, learner):
+                for key, *_ in state_places(rollout, prompts, learner):
                     counts[-1][key] = counts[-1].get(key, 0) + 1
         steps = tuple(
             StepShape(key, number, max(count.get(key, 0) for count in counts))
@@ -66,12 +66,19 @@ class BatchShape:
         return cls(prompts, steps, tuple(std), on_policy)
 
 
-def state_keys(rollout: PromptRollout, prompts: int, learner: LearnerConfig) -> Iterator[tuple[StepKey, int]]:
-    """The states of a prompt, each with the optimizer step that it belongs to."""
-    part = rollout.slot * learner.updates_per_rollout // prompts
-    for node in rollout.tree.states:
-        start = int(rollout.tree.index[node]) if learner.schedule == "per_step" else None
-        yield (part, start), int(node)
+def state_places(
+    rollout: PromptRollout, prompts: int, learner: LearnerConfig
+) -> Iterator[tuple[StepKey, int, Ints, int]]:
+    """The states of a prompt: the optimizer step of each, its node, the trained edges that it serves, its draw.
+
+    The forward process has `draws` of each image, which serve the last edge before it.
+    """
+    tree, part = rollout.tree, rollout.slot * learner.updates_per_rollout // prompts
+    for node in (tree.trained_images if learner.forward else tree.states).tolist():
+        served = tree.last_edge[[node]] if learner.forward else np.flatnonzero((tree.source == node) & tree.trained)
+        start = int(tree.start[served[0]]) if learner.schedule == "per_step" else None
+        for draw in range(learner.draws if learner.forward else 1):
+            yield (part, start), node, served, draw
 
 
 def spread(rollouts: Sequence[PromptRollout], ranks: int) -> list[list[PromptRollout]]:

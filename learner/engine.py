@@ -32,7 +32,9 @@ from g2rpo_ray.models import FlowModel, LoraDistance, add_lora, export_lora, loa
 from g2rpo_ray.rollout.plan import sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
 from learner.batch import BatchShape, RankMetrics, StepShape
-from learner.loss import EdgeLoss, State, states_of
+from learner.copies import EMA, KINDS, Copies
+from learner.forward import ForwardLoss
+from learner.loss import EdgeLoss, states_of
 
 CHECKPOINT = "learner.safetensors"
 FORMAT = "g2rpo_ray.learner/1"
@@ -81,8 +83,14 @@ class LearnerEngine:
         if saved is not None:
             for key in MOMENTS:
                 self._set_moments(key, saved[key])
+        copies, version = ({}, None) if saved is None else (saved["copies"], saved.get("behaviour"))
+        self.copies = Copies.of(self._learner, rank, self.lora_state, copies, version)
         sigmas = sigma_grid(config.sampler, self._model)
-        self._loss = EdgeLoss(config, self._model, transformer, sigmas, self._device)
+        self._loss: Any = (
+            ForwardLoss(config, self._model, transformer, sigmas, self.copies)
+            if self._learner.forward
+            else EdgeLoss(config, self._model, transformer, sigmas, self._device)
+        )
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
         """One iteration's update from this rank's prompts, their embedding, trunk and branches being arrays.
@@ -95,15 +103,18 @@ class LearnerEngine:
         if not batch.steps:
             raise RuntimeError("learner: no edge of any tree has all its scores; is a reward failing?")
         states = states_of(self._config, shard, batch, metrics)
+        self.copies.begin(self.lora_state, batch.on_policy)
         for number, step in enumerate(batch.steps):
             deviation = self._backward(states[step.key], step, metrics, share=1 / len(batch.steps))
-            metrics.largest(f"actor/ratio_max_dev_step/{number}", deviation)
-            metrics.largest("actor/ratio_max_dev", deviation)
-            if number == 0:
-                metrics.largest("actor/ratio_initial_max_dev", deviation)
-                if batch.on_policy:
+            if deviation is not None:
+                metrics.largest(f"actor/ratio_max_dev_step/{number}", deviation)
+                metrics.largest("actor/ratio_max_dev", deviation)
+                if number == 0:
+                    metrics.largest("actor/ratio_initial_max_dev", deviation)
+                if number == 0 and batch.on_policy:
                     self._require_on_policy(deviation)
             self._step(metrics)
+        self.copies.end(self.lora_state, self.optimizer_steps)
         metrics.largest("actor/lr", self._learner.lr)
         with self._whole_lora():
             metrics.largest("lora/distance", self._distance(self._lora))
@@ -118,33 +129,43 @@ class LearnerEngine:
         """A context in which every rank has all of the LoRA: under ZeRO-3 it holds a piece."""
         return deepspeed.zero.GatheredParameters(list(self._lora.values()))
 
-    def save(self, directory: str | Path) -> None:
-        """Write LoRA, Adam's moments and its step count, whole: any number of ranks and any ZeRO stage can go on.
+    def publish(self, version: int, kind: str = "rollouts") -> dict[str, FloatArray]:
+        """A policy as `lora_state` has one: what samples from now on, or by its kind the trained `lora`, or `ema`."""
+        if kind == "rollouts":
+            return self.copies.publish(version, self.lora_state)
+        return self.copies.averages.get(kind) or self.lora_state()
 
-        Beside them, in `lora/`, the adapter in diffusers' format.
+    def save(self, directory: str | Path) -> None:
+        """Write LoRA, copies, Adam's moments and its step count, whole: for any number of ranks and any ZeRO stage.
+
+        Beside them, in `lora/`, the adapter in diffusers' format, and in `lora_ema/` its average where there is one.
         """
-        lora = self.lora_state()
-        tensors = {f"lora.{name}": torch.from_numpy(array) for name, array in lora.items()}
+        lora, (copies, version) = self.lora_state(), self.copies.to_save()
+        states = {"lora": lora, **copies}
+        tensors = {f"{kind}.{name}": torch.tensor(a) for kind, state in states.items() for name, a in state.items()}
         for key in MOMENTS:
             for name, parameter in self._lora.items():
                 tensors[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).cpu().contiguous()
         if self._rank == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            header = json.dumps({"format": FORMAT, "optimizer_steps": self.optimizer_steps})
+            header = json.dumps({"format": FORMAT, "optimizer_steps": self.optimizer_steps, "behaviour": version})
             # under one key: safetensors writes several in any order, and equal states should be equal files
             save_file(tensors, Path(directory) / CHECKPOINT, {"learner": header})
-            export_lora(Path(directory) / "lora", lora, self._config.lora, self._model.pipeline_class)
+            for name, state in (("lora", lora), ("lora_ema", copies.get(EMA))):
+                if state is not None:
+                    export_lora(Path(directory) / name, state, self._config.lora, self._model.pipeline_class)
 
-    def _backward(self, states: Sequence[State], step: StepShape, metrics: RankMetrics, share: float) -> float:
-        """Accumulate the gradient of one optimizer step; returns this rank's largest |ratio − 1|."""
-        deviation = 0.0
+    def _backward(self, states: Sequence[Any], step: StepShape, metrics: RankMetrics, share: float) -> float | None:
+        """Accumulate the gradient of one optimizer step; this rank's largest |ratio − 1|, if the objective has one."""
+        deviation: float | None = None
         size = self._learner.micro_batch
         for start in range(0, len(states), size):
             losses, parts = zip(*self._loss(states[start : start + size], step), strict=True)
             # DeepSpeed takes the mean over the ranks, of parts that add up
             self._engine.backward(torch.stack(losses).sum() * self._ranks, scale_wrt_gas=False)
             for part in parts:
-                deviation = max(deviation, _infinite_if_nan(float(part.pop("ratio_max_dev"))))
+                if "ratio_max_dev" in part:
+                    deviation = max(deviation or 0.0, _infinite_if_nan(float(part.pop("ratio_max_dev"))))
                 for name, value in part.items():
                     metrics.add(f"actor/{name}", float(value) * share)
         return deviation
@@ -167,6 +188,7 @@ class LearnerEngine:
         if not self._engine.was_step_applied() or norm is None or not math.isfinite(norm):
             raise RuntimeError("learner: the gradient is not finite, no optimizer step was taken")
         self.optimizer_steps += 1
+        self.copies.stepped(self.lora_state, self.optimizer_steps)
         metrics.largest("actor/grad_norm", float(norm))
 
     def _create_moments(self) -> None:
@@ -229,7 +251,7 @@ def _initialize(transformer: torch.nn.Module, lora: list[torch.nn.Parameter], le
 
 
 def _read_checkpoint(file: Path, lora: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"optimizer_steps": int, "lora" and each of MOMENTS: {name: tensor}} of a checkpoint of this LoRA."""
+    """{"optimizer_steps": int, "lora" and each of MOMENTS: {name: tensor}, "copies" by kind} of one of this LoRA."""
     try:
         with safe_open(file, framework="pt") as content:
             header = json.loads((content.metadata() or {}).get("learner", "{}"))
@@ -238,11 +260,13 @@ def _read_checkpoint(file: Path, lora: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {file}: cannot be read ({error})") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"checkpoint {file}: not a learner checkpoint of format {FORMAT}")
-    expected = {f"{kind}.{name}": p.shape for kind in ("lora", *MOMENTS) for name, p in lora.items()}
+    copies = [kind for kind in KINDS if any(name.startswith(f"{kind}.") for name in tensors)]
+    expected = {f"{kind}.{name}": p.shape for kind in ("lora", *MOMENTS, *copies) for name, p in lora.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise ValueError(f"checkpoint {file}: of another model or of another lora.rank or lora.targets")
-    parts = {kind: {name: tensors[f"{kind}.{name}"] for name in lora} for kind in ("lora", *MOMENTS)}
-    return {"optimizer_steps": header["optimizer_steps"], **parts}
+    parts = {kind: {name: tensors[f"{kind}.{name}"] for name in lora} for kind in ("lora", *MOMENTS, *copies)}
+    states = {kind: {name: tensor.numpy() for name, tensor in parts.pop(kind).items()} for kind in copies}
+    return {**header, **parts, "copies": states}
 
 
 def _infinite_if_nan(value: float) -> float:

@@ -4,8 +4,9 @@ scores ─► advantages of edges ─┐
 a state x ─► one velocity ─► log-probs of all its edges ─► objective ─► part of the loss
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from g2rpo_ray.models import FlowModel, lora_disabled
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import edge_key
 from g2rpo_ray.types import FloatArray, Ints, PromptRollout
-from learner.batch import BatchShape, RankMetrics, StepKey, StepShape, state_keys
+from learner.batch import BatchShape, RankMetrics, StepKey, StepShape, state_places
+from learner.forward import image_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +51,48 @@ class State:
 
 def states_of(
     config: Config, shard: Sequence[PromptRollout], batch: BatchShape, metrics: RankMetrics
-) -> dict[StepKey, list[State]]:
-    """The rank's states of each optimizer step, as many as the batch says: those added count in no loss."""
-    found: dict[StepKey, list[State]] = {step.key: [] for step in batch.steps}
-    spare: list[State] = []
+) -> dict[StepKey, list[Any]]:
+    """The rank's states of each optimizer step, as many as the batch says: those added count in no loss.
+
+    They are what the objective's loss takes: `State` or `ImageState`.
+    """
+    found: dict[StepKey, list[Any]] = {step.key: [] for step in batch.steps}
+    spare: list[Any] = []
     for rollout in shard:
-        advantage, scored = _credit(config, rollout, batch, metrics)
-        latent, log_prob = _latents(rollout), _log_probs(rollout)
-        for key, node in state_keys(rollout, batch.prompts, config.learner):
-            edges = np.flatnonzero((rollout.tree.source == node) & rollout.tree.trained)
-            state = State(
-                rollout=rollout,
-                latent=latent[node],
-                start=int(rollout.tree.index[node]),
-                end=int(rollout.tree.end[edges[0]]),
-                edges=edges,
-                next_latents=np.stack([latent[target] for target in rollout.tree.target[edges]]),
-                old_log_prob=log_prob[edges],
-                advantage=advantage[edges],
-                valid=scored[edges],
-            )
+        credit = _credit(config, rollout, batch, metrics)
+        made = image_states if config.learner.forward else _edge_states
+        for key, state in made(config, rollout, batch.prompts, _latents(rollout), *credit):
             spare.append(replace(state, valid=torch.zeros_like(state.valid)))
             if key in found:
                 found[key].append(state)
     return {step.key: found[step.key] + spare[:1] * (step.states - len(found[step.key])) for step in batch.steps}
+
+
+def _edge_states(
+    config: Config,
+    rollout: PromptRollout,
+    prompts: int,
+    latents: Mapping[int, FloatArray],
+    advantage: Tensor,
+    scored: Tensor,
+) -> Iterator[tuple[StepKey, State]]:
+    """The states of a prompt, each with its optimizer step."""
+    tree, log_prob = rollout.tree, _log_probs(rollout)
+    for key, node, edges, _ in state_places(rollout, prompts, config.learner):
+        yield (
+            key,
+            State(
+                rollout=rollout,
+                latent=latents[node],
+                start=int(tree.index[node]),
+                end=int(tree.end[edges[0]]),
+                edges=edges,
+                next_latents=np.stack([latents[target] for target in tree.target[edges]]),
+                old_log_prob=log_prob[edges],
+                advantage=advantage[edges],
+                valid=scored[edges],
+            ),
+        )
 
 
 def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: RankMetrics) -> tuple[Tensor, Tensor]:
@@ -102,7 +122,7 @@ def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: 
 
 
 def _latents(rollout: PromptRollout) -> dict[int, FloatArray]:
-    """The latents that trained edges touch, by node."""
+    """The latents that the learner needs, by node."""
     points = dict(zip(rollout.tree.branch_points.tolist(), rollout.trunk.latents, strict=True))
     below = (zip(unit.nodes.tolist(), unit.latents, strict=True) for unit in rollout.branches)
     return points | {node: latent for part in below for node, latent in part}

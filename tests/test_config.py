@@ -128,7 +128,7 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n
         ("sampler.strides=[0, 1]", ["sampler.strides: [0, 1] given", "from 1 up"]),
         ("sampler.branch_steps=[8, 10]", ["sampler.branch_steps: [8, 10] given", "0..9", "10 steps"]),
         ("sampler.branch_steps=[2, 1]", ["sampler.branch_steps", "ascending"]),
-        ("sampler.kernel=sde", ["sampler.kernel: 'sde' given", "'flow', 'dance' or 'cps'"]),
+        ("sampler.kernel=sde", ["sampler.kernel: 'sde' given", "'flow', 'dance', 'cps' or 'ode'"]),
         ("sampler.shift=0.0", ["sampler.shift: 0.0 given", "greater than 0, or input should be 'dynamic'"]),
         ("name=../elsewhere", ["name: '../elsewhere' given"]),
         ("model.path.x=1", ["model.path.x", "path is not a section"]),
@@ -140,11 +140,20 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n
         ("credit.granularity_weights=[1]", ["credit.granularity_weights: [1.0] given", "sampler.strides=[1, 2]"]),
         ("credit.group=all", ["credit.group: 'all' given", "'siblings' or 'step'"]),
         ("credit.spread=all", ["credit.spread: 'all' given", "'group' or 'batch'"]),
-        ("learner.objective=ppo", ["learner.objective: 'ppo' given", "'clip', 'guard', 'dppo' or 'reinforce'"]),
+        (
+            "learner.objective=ppo",
+            ["learner.objective: 'ppo' given", "'dppo', 'reinforce', 'nft', 'awm'"],
+        ),
         ("learner.subpaths=[2]", ["learner.subpaths: [2] given", "learner.objective=reinforce alone (it is clip)"]),
+        (
+            "sampler.kernel=ode",
+            ["sampler.kernel: ode given", "learner.objective=clip", "flow, dance or cps", "nft"],
+        ),
+        ("learner.old_kl=1", ["learner.old_kl: 1 given", "learner.old_decay", "(it is clip)"]),
+        ("learner.old_decay=[0, 0.1, 0.5]", ["learner.old_decay: [0.0, 0.1, 0.5] given", "=clip", "learner.old_kl"]),
         ("learner.updates_per_rollout=9", ["learner.updates_per_rollout: 9 given", "prompts_per_iteration=8"]),
         ("learner.advantage_clip=3", ["learner.advantage_clip: unknown key"]),
-        ("method=grpo", ["method: 'grpo' given", "allowed are branch_grpo, dance_grpo, e_grpo, flow_grpo", "dot"]),
+        ("method=grpo", ["method: 'grpo' given", "allowed are awm, branch_grpo, dance_grpo, diffusion_nft", "dot"]),
         ("method=3", ["method: 3 given", "tempflow_grpo"]),
         ("method=no.such_module", ["method: no.such_module cannot be imported", "PYTHONPATH"]),
         ("method=tests.faulty", ["method: tests.faulty has no STEPS and preset"]),
@@ -323,7 +332,7 @@ def test_the_defaults_of_the_schema_are_the_preset_of_g2rpo():
         defaults = section.model_dump(mode="json")
         assert {key: defaults[key] for key in given[name]} == given[name]
         if name in ("sampler", "credit"):  # a method decides all of these
-            assert given[name].keys() == defaults.keys() - {"shift"}
+            assert given[name].keys() == defaults.keys() - {"shift", "guidance"}
     assert preset("g2rpo") == given  # 16 are the paper's
 
 

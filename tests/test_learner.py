@@ -165,7 +165,7 @@ def sample(config, model, slot, rng):
 
     branches = []
     for branch in branch_units(config, tree, unit):
-        part = branch_part(tree, branch)
+        part = branch_part(tree, branch, config.learner.forward)
         points = np.flatnonzero(np.isin(tree.branch_points, tree.source[part.edges]))
         grown = grown_from(
             part.nodes, tree.branch_points[points].tolist(), trunk.latents[points], v=trunk.velocities[points],

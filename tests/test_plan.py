@@ -17,6 +17,7 @@ from g2rpo_ray.rollout.plan import (
     branch_part,
     branch_units,
     edge_key,
+    image_key,
     possible_trees,
     prompt_tree,
     sigma_grid,
@@ -185,10 +186,13 @@ def test_a_unit_s_part_by_hand():
 
 
 def keys(config, *place):
-    """Of all edges, by child and number of the edge in it."""
+    """Of all edges, by child and number of the edge in it; of the forward process, of all draws of images."""
     iteration, slot, prompt = place or (0, 0, "x")
     tree = prompt_tree(config, iteration, slot, prompt)
     where = BranchUnit(iteration, slot, prompt, 0, 0, 1)
+    if config.learner.forward:
+        drawn = itertools.product(enumerate(tree.trained_images), range(config.learner.draws))
+        return {(root, draw): image_key(config, where, tree, node, draw) for (root, node), draw in drawn}
     return {
         (subtree.root, subtree.branch_step, subtree.child, edge - subtree.edges.start): edge_key(
             config, where, tree, edge
@@ -204,7 +208,8 @@ def test_noise_has_a_key_of_its_own_whatever_the_size_of_groups_and_units(method
     assert len(set(found.values())) == len(found)
     assert keys(of(method, "rollout.members_per_unit=3", "rollout.micro_batch=2")) == found
     group, roots = (getattr(of(method).sampler, name) for name in ("group_size", "roots"))
-    larger = keys(of(method, f"sampler.group_size={group + 3}", f"sampler.roots={roots + 1}"))
+    group += 3 * (of(method).sampler.kernel != "ode")
+    larger = keys(of(method, f"sampler.group_size={group}", f"sampler.roots={roots + 1}"))
     assert len(larger) > len(found)
     assert found.items() <= larger.items()
     for place in ((1, 0, "x"), (0, 1, "x"), (0, 0, "y")):
@@ -270,8 +275,8 @@ def test_the_plan_of_what_moves_and_of_what_is_drawn():
     found = lines(of("flow_grpo_fast"))
     assert "240 velocity evaluations, 24 images to score, 48 learner states" in found["a prompt"]
     assert f"{24 * 9} evaluations" in found["largest unit"]  # of those who branch off at once
-    assert learner_states(of("pave_grpo"), 3) == 3 * 4
-    assert learner_states(of("g2rpo"), 5) == 5
+    assert learner_states(of("pave_grpo"), possible_trees(of("pave_grpo"))[0]) == 3 * 4
+    assert learner_states(of("g2rpo"), possible_trees(of("g2rpo"))[0]) == 5
     found = lines(of("dance_grpo"))
     assert "109 velocity evaluations" in found["a prompt"]
     states = int(found["a prompt"].split()[7])

@@ -216,15 +216,11 @@ def test_an_adapter_runs_no_code(write, touched, tmp_path):
 
 def test_a_checkpoint_runs_no_code(write, touched, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from actors.learner import BEHAVIOUR, _read_behaviour
     from learner.engine import CHECKPOINT, _read_checkpoint
 
     write(tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match="cannot be read"):
         _read_checkpoint(tmp_path / CHECKPOINT, {})
-    write(tmp_path / BEHAVIOUR)
-    with pytest.raises(Exception, match="header"):
-        _read_behaviour(tmp_path)
     assert not touched.exists()
 
 

@@ -9,7 +9,16 @@ from g2rpo_ray.algo.credit import (
     scored_edges,
     without_spread,
 )
-from g2rpo_ray.algo.forward import awm_log_probs, nft_losses, renoised, velocity_shift
+from g2rpo_ray.algo.forward import (
+    AWM,
+    FORWARD,
+    awm_log_probs,
+    nft_losses,
+    noise_levels,
+    renoised,
+    stratified,
+    velocity_shift,
+)
 from g2rpo_ray.algo.growth import Grown, Velocity, grow, integrate
 from g2rpo_ray.algo.kernels import Transition, ode_step, step_between, transition
 from g2rpo_ray.algo.objectives import NEEDS_DRIFT, OBJECTIVES, edge_losses, edge_ratios, mean_shift, policy_loss
@@ -19,6 +28,8 @@ from g2rpo_ray.algo.tree import ANCHOR, Shape, Subtree, Tree, plan_tree
 
 __all__ = [
     "ANCHOR",
+    "AWM",
+    "FORWARD",
     "NEEDS_DRIFT",
     "OBJECTIVES",
     "Grown",
@@ -40,6 +51,7 @@ __all__ = [
     "integrate",
     "mean_shift",
     "nft_losses",
+    "noise_levels",
     "normalise",
     "ode_step",
     "plan_tree",
@@ -50,6 +62,7 @@ __all__ = [
     "shifted_sigmas",
     "spreads",
     "step_between",
+    "stratified",
     "transition",
     "velocity_shift",
     "without_spread",

@@ -9,11 +9,56 @@ Both as in the released code (NVlabs/DiffusionNFT, scxue/advantage_weighted_matc
 the first, N draws; nothing here has a gradient but v.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
+AWM = {"awm": "uniform", **{f"awm_{weighting}": weighting for weighting in WEIGHTINGS[1:]}}
+FORWARD = ("nft", *AWM)
+"""The objectives here, by name; `awm_t` is AWM with the weighting t."""
 SMALLEST_DISTANCE, SMALLEST_SQUARE = 1e-5, 1e-10
 POWER = 0.25  # of `ghuber`
+
+
+def noise_levels(times: str, place: Tensor, sigmas: Tensor, without: Sequence[int] = ()) -> Tensor:
+    """t [N] float32 at places [N] in [0, 1) of a distribution over the sampler's schedule, 0 being pure noise.
+
+    Args:
+        times: `grid`, the noise levels at which its steps start, all equally likely (DiffusionNFT); `uniform`, anywhere
+            on it; `logit_normal`, the same with more in the middle (AWM). Between steps the schedule is a straight
+            line, so that both have its shift.
+        sigmas: [T + 1].
+        without: schedule indices that `grid` leaves out.
+
+    Raises:
+        ValueError: an unknown distribution.
+    """
+    sigmas, place = sigmas.double(), place.double()
+    if times == "grid":
+        steps = torch.tensor([index for index in range(len(sigmas) - 1) if index not in without])
+        return sigmas[steps[(place * len(steps)).long()]].float()
+    if times == "logit_normal":
+        place = torch.special.ndtri(place).sigmoid()
+    elif times != "uniform":
+        raise ValueError(f"times: {times!r} given; allowed are 'grid', 'uniform' and 'logit_normal'")
+    at = place * (len(sigmas) - 1)
+    index = at.long().clamp(max=len(sigmas) - 2)
+    return torch.lerp(sigmas[index], sigmas[index + 1], at - index).float()
+
+
+def stratified(images: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Places [draws, images] in (0, 1), a generator a draw: each image has one in each of as many equal parts.
+
+    Within a part the images spread evenly, in an order that its generator draws.
+    """
+    rows, draws = [], len(generators)
+    for draw, generator in enumerate(generators):
+        order = torch.randperm(images, generator=generator)
+        jitter = torch.rand(images, generator=generator, dtype=torch.float64)
+        rows.append((draw + (order + jitter) / images) / draws)
+    return torch.stack(rows)
 
 
 def renoised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

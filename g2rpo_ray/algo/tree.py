@@ -115,6 +115,20 @@ class Tree:
         """The parents of trained edges, each once, ascending: what the learner evaluates, forward and backward."""
         return np.unique(self.source[self.trained])
 
+    @cached_property
+    def last_edge(self) -> Ints:
+        """[N]: the last edge on the way from its root to each node; −1: there is none."""
+        last = self.edge.copy()
+        for node in np.flatnonzero((last < 0) & (self.parent >= 0)):  # a parent's number is below its children's
+            last[node] = last[self.parent[node]]
+        return last
+
+    @cached_property
+    def trained_images(self) -> Ints:
+        """The images whose last edge is trained, ascending: what the forward process makes noisy again."""
+        last = self.last_edge[self.images]
+        return self.images[(last >= 0) & self.trained[last]]
+
     @property
     def trunk(self) -> range:
         """The roots and their trunks."""

@@ -1,15 +1,9 @@
 """Settings: frozen, unknown keys refused, read from YAML."""
 
+from g2rpo_ray.config.learner import LearnerConfig
 from g2rpo_ray.config.loading import dump_config, load_config
-from g2rpo_ray.config.schema import (
-    Config,
-    LearnerConfig,
-    LoraConfig,
-    ModelConfig,
-    Resources,
-    RewardConfig,
-    ray_options,
-)
+from g2rpo_ray.config.resources import Resources, ray_options
+from g2rpo_ray.config.schema import Config, LoraConfig, ModelConfig, RewardConfig
 from g2rpo_ray.config.tree import SamplerConfig
 
 __all__ = [

@@ -1,38 +1,18 @@
 """Every setting, with its type, its bounds and what it means."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from g2rpo_ray.algo import groups, plan_tree
+from g2rpo_ray.config.learner import LearnerConfig, check_learner
+from g2rpo_ray.config.resources import Device, Resources
 from g2rpo_ray.config.section import Section
 from g2rpo_ray.config.tree import CreditConfig, SamplerConfig
 
-Device = Literal["cpu", "cuda"]
 PanelName = Literal["diversity", "high_frequency", "periodicity", "saturation", "distance", "unseen"]
-MOST_SUBSTEPS = 16  # of a subpath: each is a forward and backward pass, all held until the last
 MOST_ACTORS = 4096  # of a pool
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _ray_takes(resources: dict[str, float]) -> dict[str, float]:
-    for name, amount in resources.items():
-        if name in ("", "memory", "object_store_memory"):
-            raise ValueError(f"{name}: not a resource that is asked for here; give CPU, GPU or one of your own")
-        if round(amount, 4) != amount or (name == "GPU" and amount > 1 and amount % 1):
-            raise ValueError(f"{name}: {amount} given; must have at most 4 decimals, and GPU above 1 none")
-    return resources
-
-
-Amount = Annotated[float, Field(ge=0, le=1_000_000)]
-Resources = Annotated[dict[str, Amount], Field(max_length=32), AfterValidator(_ray_takes)]
-
-
-def ray_options(resources: Resources) -> dict[str, Any]:
-    """Resources as options of a Ray actor or task, where CPU and GPU have names of their own."""
-    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": custom}
 
 
 class ModelConfig(Section):
@@ -128,51 +108,6 @@ class RewardConfig(Section):
     """Deaths of servers (all together) that the run survives."""
 
 
-class LearnerConfig(Section):
-    ranks: int = Field(1, ge=1, le=256)
-    """DeepSpeed ranks, each a Ray actor. The result does not depend on it beyond rounding."""
-    device: Device = "cuda"
-    """Where the learner computes."""
-    threads: int = Field(1, ge=1, le=256)
-    """CPU threads of one rank."""
-    resources: Resources = {"GPU": 1}
-    """Ray resources of one rank."""
-    zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed's: 1 partitions the optimizer's state over the ranks, 2 the gradients, too, 3 all weights."""
-    micro_batch: int = Field(1, ge=1, le=4096)
-    """States (parents of trained edges) in one forward and backward pass."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for a third more time."""
-    objective: Literal["clip", "guard", "dppo", "reinforce"] = "clip"
-    """What is minimised: see g2rpo_ray/algo/objectives.py."""
-    subpaths: tuple[Annotated[int, Field(ge=2, le=MOST_SUBSTEPS)], ...] = ()
-    """Of `reinforce` (Pave-GRPO): an edge is rescored along n − 1 ODE substeps and the rest, too, for each n here."""
-    edge_weight: float | None = Field(None, gt=0, le=1000)
-    """c: an edge weighs c · std of its step (TempFlow-GRPO: 1.73); unset: 1."""
-    schedule: Literal["per_step", "accumulate"] = "per_step"
-    """An optimizer step for each schedule index at which trained edges start, ascending, or one for all together."""
-    updates_per_rollout: int = Field(1, ge=1, le=1024)
-    """Equal parts of an iteration's prompts; each makes the optimizer steps of its own, one after another."""
-    lr: float = Field(2e-6, gt=0, le=1)
-    """Learning rate of AdamW, constant."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's."""
-    eps: float = Field(1e-8, gt=0, le=1)
-    """AdamW's."""
-    weight_decay: float = Field(1e-4, ge=0, le=1000)
-    """AdamW's."""
-    grad_clip: float = Field(1.0, gt=0, le=1_000_000)
-    """Largest norm of the whole gradient."""
-    clip_range: float = Field(1e-4, gt=0, le=1000)
-    """ε of the clipped surrogate."""
-    kl_beta: float = Field(0.0, ge=0, le=1000)
-    """β of the KL to the model without LoRA."""
-    max_restarts: int = Field(10, ge=0, le=1_000_000)
-    """Times that the run starts a lost learner again, from the latest checkpoint."""
-    ratio_tolerance: float = Field(1e-6, gt=0, le=1000)
-    """Largest |ratio − 1| before the first optimizer step; a run that exceeds it stops. Loosen it for bfloat16."""
-
-
 class DataConfig(Section):
     train_prompts: str
     """Text (a prompt a line), .jsonl, .json (HPDv2's, too) or .parquet; a pattern for several; see docs/evaluate.md."""
@@ -266,7 +201,7 @@ class Config(Section):
         if both:
             raise ValueError(f"eval_rewards: {both[0]} is in `rewards` too; give one of them another name")
         self._check_credit()
-        self._check_objective()
+        check_learner(self.learner, self.sampler, self.data.prompts_per_iteration)
         return self
 
     def _check_credit(self) -> None:
@@ -286,19 +221,6 @@ class Config(Section):
                     f"{tree.start[alone][0]} has none to be compared with: raise sampler.group_size or sampler.roots, "
                     "or set credit.group to step"
                 )
-
-    def _check_objective(self) -> None:
-        learner, prompts = self.learner, self.data.prompts_per_iteration
-        if learner.subpaths and learner.objective != "reinforce":
-            raise ValueError(
-                f"learner.subpaths: {list(learner.subpaths)} given; they are for learner.objective=reinforce alone "
-                f"(it is {learner.objective})"
-            )
-        if learner.updates_per_rollout > prompts:
-            raise ValueError(
-                f"learner.updates_per_rollout: {learner.updates_per_rollout} given; at most "
-                f"data.prompts_per_iteration={prompts}"
-            )
 
     @property
     def velocity_cost(self) -> int:

@@ -17,8 +17,8 @@ class SamplerConfig(Section):
     """Schedule shift s, FLUX.1's resolution-dependent one, or the pipeline's own grid."""
     guidance: bool = True
     """Classifier-free guidance in rollout and update, where model.negative_prompt is given: twice the evaluations."""
-    kernel: Literal["flow", "dance", "cps"] = "flow"
-    """Noise of a stochastic step: see docs/methods.md."""
+    kernel: Literal["flow", "dance", "cps", "ode"] = "flow"
+    """Noise of a stochastic step: see docs/methods.md; `ode`: none, for objectives of the forward process."""
     eta: float = Field(0.7, gt=0, le=100)
     """Noise level of a stochastic step."""
     roots: int = Field(1, ge=1, le=1024)
@@ -45,7 +45,7 @@ class SamplerConfig(Section):
     layout: Literal["paper", "authors"] = "paper"
     """How a stride walks to the image: as in the paper, or as in the authors' code."""
     untrained: tuple[Step, ...] = ()
-    """Schedule indices from which no edge is trained."""
+    """Schedule indices from which no edge is trained, and whose noise level is none of learner.times=grid."""
     trained_share: float = Field(1.0, gt=0, le=1)
     """Of the other stochastic steps of each child, the share that is trained, drawn by its key."""
 
@@ -90,7 +90,7 @@ class SamplerConfig(Section):
             width=self.width,
             strides=self.strides,
             layout=self.layout,
-            untrained=self.untrained,
+            untrained=() if self.kernel == "ode" else self.untrained,  # no step is trained
             anchors=anchors,
         )
 

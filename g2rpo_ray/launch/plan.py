@@ -2,15 +2,28 @@
 
 from pathlib import Path
 
+from g2rpo_ray.algo import Tree
 from g2rpo_ray.config import Config
 from g2rpo_ray.files import resolve
 from g2rpo_ray.rollout.plan import BACKWARD, branch_part, branch_units, possible_trees
 from g2rpo_ray.types import TrunkUnit
 
 
-def learner_states(config: Config, states: float) -> float:
-    """Velocities that the learner evaluates, forward and backward, for so many parents of trained edges."""
-    return states * (1 + sum(parts - 1 for parts in config.learner.subpaths))
+def learner_states(config: Config, tree: Tree) -> int:
+    """Velocities that the learner evaluates, forward and backward, for the tree of a prompt."""
+    if config.learner.forward:
+        return len(tree.trained_images) * config.learner.draws
+    return len(tree.states) * (1 + sum(parts - 1 for parts in config.learner.subpaths))
+
+
+def state_cost(config: Config) -> float:
+    """Evaluations that a state of the learner counts: forward and backward, and one for each other policy there."""
+    learner = config.learner
+    old = 1 - 1 / learner.updates_per_rollout if learner.forward else 0.0  # at its first step it is the one updated
+    if learner.average_samples or (learner.forward and config.rollout.max_staleness):
+        old = 1.0
+    others = (learner.kl_beta > 0) + (learner.old_kl > 0) + old
+    return config.velocity_cost * (BACKWARD + learner.gradient_checkpointing + others)
 
 
 def describe_plan(config: Config) -> str:
@@ -19,27 +32,28 @@ def describe_plan(config: Config) -> str:
     cost = config.velocity_cost
     evaluations, states, images = (
         sum(counts) / len(trees)
-        for counts in zip(*((cost * t.evaluations, len(t.states), len(t.images)) for t in trees), strict=True)
+        for counts in zip(
+            *((cost * t.evaluations, learner_states(config, t), len(t.images)) for t in trees), strict=True
+        )
     )
-    work = learner_states(config, states)
-    backward = BACKWARD + config.learner.gradient_checkpointing
     trunk = TrunkUnit(0, 0, "")
     units = list(branch_units(config, trees[0], trunk))
     members = max(unit.members for unit in units)
     largest = cost * max(branch_part(t, unit).evaluations for t in {*trees} for unit in branch_units(config, t, trunk))
     about = "" if len({t.evaluations for t in trees}) == 1 else "about "
-    an_iteration, updated = prompts * evaluations, prompts * work * backward * cost
+    an_iteration, updated = prompts * evaluations, prompts * states * state_cost(config)
     stored = prompts * images * config.model.height * config.model.width * 3
     ranks = config.rollout.max_actors * updated / an_iteration
     return "\n".join(
         [
             f"method:        {config.method}: {sampler.roots} roots, branch steps {_list(sampler.branch_steps)} "
-            f"({sampler.branch_schedule}), {sampler.group_size} children, {sampler.stochastic_edges} stochastic edges, "
+            f"({sampler.branch_schedule}), {sampler.group_size} children, "
+            f"{'no' if sampler.kernel == 'ode' else sampler.stochastic_edges} stochastic edges, "
             f"granularities {_list(sampler.strides)}",
             f"a prompt:      {about}{evaluations:g} velocity evaluations, {images:g} images to score, "
             f"{states:g} learner states" + (", with guidance, which counts twice" if cost > 1 else ""),
             f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
-            f"{members} members, {an_iteration:g} evaluations; update: {prompts * work:g} states forward and "
+            f"{members} members, {an_iteration:g} evaluations; update: {prompts * states:g} states forward and "
             f"backward, as much as {updated:g} evaluations",
             f"the run:       {config.iterations} iterations, {config.iterations * an_iteration:g} evaluations and "
             f"{config.iterations * updated:g} of updates",

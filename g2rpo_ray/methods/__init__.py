@@ -25,7 +25,8 @@ NEUTRAL: Settings = {
     "credit": {"group": "siblings", "spread": "group", "granularity_weights": None, "clip": 5.0},
     "learner": {
         "objective": "clip", "clip_range": 1e-4, "subpaths": [], "edge_weight": None, "schedule": "accumulate",
-        "updates_per_rollout": 1, "kl_beta": 0.0,
+        "updates_per_rollout": 1, "kl_beta": 0.0, "draws": 1, "times": "grid", "nft_beta": 1.0, "old_decay": None,
+        "old_kl": 0.0,
     },
     "evaluation": {"anchors": False},
 }  # fmt: skip

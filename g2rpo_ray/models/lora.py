@@ -8,15 +8,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
 from g2rpo_ray.models.base import FlowModel, family_of
@@ -136,6 +139,30 @@ def lora_disabled(transformer: Any) -> Iterator[None]:
         yield
     finally:
         transformer.enable_lora()
+
+
+@contextmanager
+def lora_replaced(transformer: nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Another policy: inside, the LoRA layers use these tensors in place of their parameters. For inference only.
+
+    The parameters stay where they are: ZeRO may hold a piece of each, and an adapter of PEFT's would be its, too.
+    """
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
+    try:
+        for name, layer in layers.items():
+            down, up = (state[f"{name}.lora_{part}.weight"] for part in "AB")
+            layer.forward = partial(_lora_linear, layer, down, up)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
+
+
+def _lora_linear(layer: LoraLinear, down: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT's layer does, in the same order."""
+    result: torch.Tensor = layer.base_layer(x)
+    added = F.linear(F.linear(x.to(down.dtype), down), up) * layer.scaling[ADAPTER]
+    return (result + added).to(result.dtype)
 
 
 def describe(state: Mapping[str, FloatArray], version: int) -> WeightsManifest:

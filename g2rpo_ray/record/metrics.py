@@ -21,7 +21,7 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
         "rollout/evaluations": evaluations,
         "rollout/images": images,
         "rollout/weights_version": rollout.weights_version,
-        "learner/states": learner_states(config, sum(len(prompt.tree.states) for prompt in rollout.prompts)),
+        "learner/states": sum(learner_states(config, prompt.tree) for prompt in rollout.prompts),
         "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
         "perf/images_per_s": images / rollout.seconds,
         "perf/evaluations_per_s": evaluations / rollout.seconds,

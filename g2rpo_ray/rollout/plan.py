@@ -103,6 +103,15 @@ def edge_key(config: Config, place: Place, tree: Tree, edge: int) -> tuple[int |
     )
 
 
+def image_key(config: Config, place: Place, tree: Tree, node: int, draw: int) -> tuple[int | str, ...]:
+    """The key of the noise that an image gets again for the learner."""
+    subtree = tree.subtrees[bisect_right(tree.subtrees, node, key=lambda subtree: subtree.nodes.start) - 1]
+    return (
+        *("renoise", config.seed, place.iteration, place.slot, place.prompt),
+        *(*address(subtree), int(node) - subtree.nodes.start, draw),
+    )
+
+
 def branch_units(config: Config, tree: Tree, trunk: TrunkUnit) -> Iterator[BranchUnit]:
     """The units that follow a prompt's trunk: a branch step and a slice of its children, of all roots."""
     of_step = config.sampler.roots * config.sampler.group_size
@@ -121,7 +130,7 @@ class Part:
     leaves: list[int]  # places in tree.leaf
     images: list[int]  # nodes, ascending: the order of the unit's images
     evaluations: int
-    touched: list[int]  # nodes that trained edges start or end at, ascending: what the learner needs
+    touched: list[int]  # ascending, what the learner needs: nodes that trained edges start or end at, or images
 
 
 def trunk_part(tree: Tree) -> Part:
@@ -130,13 +139,15 @@ def trunk_part(tree: Tree) -> Part:
     return _part(tree, nodes, [], leaves, touched=tree.branch_points.tolist())
 
 
-def branch_part(tree: Tree, unit: BranchUnit) -> Part:
+def branch_part(tree: Tree, unit: BranchUnit, forward: bool = False) -> Part:
+    """`forward`: the learner needs the images' latents, and not those that trained edges touch."""
     subtrees = tree.members(unit.branch_step, unit.first_member, unit.members)
     nodes, edges, leaves = (
         [number for subtree in subtrees for number in getattr(subtree, kind)] for kind in ("nodes", "edges", "leaves")
     )
     trained = [edge for edge in edges if tree.trained[edge]]
     touched = set(tree.source[trained].tolist()) | set(tree.target[trained].tolist())
+    touched = set(tree.trained_images.tolist()) if forward else touched
     return _part(tree, nodes, edges, leaves, touched=sorted(touched.intersection(nodes)))
 
 

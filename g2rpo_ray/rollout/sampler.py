@@ -60,7 +60,7 @@ class Sampler:
     def branch(self, unit: BranchUnit, embedding: PromptEmbedding, trunk: Trunk) -> tuple[Branches, Images]:
         """The children's stochastic edges, and the images [I, H, W, 3] below them, in the order of their nodes."""
         tree, sampler = self._tree(unit), self._config.sampler
-        part = branch_part(tree, unit)
+        part = branch_part(tree, unit, self._config.learner.forward)
         points = [place for place, node in enumerate(tree.branch_points) if node in set(tree.source[part.edges])]
         x, v = (torch.tensor(a[points], device=self._device) for a in (trunk.latents, trunk.velocities))
 

@@ -1,0 +1,91 @@
+"""Copies of the LoRA that the learner holds beside it: versions that sampled, averages that follow it.
+
+Every rank has the whole of each, on the CPU, as `g2rpo_ray.models.lora` has a state. What the loss evaluates is brought
+to the device for an update.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from g2rpo_ray.config import LearnerConfig
+from g2rpo_ray.types import FloatArray
+
+LoraState = dict[str, FloatArray]
+Lora = Callable[[], LoraState]
+"""Copies the LoRA; a collective of all ranks, and so asked for by all or none."""
+
+AVERAGE, EMA, BEHAVIOUR = KINDS = ("average", "ema", "behaviour")
+"""What a checkpoint may have: the averages, and the version before the newest."""
+
+
+@dataclass(slots=True)
+class Copies:
+    """`average` moves toward the policy after each update (`old_decay`), `ema` after each optimizer step (`ema`)."""
+
+    learner: LearnerConfig
+    keeps: bool  # versions
+    averages: dict[str, LoraState]
+    versions: dict[int, LoraState]  # the newest that was published, and the one before
+    old: dict[str, Tensor] | None = None
+    """In an update, on the device: the policy that sampled. None: it is the one that is updated."""
+    average: dict[str, Tensor] | None = None
+    """In an update, on the device, where the loss needs it."""
+    _sampled: LoraState = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, learner: LearnerConfig, rank: int, lora: Lora, saved: Mapping[str, LoraState], version: int | None
+    ) -> "Copies":
+        """`saved`: those of a checkpoint, `version`: that of its BEHAVIOUR; an average it lacks begins as the LoRA."""
+        wanted = {AVERAGE: learner.old_decay, EMA: learner.ema}
+        averages = {kind: saved.get(kind) or lora() for kind, given in wanted.items() if given is not None}
+        versions = {} if version is None else {version: saved[BEHAVIOUR]}
+        return cls(learner, rank == 0 or learner.forward, averages, versions)
+
+    def publish(self, version: int, lora: Lora) -> LoraState:
+        """What samples from now on: the LoRA, or the average where that is who samples."""
+        state = self.averages[AVERAGE] if self.learner.average_samples else lora()
+        if self.keeps:
+            self.versions = {**{v: s for v, s in self.versions.items() if v == version - 1}, version: state}
+        return state
+
+    def begin(self, lora: Lora, on_policy: bool) -> None:
+        """Before an update with rollouts by the newest version, or, if not `on_policy`, by the one before it."""
+        if not self.learner.forward:
+            return
+        averaged = self.learner.average_samples
+        now = self.averages[AVERAGE] if averaged else lora()
+        self._sampled = now if on_policy else self.versions[min(self.versions)]
+        self.old = self._on_device(self._sampled) if averaged or not on_policy else None
+        self.average = self._on_device(self.averages[AVERAGE]) if self.learner.old_kl > 0 else None
+
+    def stepped(self, lora: Lora, steps: int) -> None:
+        """After the `steps`-th optimizer step of the run."""
+        if self.learner.forward and self.old is None:  # the policy has left the one that sampled
+            self.old = self._on_device(self._sampled)
+        if self.learner.ema is not None:
+            self._move(EMA, lora(), min(self.learner.ema, (1 + steps) / (10 + steps)))
+
+    def end(self, lora: Lora, steps: int) -> None:
+        """After an update."""
+        self.old, self.average, self._sampled = None, None, {}
+        if self.learner.old_decay is not None:
+            flat, rate, most = self.learner.old_decay
+            self._move(AVERAGE, lora(), min(max(0.0, (steps - flat) * rate), most))
+
+    def to_save(self) -> tuple[dict[str, LoraState], int | None]:
+        """The copies by kind, and the version of BEHAVIOUR, if there is one."""
+        if len(self.versions) < 2:
+            return self.averages, None
+        version = min(self.versions)
+        return {**self.averages, BEHAVIOUR: self.versions[version]}, version
+
+    def _move(self, kind: str, lora: LoraState, decay: float) -> None:
+        before = self.averages[kind]  # what was published stays as it was: these are new arrays
+        self.averages[kind] = {name: decay * before[name] + (1 - decay) * lora[name] for name in lora}
+
+    def _on_device(self, state: LoraState) -> dict[str, Tensor]:
+        return {name: torch.tensor(array, device=self.learner.device) for name, array in state.items()}

@@ -1,0 +1,133 @@
+"""Losses of the forward process: images made noisy again, and what their advantages say of the velocity there.
+
+an image's x0, (t, ε) by the key of its prompt, place and draw ─► x_t ─► v, v_old, v of the base ─► objective
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from g2rpo_ray.algo import (
+    AWM,
+    awm_log_probs,
+    nft_losses,
+    noise_levels,
+    policy_loss,
+    renoised,
+    stratified,
+    velocity_shift,
+)
+from g2rpo_ray.config import Config
+from g2rpo_ray.models import FlowModel, lora_disabled, lora_replaced
+from g2rpo_ray.rollout.noise import generator
+from g2rpo_ray.rollout.plan import image_key
+from g2rpo_ray.types import FloatArray, PromptRollout
+from learner.batch import StepKey, StepShape, state_places
+from learner.copies import Copies
+
+
+@dataclass(frozen=True, slots=True)
+class ImageState:
+    """A draw of an image: its noise is drawn when its velocity is evaluated."""
+
+    rollout: PromptRollout
+    node: int
+    draw: int
+    latent: FloatArray  # x0 [L, D]
+    place: float  # in the distribution of t
+    advantage: Tensor  # [1], of the last edge before the image
+    valid: Tensor  # [1] bool
+
+
+def image_states(
+    config: Config,
+    rollout: PromptRollout,
+    prompts: int,
+    latents: Mapping[int, FloatArray],
+    advantage: Tensor,
+    scored: Tensor,
+) -> Iterator[tuple[StepKey, ImageState]]:
+    """The states of a prompt, each with its optimizer step, of its images' latents and its edges' advantages [E]."""
+    name = ("level", config.seed, rollout.iteration, rollout.slot, rollout.prompt)
+    images = rollout.tree.trained_images.tolist()
+    places = stratified(len(images), [generator(*name, draw) for draw in range(config.learner.draws)])
+    for key, node, edges, draw in state_places(rollout, prompts, config.learner):
+        place = float(places[draw, images.index(node)])
+        yield key, ImageState(rollout, node, draw, latents[node], place, advantage[edges], scored[edges])
+
+
+class ForwardLoss:
+    """What draws of images add to an optimizer step's loss."""
+
+    def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
+        """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
+        self._config, self._learner, self._copies = config, config.learner, copies
+        self._model, self._transformer, self._sigmas = model, transformer, sigmas
+
+    def __call__(self, states: Sequence[ImageState], step: StepShape) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """(part of the loss, metrics) of each state, over the step's denominator."""
+        device = self._learner.device
+        x0 = torch.stack([torch.tensor(state.latent) for state in states]).to(device)
+        noise = torch.stack([self._noise(state) for state in states]).to(device)
+        places = torch.tensor([state.place for state in states], dtype=torch.float64)
+        t = noise_levels(self._learner.times, places, self._sigmas, self._config.sampler.untrained).to(device)
+        x = renoised(x0, noise, t)
+        embeddings = [state.rollout.embedding for state in states]
+        negative = embeddings[0].negative if self._config.sampler.guidance else None
+        conditioning = self._model.condition(embeddings, negative)
+
+        def velocity() -> Tensor:
+            return self._model.velocity(x, t, conditioning)
+
+        base, old, average = self._others(velocity)
+        v = velocity()
+        old = v.detach() if old is None else old
+        advantage, valid = (torch.cat([getattr(s, name) for s in states]).to(device) for name in ("advantage", "valid"))
+        parts = self._objective(x0, x, noise, t, v, old, advantage, valid, step.edges)
+        penalties = {"kl": (base, self._learner.kl_beta), "old_kl": (average, self._learner.old_kl)}
+        for name, (other, beta) in {**penalties, "old_shift": (old, 0.0)}.items():
+            shift = torch.zeros_like(t) if other is None else velocity_shift(v, other) * valid / step.edges
+            parts = [
+                (loss + beta * shift[at], {**metrics, name: shift[at].detach()})
+                for at, (loss, metrics) in enumerate(parts)
+            ]
+        return [(loss, {**metrics, "loss": loss.detach()}) for loss, metrics in parts]
+
+    def _others(self, velocity: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The velocity of the model without LoRA, of the policy that sampled and of the average, as far as needed."""
+        base = None
+        with torch.no_grad():
+            if self._learner.kl_beta > 0:
+                with lora_disabled(self._transformer):
+                    base = velocity()
+            return base, self._by(self._copies.old, velocity), self._by(self._copies.average, velocity)
+
+    def _by(self, state: Mapping[str, Tensor] | None, velocity: Callable[[], Tensor]) -> Tensor | None:
+        """The velocity of another policy, if there is one."""
+        if state is None:
+            return None
+        with lora_replaced(self._transformer, state):
+            return velocity()
+
+    def _objective(
+        self, x0: Tensor, x: Tensor, noise: Tensor, t: Tensor, v: Tensor, old: Tensor, advantage: Tensor, valid: Tensor,
+        total: int,
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
+        """(part of the loss, metrics) of each state by the objective alone."""
+        learner = self._learner
+        if learner.objective == "nft":
+            clip = self._config.credit.clip
+            losses = nft_losses(x0, x, t, v, old, advantage, beta=learner.nft_beta, clip=clip)
+            return [(loss, {}) for loss in torch.where(valid, losses, 0) / total]
+        log_probs = [awm_log_probs(AWM[learner.objective], x0, noise, t, velocity) for velocity in (v, old)]
+        each = zip(*(tensor.split(1) for tensor in (*log_probs, advantage, valid)), strict=True)
+        return [
+            policy_loss("clip", new, before, a, clip_range=learner.clip_range, valid=there, denominator=total)
+            for new, before, a, there in each
+        ]
+
+    def _noise(self, state: ImageState) -> Tensor:
+        key = image_key(self._config, state.rollout, state.rollout.tree, state.node, state.draw)
+        return self._model.initial_noise(generator(*key))
