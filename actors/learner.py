@@ -220,8 +220,6 @@ async def _value(ref: "ray.ObjectRef[Any]") -> Any:
     return await ref
 
 
-
-
 def _fetch(rollout: PromptRollout) -> PromptRollout:
     """The record with arrays in place of references."""
     embedding, trunk, *branches = ray.get([rollout.embedding, rollout.trunk, *rollout.branches])

@@ -23,7 +23,7 @@ class RolloutActor:
         torch.set_num_threads(config.rollout.threads)
         self._name, self._place = name, here()
         self._sampler = Sampler(config)
-        self._version: int | None = None
+        self._loaded: str | None = None  # checksum of the weights
 
     def ready(self) -> Place:
         """Where it is, once the model is loaded."""
@@ -60,7 +60,7 @@ class RolloutActor:
         return result, images, report
 
     def _use(self, weights: PublishedWeights) -> None:
-        if weights.manifest.version != self._version:
-            self._version = None  # a failed fetch leaves no version to work with
+        if weights.manifest.checksum != self._loaded:
+            self._loaded = None  # a failed fetch leaves no weights to work with
             self._sampler.load_weights(weights.fetch())
-            self._version = weights.manifest.version
+            self._loaded = weights.manifest.checksum

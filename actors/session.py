@@ -22,7 +22,7 @@ from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.lease import Lease
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import Metrics
-from g2rpo_ray.types import Rollout
+from g2rpo_ray.types import Rollout, Samples
 
 Loop = Callable[["Session"], Awaitable[None]]
 T = TypeVar("T")
@@ -182,10 +182,21 @@ class Session:
             self._rollouts[iteration] = asyncio.create_task(work)
 
     async def _evaluate(self, distance: float = math.nan) -> float | None:
+        averaged = self._config.learner.ema is not None
         with self._journal.timed("evaluation"):
-            work = self._system.collector.samples(self.done, self._prompts.heldout, self._weights)
-            samples = await self._interrupt.unless(work)
-        return self._journal.heldout(self.done, samples, distance) if samples else None
+            samples = await self._interrupt.unless(self._samples("lora"))
+            ema = await self._interrupt.unless(self._samples("ema")) if averaged else None
+        if samples is None or (averaged and ema is None):
+            return None
+        return self._journal.heldout(self.done, samples, distance, ema)
+
+    async def _samples(self, kind: str) -> Samples:
+        """Held-out samples of the LoRA that is trained, or of its average."""
+        if kind == "lora" and not self._config.learner.average_samples:
+            weights = self._weights
+        else:
+            weights = await self._system.publish(self.done, kind)
+        return await self._system.collector.samples(self.done, self._prompts.heldout, weights)
 
     async def _save(self, score: float | None = None) -> None:
         with self._journal.timed("checkpoint"):

@@ -62,9 +62,9 @@ class System:
         """Start the learner, or start it again, from a checkpoint or from the beginning."""
         await self.learner.start(self._config.startup_timeout_s, checkpoint.folder if checkpoint else None)
 
-    async def publish(self, version: int) -> PublishedWeights:
-        """The learner's LoRA, from now on what rollouts are made with."""
-        return PublishedWeights(*await self.learner.publish(version))
+    async def publish(self, version: int, kind: str = "rollouts") -> PublishedWeights:
+        """The learner's LoRA, from now on what rollouts are made with; of another `kind`, what is evaluated."""
+        return PublishedWeights(*await self.learner.publish(version, kind))
 
     async def publish_again(self, version: int) -> PublishedWeights:
         """The version before it, for a rollout that is one behind."""

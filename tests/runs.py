@@ -74,9 +74,9 @@ def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -
     return finish(start(output, name, *arguments, **settings), status)
 
 
-def lora(output: Path, name: str):
-    """The final adapter's tensors."""
-    return load_file(output / name / "lora" / "pytorch_lora_weights.safetensors")
+def lora(output: Path, name: str, kind: str = "lora"):
+    """The final adapter's tensors, or its average's."""
+    return load_file(output / name / kind / "pytorch_lora_weights.safetensors")
 
 
 def same_lora(a, b) -> None:

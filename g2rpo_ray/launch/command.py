@@ -30,13 +30,8 @@ if TYPE_CHECKING:  # Ray is loaded when there is something to run
     from actors.session import Loop
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
-NOT_NEEDED_HERE = (
-    "checkpoints",
-    "embeddings",
-    "lora",
-    ASIDE,
-    LEASE,
-)  # of a run directory: the actors read them where they are
+# of a run directory: the actors read them where they are
+NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora", "lora_ema", ASIDE, LEASE)
 
 
 def launch(loop: "Loop", arguments: Sequence[str] | None = None) -> int:

@@ -91,10 +91,10 @@ def mark_checkpoints(checkpoints: Folder, newest: int) -> tuple[list[str], str |
 
 
 def publish_adapter(checkpoint: Folder, run: Folder) -> None:
-    """Make the checkpoint's adapter the run's."""
-    adapter, published = checkpoint / "lora", run / "lora"
-    for name in adapter.names():
-        published.write(name, adapter.read(name))
+    """Make the checkpoint's adapter, and its average, the run's."""
+    for kind in ("lora", "lora_ema"):
+        for name in (checkpoint / kind).names():
+            (run / kind).write(name, (checkpoint / kind).read(name))
 
 
 def find_checkpoint(run: Folder) -> Checkpoint | None:

@@ -105,7 +105,9 @@ class Journal:
     def say(self, line: str) -> None:
         self._tracker.say(line)
 
-    def heldout(self, done: int, samples: Samples, distance: float = math.nan) -> float | None:
+    def heldout(
+        self, done: int, samples: Samples, distance: float = math.nan, ema: Samples | None = None
+    ) -> float | None:
         """Keep the scores after `done` iterations and draw the pictures; the means go into that iteration's line.
 
         Returns the weighted sum of the trained rewards' means: the higher, the better the policy; None where the
@@ -116,9 +118,12 @@ class Journal:
         start = samples.scores if done == self.judged_since else _read_scores(self._run, self.judged_since)
         values = panel(samples.traces, samples.scores, start, list(self._config.eval_rewards), distance)
         record = {"prompts": samples.prompts, "shown": len(samples.pictures), "scores": lists, "panel": values}
+        averaged = {} if ema is None else ema.scores
+        record |= {"ema": {name: scores.tolist() for name, scores in averaged.items()}}
         if samples.pictures:
             first = self._keep_pictures(done, samples.pictures)
             columns = {self._first_column(): first, f"iteration {done}": samples.pictures}
+            columns |= {"its average": ema.pictures} if ema else {}
             shown = samples.prompts[: len(samples.pictures)]
             picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
         replace_text(scores_file(self._run, done), to_json(record) + "\n")
@@ -126,7 +131,9 @@ class Journal:
         self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
         panels = {f"panel/{name}": value for name, value in values.items()}
         of_scores = {f"heldout/{name}/mean": mean for name, mean in means.items()}
-        self._means = done, {**of_scores, **panels, "heldout/evaluations": samples.evaluations}
+        of_scores |= {f"heldout_ema/{name}/mean": mean_of_present(scores) for name, scores in averaged.items()}
+        evaluations = samples.evaluations + (ema.evaluations if ema else 0)
+        self._means = done, {**of_scores, **panels, "heldout/evaluations": evaluations}
         lines = read_lines(self._run / "metrics.jsonl")
         if done == self.judged_since and all(line["iteration"] != done for line in lines):
             self._write(done, {})
@@ -217,13 +224,15 @@ def summarize(config: Config, run: Path) -> str:
     """Write summary.json of a finished run; the held-out comparison as a table."""
     lines, changes = read_lines(run / "metrics.jsonl"), read_changes(Folder(run))
     done, since = int(lines[-1]["iteration"]), judged_since(changes)
-    comparisons = compare_all(_read_scores(run, since), _read_scores(run, done))
+    start = _read_scores(run, since)
+    comparisons, averaged = (compare_all(start, _read_scores(run, done, of)) for of in ("scores", "ema"))
     summary = {
         "iterations": done,
         "changes": changes,
         "heldout_since": since,
         "stopped_by": sorted(set(config.evaluation.stop_on) & passed_limits(Folder(run), done).keys()),
         "heldout": comparisons,
+        **({"heldout_ema": averaged} if averaged else {}),
         "evaluations": sum(int(line.get("rollout/evaluations", 0)) for line in lines),
         "seconds": {
             phase: sum(line.get(f"timing_s/{phase}", 0.0) for line in lines)
@@ -234,9 +243,11 @@ def summarize(config: Config, run: Path) -> str:
     }
     replace_text(run / "summary.json", to_json(summary, indent=2) + "\n")
     note = f"\nbefore: after {since} iterations, since when all scores are of the same settings" if since else ""
-    return table(comparisons, list(config.rewards)) + note
+    average = "\n\nIts average (lora_ema/):\n\n" + table(averaged, list(config.rewards)) if averaged else ""
+    return table(comparisons, list(config.rewards)) + average + note
 
 
-def _read_scores(run: Path, done: int) -> dict[str, FloatArray]:
+def _read_scores(run: Path, done: int, of: str = "scores") -> dict[str, FloatArray]:
+    """Of the policy, or of its average (`ema`), if it has one."""
     record = json.loads(scores_file(run, done).read_text())
-    return {name: np.array(scores, dtype=np.float32) for name, scores in record["scores"].items()}
+    return {name: np.array(scores, dtype=np.float32) for name, scores in record.get(of, {}).items()}
