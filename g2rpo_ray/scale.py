@@ -2,11 +2,16 @@
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from g2rpo_ray.config import load_config
+from g2rpo_ray.config.schema import MOST_ACTORS
+from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.words import one_line
 
 INVALID = 2
 
@@ -17,18 +22,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sizes = {"rollout": options.rollout} if options.rollout is not None else {}
         sizes.update(_reward_size(text) for text in options.reward)
-        if not sizes or min(sizes.values()) < 1:
-            raise ValueError("--rollout N or --reward NAME=N: give at least one, with N from 1 up")
-        return _ask(options.name, options.address, sizes)
+        if not sizes:
+            raise ValueError("--rollout N or --reward NAME=N: give at least one")
+        for pool, size in sizes.items():
+            if not 1 <= size <= MOST_ACTORS:
+                option = "--rollout" if pool == "rollout" else f"--reward {pool}"
+                raise ValueError(f"{option}: {size} given; must be from 1 to {MOST_ACTORS}")
+        return _ask(options.name, options.output, options.address, sizes)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return INVALID
 
 
-def _ask(run: str, address: str | None, sizes: dict[str, int]) -> int:
+@contextmanager
+def _cluster_of(run: str, output: str, address: str | None) -> Iterator[None]:
+    """The cluster at the address, or the private one that the run left word of, or the one that was started here."""
+    from actors.access import FILE, address_of
     from actors.cluster import cluster
 
-    with cluster(address or os.environ.get("RAY_ADDRESS", "auto")):
+    folder = (Folder(output) / run).path
+    private = address_of(folder) if folder and not address else None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(cluster(address or private or os.environ.get("RAY_ADDRESS", "auto")))
+        except ValueError as error:
+            if private is None:
+                raise
+            left = f"{folder}/{FILE} was left by one that was killed"
+            raise ValueError(f"--name: no run {run!r} is going on, {left} ({error})") from None
+        yield
+
+
+def _ask(run: str, output: str, address: str | None, sizes: dict[str, int]) -> int:
+    with _cluster_of(run, output, address):
         import ray
 
         from actors.control import NAMESPACE, control_name
@@ -36,7 +62,10 @@ def _ask(run: str, address: str | None, sizes: dict[str, int]) -> int:
         try:
             control = ray.get_actor(control_name(run), namespace=NAMESPACE)
         except ValueError:
-            raise ValueError(f"--name: no run {run!r} is going on on this cluster") from None
+            raise ValueError(
+                f"--name: no run {run!r} is going on on this cluster; give the --output of a run on a private cluster, "
+                "or the --address of another cluster"
+            ) from None
         for pool, size in sizes.items():
             asked: Any = control.ask.remote(pool, size)  # a named actor has no type
             now = ray.get(asked)
@@ -48,7 +77,7 @@ def _ask(run: str, address: str | None, sizes: dict[str, int]) -> int:
 
 def _reward_size(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
-    if not number.isdigit():
+    if not re.fullmatch("[0-9]{1,18}", number):
         raise ValueError(f"--reward: {text!r} given; must look like NAME=N")
     return name, int(number)
 
@@ -61,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: python -m g2rpo_ray.scale --name flux_hps --rollout 12 --reward hpsv2=2",
     )
     parser.add_argument("--name", default=load_config().name, help="name of the run (default: the quickstart's)")
+    parser.add_argument("--output", default=load_config().output, help="where its folder is (default: %(default)s)")
     parser.add_argument("--rollout", metavar="N", type=int, help="rollout actors")
     parser.add_argument("--reward", metavar="NAME=N", action="append", default=[], help="servers of a reward")
     parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else the one started here")

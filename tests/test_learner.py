@@ -453,7 +453,7 @@ def jobs(pipeline, rollouts):
     found["no scores"] = job(shards=scored(rollouts, lambda start, scores: scores * np.nan))
     broken = [replace(r, trunk=replace(r.trunk, latents=r.trunk.latents * np.nan)) for r in rollouts]
     for stage in STAGES:
-        found["not finite", stage] = job(shards=broken, zero_stage=stage, ratio_tolerance=NOT_ON_POLICY)
+        found["not finite", stage] = job(shards=broken, zero_stage=stage, on_policy=False)
     found["bfloat16"] = job(model={"dtype": "bfloat16"}, zero_stage=3, lr=1e-7, ratio_tolerance=1.0)
     for name, method in METHODS.items():
         sections, prompts = {k: method.get(k) for k in ("sampler", "credit")}, method.get("prompts", 3)

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
                 print(summarize(config, here))
             print(next_steps(config, run, start.iteration))
             return 0
+        from actors.access import reachable
         from actors.cluster import check_resources, cluster
 
         try:
@@ -74,6 +76,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
                 check_writable(config, run)
                 check(config, prompts.train[0], unchecked, options.address)
                 return 0
+            private = not (options.address or os.environ.get("RAY_ADDRESS"))
             stack.enter_context(cluster(options.address))
             check_resources(config)
         except ValueError as error:
@@ -82,6 +85,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
 
         try:
             checkpoint = begin_lineage(run, start, dump_config(config)) if start.anew else start.checkpoint
+            stack.enter_context(reachable(run.path, private))
             here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
             done = asyncio.run(run_session(loop, config, prompts, run, here, checkpoint, lease))
         except asyncio.CancelledError:  # a second signal

@@ -1,0 +1,74 @@
+"""`g2rpo_ray.scale` and the file by which it finds a run's private cluster."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from g2rpo_ray.scale import main
+from tests.runs import finish, kill_all, start, wait_for
+
+LOOK = "rollout: 1 actors were asked for, now 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--rollout", "100000000000"], ["--rollout: 100000000000 given", "from 1 to 4096"]),
+        (["--rollout", "0"], ["--rollout: 0 given", "from 1 to 4096"]),
+        (["--reward", "preference=99999"], ["--reward preference: 99999 given", "from 1 to 4096"]),
+        (["--reward", "preference=²"], ["--reward: 'preference=²' given", "NAME=N"]),
+        ([], ["--rollout N or --reward NAME=N"]),
+        (["--rollout", "2", "--name", "killed"], ["no run 'killed' is going on", "left by one that was killed"]),
+        (["--rollout", "2", "--name", "damaged"], ["--output: cannot read ", "ray.json"]),
+    ],
+)
+def test_a_size_or_a_run_that_cannot_be_is_one_line(arguments, parts, tmp_path, capsys):
+    for name, text in (("killed", '{"address": "127.0.0.1:1"}'), ("damaged", "{half")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ray.json").write_text(text)
+    assert main(["--output", str(tmp_path), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+    for part in parts:
+        assert part in printed
+
+
+def scale(output, *arguments):
+    command = [sys.executable, "-m", "g2rpo_ray.scale", "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_two_private_runs_on_a_machine_are_told_apart(tmp_path):
+    processes = {name: start(tmp_path, name, iterations=400) for name in ("one", "two")}
+    try:
+        for name, process in processes.items():
+            wait_for(process, lambda name=name: "actors are ready" in log(tmp_path, name))
+        access = tmp_path / "one" / "ray.json"
+        assert stat.S_IMODE(access.stat().st_mode) == 0o600
+        first, second = (json.loads((tmp_path / name / "ray.json").read_text()) for name in processes)
+        assert first["address"] != second["address"]
+        refused = scale(tmp_path, "--name", "one", "--rollout", "100000000000")
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+        done = scale(tmp_path, "--name", "one", "--rollout", "2")
+        assert done.returncode == 0, done.stderr
+        wait_for(processes["one"], lambda: LOOK in log(tmp_path, "one"))
+        assert LOOK not in log(tmp_path, "two")
+        processes["one"].terminate()
+        finish(processes["one"], 130)
+        assert not access.exists()
+        assert (tmp_path / "two" / "ray.json").exists()
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                kill_all(process)
+
+
+def log(output, name):
+    path = output / name / "run.log"
+    return path.read_text() if path.exists() else ""
