@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import socket
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,13 @@ from g2rpo_ray.models.estimate import rollout_memory
 from g2rpo_ray.rollout.plan import possible_trees, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import PromptEmbedding, SampleUnit, TrunkUnit
+from tests.runs import head_command, kill_all, lora, metrics, run, same_lora, wait_for
 from tests.tiny_models import write_tiny
 
 PROMPTS = ["a red cat", "two blue dogs on a very long green sofa", "7"]
 STEPS = 4
 SCALE = 2.5
+PORT = 6395  # of the cluster that the whole runs share
 DISTILLED = ("flux", "flux2")
 families = pytest.mark.parametrize("family", sorted(FAMILIES.values()))
 
@@ -344,3 +348,59 @@ def test_rollout_and_evaluation_are_guided_apart_and_guidance_counts_twice(train
     assert (images != plain).any() == evaluated
     told = f"{tree.evaluations * config.velocity_cost:g} velocity evaluations"
     assert told in describe_plan(config)
+
+
+RUN = {
+    "iterations": 2, "sampler.shift": "pipeline", "model.max_sequence_length": "null", "lora.targets": "null",
+    "model.guidance_scale": SCALE, "evaluation.seeds": 1, "learner.gradient_checkpointing": "true",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """One cluster for all runs: each would start its own otherwise."""
+    options = ("--num-cpus=4", "--include-dashboard=false", "--object-store-memory=200000000")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # of the head, and of the runs that come to it
+        command = head_command(PORT, *options)
+        head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            wait_for(head, listening)
+            yield f"127.0.0.1:{PORT}"
+        finally:
+            kill_all(head)
+
+
+def listening() -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", PORT)) == 0
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@families
+def test_a_whole_run_has_the_same_bits_with_one_actor_and_two(family: str, address: str, tmp_path: Path) -> None:
+    """On Ray and DeepSpeed; prompts of unlike length meet in the learner's batches."""
+    config = settings(family)
+    negative = "null" if config.negative_prompt is None else f"'{config.negative_prompt}'"
+    texts = {"train": ["a red cat", "two blue dogs on a green sofa"], "heldout": ["7"]}
+    for name, prompts in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    given = RUN | {
+        "model.path": config.path, "model.height": config.height, "model.width": config.width,
+        "model.negative_prompt": negative, "data.train_prompts": tmp_path / "train.txt",
+        "data.heldout_prompts": tmp_path / "heldout.txt", "rewards.preference.kind": "jpeg_compressibility",
+        "rewards.preference.options": "{}", "data.embeddings": tmp_path / "embeddings",
+    }  # fmt: skip
+    adapters = []
+    for actors, name in ((1, "one"), (2, "two")):
+        dotted = {key.replace(".", "__"): value for key, value in given.items()}
+        run(tmp_path, name, "--address", address, rollout__min_actors=actors, rollout__max_actors=actors, **dotted)
+        adapters.append(lora(tmp_path, name))
+        lines = metrics(tmp_path, name)
+        assert max(line["actor/ratio_initial_max_dev"] for line in lines[1:]) <= 1e-6
+        (tree,) = possible_trees(load_config(str(tmp_path / name / "config.yaml")))
+        cost = 1 if config.negative_prompt is None else 2
+        assert [line["rollout/evaluations"] for line in lines[1:]] == [cost * 2 * tree.evaluations] * 2
+    same_lora(*adapters)
+    assert any(np.abs(array).max() > 0 for name, array in adapters[0].items() if "lora_B" in name)
