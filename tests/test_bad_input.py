@@ -41,7 +41,7 @@ CASES = {
     "no pipeline": (["--set", "model.path=FILES/not-a-pipeline"], ["model.path: ", "has no model_index.json"]),
     "granularity 0": (["--set", "sampler.strides=[0]"], ["sampler.strides: [0] given", "from 1 up"]),
     "step beyond T": (["--set", "sampler.branch_steps=[10]"], ["sampler.branch_steps: [10] given", "0..9"]),
-    "no such method": (["--set", "method=grpo"], ["method: 'grpo' given", "allowed are branch_grpo, ", "g2rpo"]),
+    "no such method": (["--set", "method=grpo"], ["method: 'grpo' given", "allowed are awm, ", "g2rpo"]),
     "a group of one": (["--set", "sampler.group_size=1"], ["credit.group: siblings given", "none to be compared with"]),
     "no noise to train": (
         ["--set", "method=flow_grpo_fast", "--set", "sampler.branch_steps=[8]"],
