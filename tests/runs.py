@@ -111,10 +111,10 @@ def wait_for(process: subprocess.Popen, condition) -> None:
         time.sleep(0.02)
 
 
-def descendants(process: subprocess.Popen) -> list[psutil.Process]:
-    """All processes below it; none where it has ended."""
+def descendants(process: subprocess.Popen | None = None) -> list[psutil.Process]:
+    """All processes below it, or below this one; none where it has ended."""
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        return psutil.Process(process and process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
