@@ -83,7 +83,7 @@ def test_a_row_by_hand():
     assert float(lines[1]["win_rate"]) == pytest.approx(0.6)
     text = to_markdown([alone, found])
     assert "| adapter | taste (trained) |" in text
-    assert "| new | taste | +0.1667 | -2.4189 to +2.7523 | 60.0% | 5 |" in text
+    assert "| new | taste | +0.1667 | -2.4189 to +2.7522 | 60.0% | 5 |" in text
 
 
 def test_scores_are_kept_and_a_line_that_a_kill_cut_off_is_not(tmp_path):
