@@ -134,9 +134,7 @@ def test_a_prompt_typed_in_a_browser_gives_the_pictures_of_evaluate(run, browser
         page.on("console", lambda message: message.type == "error" and told.append(message.text))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(f"http://127.0.0.1:{port}")
-        page.wait_for_function(
-            "[...document.images].filter(i => i.naturalWidth >= 256).length == 2", timeout=PATIENCE
-        )  # drawn at once
+        page.wait_for_function(f"{DRAWN}.length == 2", timeout=PATIENCE)  # drawn at once
         first = _pictures(page)
         page.get_by_label("Prompt").fill(PROMPT)
         page.get_by_label("Prompt").press("Enter")
@@ -166,13 +164,17 @@ def _wait_for(process, url):
     raise AssertionError("the demo did not start")
 
 
+# not Gradio's own drawings
+DRAWN = "[...document.images].filter(image => image.naturalWidth >= 256 && !image.src.startsWith('data:'))"
+
+
 def _pictures(page):
     """What the page shows, at the size that the model drew it."""
-    script = """[...document.images].filter(image => image.naturalWidth >= 256).map(image => {
+    script = f"""{DRAWN}.map(image => {{
         const canvas = document.createElement("canvas");
         [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
         canvas.getContext("2d").drawImage(image, 0, 0);
         return canvas.toDataURL("image/png").split(",")[1];
-    })"""
+    }})"""
     shown = [np.array(Image.open(io.BytesIO(base64.b64decode(text)))) for text in page.evaluate(script)]
     return [picture[::8, ::8, :3] for picture in shown]

@@ -164,7 +164,7 @@ def test_the_best_adapter_becomes_the_runs_own(tmp_path):
 @pytest.mark.slow
 def test_a_run_whose_lora_goes_astray_is_ended(tmp_path):
     told = runs.run(
-        tmp_path, "astray", iterations=4, learner__lr=10, evaluation__every=1, evaluation__stop_on="[distance]"
+        tmp_path, "astray", iterations=4, learner__lr=1, evaluation__every=1, evaluation__stop_on="[distance]"
     )
     assert "WARNING: hacking panel: distance" in told
     assert "the hacking panel (distance) ends the run after 1 iterations; lora/ is the last one" in told
@@ -172,6 +172,6 @@ def test_a_run_whose_lora_goes_astray_is_ended(tmp_path):
     assert json.loads((tmp_path / "astray" / "summary.json").read_text())["stopped_by"] == ["distance"]
     assert "ended by the hacking panel" in (tmp_path / "astray" / "report.html").read_text()
     again = runs.run(
-        tmp_path, "astray", iterations=4, learner__lr=10, evaluation__every=1, evaluation__stop_on="[distance]"
+        tmp_path, "astray", iterations=4, learner__lr=1, evaluation__every=1, evaluation__stop_on="[distance]"
     )
     assert "astray is finished" in again
