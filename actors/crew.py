@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.failures import exit_reason, is_death
+from actors.failures import exit_reason, in_thread, is_death
 from actors.members import Member, Members
 from g2rpo_ray.config import Resources
 
@@ -166,12 +166,13 @@ class Crew:
             if late or now - told_at > TELL_EVERY_S:
                 told_at = now
                 state = f"{len(self.pids)} of {self._minimum} actors ready after {now - enough_at:.0f} s"
+                wanted = await in_thread(self._wanted)  # does not come back while the head is gone
                 if late:
-                    raise PoolStopped(f"{self.name}: {state}, longer than startup_timeout_s; {self._wanted()}")
-                logger.warning("%s: %s; %s", self.name, state, self._wanted())
+                    raise PoolStopped(f"{self.name}: {state}, longer than startup_timeout_s; {wanted}")
+                logger.warning("%s: %s; %s", self.name, state, wanted)
 
     def _wanted(self) -> str:
-        """What an actor needs beside what there is."""
+        """What an actor needs beside what there is; blocks."""
         there, free = ray.cluster_resources(), ray.available_resources()
         parts = [
             f"{amount:g} {kind} ({free.get(kind, 0):g} free of {there.get(kind, 0):g})"

@@ -6,6 +6,7 @@ import time
 import psutil
 import pytest
 
+from g2rpo_ray.launch.witness import LINE
 from tests.runs import actors_of, finish, lora, metrics, recovery, run, same_lora, start, wait_for, wait_for_iteration
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -58,18 +59,24 @@ def seconds_to_end(process, status) -> float:
     return time.monotonic() - began
 
 
-def test_a_head_that_dies_ends_the_run_in_a_line(reference, tmp_path, monkeypatch):
+LOST = "error: ClusterLost: the Ray cluster is lost: "
+
+
+@pytest.mark.parametrize(("what", "lines"), [("gcs_server", (LOST,)), ("ray::DashboardAgent", (LOST, LINE))])
+def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, lines, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-    process = start(tmp_path, "lost", iterations=30)
+    process = start(tmp_path, "lost", iterations=200)
     wait_for_iteration(process, tmp_path, "lost", 1)
-    ray_process(process, "gcs_server").kill()
+    ray_process(process, what).kill()
     began = time.monotonic()
     told = [line for line in finish(process, status=1).splitlines() if line.startswith("error: ")]
-    print(f"head killed: ended after {time.monotonic() - began:.0f} s")
-    assert [line[:46] for line in told] == ["error: ClusterLost: the Ray cluster is lost: t"]
+    print(f"{what} killed: ended after {time.monotonic() - began:.0f} s")
+    assert len(told) == 1
+    assert told[0].startswith(lines)
     assert (tmp_path / "lost" / "error.log").exists()
-    run(tmp_path, "lost")
-    same_lora(lora(tmp_path, "lost"), lora(reference[0], "reference"))
+    done = int((tmp_path / "lost" / "checkpoints" / "LATEST").read_text())
+    run(tmp_path, "lost", iterations=done + 1)
+    assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
 
 
 def test_ctrl_c_ends_a_run_whose_head_is_gone(tmp_path):

@@ -10,10 +10,10 @@ from g2rpo_ray.config.schema import Config
 Differences = dict[str, tuple[Any, Any]]  # by key: before, now; None where it was not given
 
 FREE = (
-    "name", "output", "iterations", "startup_timeout_s", "checkpoint.*", "tracking.*", "evaluation.every",
-    "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors", "rollout.max_actors",
-    "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas", "eval_rewards.*.replicas",
-    "data.embeddings", "data.encoder_resources*",
+    "name", "output", "iterations", "startup_timeout_s", "hung_after_s", "checkpoint.*", "tracking.*",
+    "evaluation.every", "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors",
+    "rollout.max_actors", "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas",
+    "eval_rewards.*.replicas", "data.embeddings", "data.encoder_resources*",
 )  # fmt: skip
 """Settings that change no bit of a result, `*` being any text: a run goes on with any of them. All others count."""
 

@@ -21,6 +21,7 @@ from g2rpo_ray.launch.preflight import (
     open_run,
     read_run_prompts,
 )
+from g2rpo_ray.launch.witness import witness
 from g2rpo_ray.record.journal import is_finished, summarize
 from g2rpo_ray.record.lease import LEASE, Lease, LeaseLost
 from g2rpo_ray.record.lineage import ASIDE, begin_lineage, finish_beginning
@@ -87,6 +88,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
             checkpoint = begin_lineage(run, start, dump_config(config)) if start.anew else start.checkpoint
             stack.enter_context(reachable(run.path, private))
             here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
+            stack.enter_context(witness(run.path and run.path / "error.log"))
             done = asyncio.run(run_session(loop, config, prompts, run, here, checkpoint, lease))
         except asyncio.CancelledError:  # a second signal
             return INTERRUPTED
