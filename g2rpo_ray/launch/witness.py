@@ -36,4 +36,4 @@ def _wait(log: str | None) -> None:
 
 
 if __name__ == "__main__":
-    _wait(*(sys.argv[1:] or [None]))
+    _wait(sys.argv[1] if len(sys.argv) > 1 else None)
