@@ -1,13 +1,15 @@
 """Faults done for real to a small run, which ends with the LoRA of an undisturbed one, bit for bit."""
 
-import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -15,6 +17,7 @@ from g2rpo_ray.record.checkpoint import find_checkpoint
 from g2rpo_ray.record.storage import Folder
 from tests.runs import (
     actors_of,
+    descendants,
     finish,
     kill_all,
     lora,
@@ -23,6 +26,7 @@ from tests.runs import (
     run,
     same_lora,
     start,
+    title_of,
     wait_for,
     wait_for_iteration,
 )
@@ -161,39 +165,51 @@ def test_nodes_that_go_change_no_bit(graceful, cluster, long_reference, tmp_path
     assert sum(line.get("perf/lost_s", 0) for line in metrics(tmp_path, "moved")) > 0
 
 
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "terminated": signal.SIGTERM}
+WHO = ("RolloutActor", "RewardActor", "LearnerRank")
+HARM = [(how, title) for how in SIGNALS for title in WHO] + [("removed", "rollout"), ("removed", "learner")]
+HARM += [("killed", "driver")]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_chaos(tmp_path):
-    """Something random is killed every few seconds for 30 iterations, the driver included."""
+def test_chaos(cluster, tmp_path):
+    """In 30 iterations actors of each kind are killed, stopped and terminated, nodes leave in order, the driver dies.
+
+    In a drawn order, at drawn moments, each after two iterations more.
+    """
     settings = dict.fromkeys(
         ["rollout__max_restarts", "rewards__preference__max_restarts", "learner__max_restarts"], 1000
     )
     settings |= {"rollout__max_actors": 2, "iterations": 30, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
     run(tmp_path, "calm", **settings)
-    victims, dice = ["RolloutActor", "RewardActor", "LearnerRank", "driver"], random.Random(0)
-    kills = dict.fromkeys(victims, 0)
-    process = start(tmp_path, "chaos", **settings)
-    deadline = time.monotonic() + 1500
-    while process.poll() != 0:
-        assert time.monotonic() < deadline, kills
-        if process.poll() is not None:
-            process = start(tmp_path, "chaos", **settings)
-        time.sleep(dice.uniform(4, 12))
-        unharmed = [victim for victim in victims if not kills[victim]]
-        victim = dice.choice(unharmed) if unharmed else dice.choices(victims, [6, 3, 1, 1])[0]
-        if process.poll() is None:
-            kills[victim] += harm(process, victim, dice)
-    print(json.dumps(kills))
-    assert all(kills.values())
+    settings |= PINNED | {"learner__resources": "{learner: 1}", "hung_after_s": 15}
+    nodes = {kind: [add_node(cluster, **{kind: 2})] for kind in ("rollout", "learner")}
+    chaos = partial(start, tmp_path, "chaos", "--address", cluster.address, **settings)
+    process, dice = chaos(), random.Random(0)
+    for number, (how, who) in enumerate(dice.sample(HARM, len(HARM)), 1):
+        wait_for_iteration(process, tmp_path, "chaos", 2 * number)
+        time.sleep(dice.uniform(0, 1))
+        wait_for(process, partial(hurt, process, cluster, nodes, how, who))
+        print(f"{who} {how} after iteration {metrics(tmp_path, 'chaos')[-1]['iteration']}")
+        if who == "driver":
+            process = chaos()
+    finish(process)
     same_lora(lora(tmp_path, "chaos"), lora(tmp_path, "calm"))
 
 
-def harm(process, victim, dice) -> bool:
-    """Kill the driver, or an actor of a kind; whether there was one."""
-    if victim == "driver":
+def hurt(process, cluster, nodes, how, who) -> bool:
+    """Do it to the driver, to a node, or to an actor; whether there was one."""
+    if who == "driver":
         kill_all(process)
         return True
-    found = actors_of(process, victim)
-    if found:
-        dice.choice(found).kill()
-    return bool(found)
+    if how == "removed":
+        nodes[who].append(add_node(cluster, **{who: 2}))
+        cluster.remove_node(nodes[who].pop(0), allow_graceful=True)
+        return True
+    found = [child for child in descendants() if f"ray::{who}" in title_of(child)]
+    with suppress(psutil.NoSuchProcess):
+        if found:
+            found[0].send_signal(SIGNALS[how])
+            return True
+    return False
