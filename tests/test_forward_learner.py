@@ -65,6 +65,7 @@ class ForwardJob(Job):
         published.append(engine.publish(self.first + self.updates))
         if self.save:
             engine.save(self.save)
+            torch.distributed.barrier()  # rank 0 writes it, and the next job may read it
         flat = {f"{k} {n}": a for k, state in enumerate(published) for n, a in state.items()}
         flat |= {f"ema {n}": a for n, a in engine.copies.averages.get("ema", {}).items()}
         return engine.lora_state() | flat, metrics, None

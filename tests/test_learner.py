@@ -378,6 +378,7 @@ class Job:
             error = str(raised)
         if self.save:
             engine.save(self.save)
+            torch.distributed.barrier()  # rank 0 writes it, and the next job may read it
         return engine.lora_state(), metrics, error
 
 
