@@ -1,7 +1,7 @@
 # make run: train the embedded default.  make test: all tests.  Both set up .venv first, once.
-# JOBS=2: two test files at a time, a quarter faster on two cores; one with Ray in it takes about a core and 4 GB.
+# JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes about a core and 4 GB.
 PYTHON ?= python3
-JOBS ?= 0
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))

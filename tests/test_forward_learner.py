@@ -25,6 +25,8 @@ from tests.test_learner import (
     with_ranks,
 )
 
+pytestmark = pytest.mark.slow
+
 STAGES, WORLDS = (1, 2, 3), (1, 2)
 FLAT = {"kernel": "ode", "roots": 5, "branch_steps": (0,), "group_size": 1, "strides": (1,)}
 STEP = {"group": "step", "spread": "batch"}
