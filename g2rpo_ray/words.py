@@ -1,5 +1,6 @@
 """What messages say of values and errors: one short line, whatever those hold."""
 
+import math
 import reprlib
 
 _REPR = reprlib.Repr()
@@ -19,3 +20,13 @@ def one_line(text: object, most: int = 300) -> str:
     """A text on one line, cut at `most` characters: a state dict's error lists hundreds of keys."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else f"{line[:most]} …"
+
+
+def number(value: float, spec: str = ".4f") -> str:
+    """A number, or a dash where there is none (NaN)."""
+    return "–" if math.isnan(value) else format(value, spec)
+
+
+def margin(half: float) -> str:
+    """What stands behind a mean: its error or half its interval, which the scores of one prompt do not give."""
+    return " (one alone: no error)" if math.isnan(half) else f" ± {half:.4f}"

@@ -21,6 +21,7 @@ from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import load_config
 from g2rpo_ray.evaluate import main, make_parser, make_plan
 from g2rpo_ray.models import FlowModel, export_lora, lora_shapes
+from g2rpo_ray.record.heldout import compare_all, table
 from g2rpo_ray.record.tracking import read_lines
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import SampleUnit
@@ -84,6 +85,18 @@ def test_a_row_by_hand():
     text = to_markdown([alone, found])
     assert "| adapter | taste (trained) |" in text
     assert "| new | taste | +0.1667 | -2.4189 to +2.7522 | 60.0% | 5 |" in text
+
+
+def test_one_prompt_has_no_interval_and_says_so():
+    base, scores = np.array([[1.0, 3.0]], np.float32), np.array([[2.0, 3.0]], np.float32)
+    text = to_markdown([row(10, "base", "taste", True, base, None), row(10, "new", "taste", True, scores, base)])
+    assert "| base | 2.0000 (one alone: no error) |" in text
+    assert "| new | taste | +0.5000 | one prompt gives none | 75.0% | 2 |" in text
+    one, none = scores[:, :1], np.full((1, 1), NAN, np.float32)
+    of_pairs = table(compare_all({"taste": base[:, :1], "other": none}, {"taste": one, "other": none}), ["taste"])
+    assert "| taste (trained) | 1.0000 | 2.0000 | +1.0000 (one alone: no error) | 100% | 1 |" in of_pairs
+    assert "| other | – | – | – | – | 0 |" in of_pairs
+    assert "nan" not in text + of_pairs
 
 
 def test_scores_are_kept_and_a_line_that_a_kill_cut_off_is_not(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from g2rpo_ray.comparison.statistics import Row
+from g2rpo_ray.words import margin, number
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -35,16 +36,26 @@ def _means(rows: Sequence[Row]) -> str:
     titles = dict.fromkeys(row.reward + (" (trained)" if row.trained else "") for row in rows)
     lines = [f"| adapter | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     for adapter in dict.fromkeys(row.adapter for row in rows):
-        cells = [f"{row.mean:.4f} ± {row.mean_high - row.mean:.4f}" for row in rows if row.adapter == adapter]
+        cells = [_mean(row) for row in rows if row.adapter == adapter]
         lines.append(f"| {adapter} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mean(row: Row) -> str:
+    there = not math.isnan(row.mean)
+    return number(row.mean) + (margin(row.mean_high - row.mean) if there else "")
+
+
+def _interval(row: Row) -> str:
+    known = not math.isnan(row.difference_low)
+    return f"{row.difference_low:+.4f} to {row.difference_high:+.4f}" if known else "one prompt gives none"
 
 
 def _differences(rows: Sequence[Row]) -> str:
     lines = ["| adapter | reward | difference to base | 95 % interval | better | pairs |", "|---" * 6 + "|"]
     lines += [
-        f"| {row.adapter} | {row.reward} | {row.difference:+.4f} | {row.difference_low:+.4f} to "
-        f"{row.difference_high:+.4f} | {row.win_rate:.1%} | {row.pairs} |"
+        f"| {row.adapter} | {row.reward} | {row.difference:+.4f} | {_interval(row)} | {row.win_rate:.1%} | "
+        f"{row.pairs} |"
         for row in rows
         if row.pairs
     ]

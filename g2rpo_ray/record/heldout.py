@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2rpo_ray.types import FloatArray, Images
+from g2rpo_ray.words import margin, number
 
 SMALLEST_TILE = 96  # pixels: smaller pictures are enlarged by a whole factor, or nobody could see them
 CAPTION = 14  # pixels a line
@@ -60,8 +61,9 @@ def table(comparisons: Mapping[str, Mapping[str, float]], trained: Sequence[str]
     for name, c in comparisons.items():
         label = name + (" (trained)" if name in trained else "")
         lines.append(
-            f"| {label} | {c['before']:.4f} | {c['after']:.4f} | {c['difference']:+.4f} ± {c['standard_error']:.4f} | "
-            f"{c['win_rate']:.0%} | {c['pairs']} |"
+            f"| {label} | {number(c['before'])} | {number(c['after'])} | "
+            f"{number(c['difference'], '+.4f')}{margin(c['standard_error']) if c['pairs'] else ''} | "
+            f"{number(c['win_rate'], '.0%')} | {c['pairs']} |"
         )
     return "\n".join(lines)
 

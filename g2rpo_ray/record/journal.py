@@ -25,6 +25,7 @@ from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.timeline import write_timeline
 from g2rpo_ray.record.tracking import Metrics, Sink, Tracker, read_lines, to_json
 from g2rpo_ray.types import FloatArray, Images, Rollout, Samples, Span
+from g2rpo_ray.words import number
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Journal:
         if done == self.judged_since and all(line["iteration"] != done for line in lines):
             self._write(done, {})
         passed = passed_limits(Folder(self._run), done)
-        self.say("hacking panel: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+        self.say("hacking panel: " + ", ".join(f"{name} {number(value, '.3g')}" for name, value in values.items()))
         for line in passed.values():
             self.say(f"WARNING: hacking panel: {line}: look at samples/, the policy may exploit what it is trained on")
         self.stopped_by = sorted(passed.keys() & set(self._config.evaluation.stop_on))
