@@ -76,6 +76,16 @@ def test_a_report_tells_the_result_with_its_interval(runs):
     assert "learner.micro_batch" in seen
 
 
+def test_settings_that_changed_on_the_way_are_told_with_the_iteration(tmp_path):
+    folder = a_run(tmp_path, "changed", 4, 4)
+    line = {"iteration": 2, "checkpoint": None, "settings": {"learner.lr": [0.1, 0.2]}, "judged_alike": True,
+            "set_aside": "set_aside/1"}  # fmt: skip
+    (folder / "changes.jsonl").write_text(json.dumps(line) + "\n")
+    seen = text(render([read_run(str(folder))]))
+    assert "The run went on otherwise than it began: since iteration 2: learner.lr 0.1 -> 0.2" in seen
+    assert "what the run had written before is in set_aside/1" in seen
+
+
 def test_a_run_that_goes_on_is_reported_as_far_as_it_is(runs):
     seen = text(render([read_run(str(runs[1]))]))
     assert "3 of 9 iterations are done" in seen

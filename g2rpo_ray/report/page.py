@@ -77,7 +77,7 @@ def _about(run: Run, colour: str) -> dict[str, Any]:
         "share": min(1.0, run.done / run.planned), "judged_at": last, "log": run.log, "faults": faults,
         "lost_s": lost, "lost_share": lost / seconds if seconds else 0.0, "seconds": _duration(seconds),
         "prompts": len(run.evaluations[last].prompts) if run.evaluations else 0,
-        "trained": run.trained, "unseen": run.unseen,
+        "trained": run.trained, "unseen": run.unseen, "changes": run.changes,
     }  # fmt: skip
 
 

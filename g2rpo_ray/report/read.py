@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from g2rpo_ray.record.lineage import in_words, read_changes
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, Images
 
@@ -42,6 +43,7 @@ class Run:
     timeline: tuple[int, str] | None  # iteration and SVG
     log: Sequence[str]  # warnings and errors
     summary: Mapping[str, Any] | None
+    changes: Sequence[str] = ()  # where its lineage began anew, and with which settings, in words
 
     @property
     def done(self) -> int:
@@ -96,6 +98,7 @@ def read_run(place: str) -> Run:
             timeline=_timeline(folder / "timeline"),
             log=_warnings(folder),
             summary=json.loads(folder.read("summary.json")) if folder.exists("summary.json") else None,
+            changes=[in_words(line) for line in read_changes(folder)],
         )
     except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
