@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 from common import Row, median, parser, report
 
-from g2rpo_ray.config import LoraConfig  # isort: skip  # common makes the packages importable
+from g2rpo_ray.models.flux import Model  # isort: skip  # common makes the packages importable
 
 H = 3072  # FLUX: 19 blocks with two streams, 38 with one
 
 
 def flux_shapes(rank: int) -> dict[str, tuple[int, int]]:
-    """The adapter that `lora.targets` names by default: attention's projections, each [rank, in] and [out, rank]."""
-    endings = [target for target in LoraConfig().targets if target != "all-linear"]
-    layers = [f"transformer_blocks.{block}.{end}" for block in range(19) for end in endings]
+    """The adapter that FLUX.1 gets by default: attention's projections, each [rank, in] and [out, rank]."""
+    layers = [f"transformer_blocks.{block}.{end}" for block in range(19) for end in Model.lora_targets]
     layers += [f"single_transformer_blocks.{block}.attn.to_{part}" for block in range(38) for part in "qkv"]
     return {f"{layer}.lora_{m}.weight": (rank, H) if m == "A" else (H, rank) for layer in layers for m in "AB"}
 

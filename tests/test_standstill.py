@@ -66,7 +66,8 @@ LOST = "error: ClusterLost: the Ray cluster is lost: "
 def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, lines, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     process = start(tmp_path, "lost", iterations=200)
-    wait_for_iteration(process, tmp_path, "lost", 1)
+    latest = tmp_path / "lost" / "checkpoints" / "LATEST"
+    wait_for(process, latest.exists)
     ray_process(process, what).kill()
     began = time.monotonic()
     told = [line for line in finish(process, status=1).splitlines() if line.startswith("error: ")]
@@ -74,7 +75,7 @@ def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, lines, tmp_path, m
     assert len(told) == 1
     assert told[0].startswith(lines)
     assert (tmp_path / "lost" / "error.log").exists()
-    done = int((tmp_path / "lost" / "checkpoints" / "LATEST").read_text())
+    done = int(latest.read_text())
     run(tmp_path, "lost", iterations=done + 1)
     assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
 
