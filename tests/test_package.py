@@ -13,7 +13,7 @@ import pytest
 
 from g2rpo_ray.cli import COMMANDS, make_parser
 from g2rpo_ray.config import load_config
-from g2rpo_ray.rewards.check import check_reward
+from g2rpo_ray.rewards.options import check_reward
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,10 +25,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from g2rpo_ray.rewards import KINDS, build_reward, check_reward
-from g2rpo_ray.rewards.check import REQUIRED, option_defaults
 from g2rpo_ray.rewards.clip import load_architecture
 from g2rpo_ray.rewards.features import CLIP_MEAN, CLIP_STD, clip_pixels
 from g2rpo_ray.rewards.imagereward import ARCHITECTURE, MEAN, STD, Network, load_tokenizer
+from g2rpo_ray.rewards.options import REQUIRED, option_defaults
 
 CLIP_SHAPE = {
     "embed_dim": 16,
