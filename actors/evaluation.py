@@ -13,7 +13,7 @@ from g2rpo_ray.comparison.scorebook import Cell
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import describe
 from g2rpo_ray.record.storage import Folder
-from g2rpo_ray.types import FloatArray, Images
+from g2rpo_ray.types import FloatArray, Images, Metadata
 
 Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]
 
@@ -21,8 +21,8 @@ Keep = Callable[[Cell, dict[str, FloatArray], Images | None], None]
 class Evaluator(System):
     """A system that samples and scores with weights that are there already: its learner is never started."""
 
-    def __init__(self, config: Config, folder: Folder, group: asyncio.TaskGroup):
-        super().__init__(config, folder, group)
+    def __init__(self, config: Config, metadata: Mapping[str, Metadata], folder: Folder, group: asyncio.TaskGroup):
+        super().__init__(config, metadata, folder, group)
         self._weights: dict[int, PublishedWeights] = {}
 
     async def start_evaluation(

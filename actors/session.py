@@ -40,7 +40,7 @@ async def run_session(
     done = checkpoint.iteration if checkpoint else 0
     interrupt = Interrupt()
     with Journal(config, here, done, [prometheus_sink(config.name)], kept=run, guard=lease.check) as journal:
-        async with open_system(System, config, run) as system:
+        async with open_system(System, config, prompts.metadata, run) as system:
             system.watch(follow_lease(lease))
             journal.say(f"{config.name}: starting the actors: prompts are encoded, then model and rewards are loaded")
             if prompts.dropped:
@@ -204,7 +204,7 @@ class Session:
             files = await self._finish("save", self._system.learner.save(new_checkpoint(self._run, self.done)))
             await asyncio.to_thread(self._journal.keep)  # before there is a checkpoint to go on from
             keep, prompts = self._config.checkpoint.keep, self._prompts
-            made_with = settings(self._config, prompts.train, prompts.heldout)
+            made_with = settings(self._config, prompts.train, prompts.heldout, prompts.metadata)
             await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, made_with, score)
         self._saved = self.done
 

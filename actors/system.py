@@ -1,7 +1,7 @@
 """All that works for a run on the cluster: started together, watched together, ended together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
 
@@ -18,13 +18,13 @@ from actors.weights import PublishedWeights
 from g2rpo_ray.config import Config, RewardConfig, ray_options
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.storage import Folder
-from g2rpo_ray.types import Span
+from g2rpo_ray.types import Metadata, Span
 
 
 class System:
     """The stations of an iteration, and the pools that keep them staffed."""
 
-    def __init__(self, config: Config, run: Folder, group: asyncio.TaskGroup):
+    def __init__(self, config: Config, metadata: Mapping[str, Metadata], run: Folder, group: asyncio.TaskGroup):
         self._config = config
         self._group = group
         self._watchers: list[asyncio.Task[None]] = []
@@ -33,7 +33,8 @@ class System:
         self._rollout = _rollout_pool(config)
         self._timeline: list[Span] = []
         self._scorers = {
-            name: _scorer(name, reward, config, self._timeline) for name, reward in config.all_rewards.items()
+            name: Scorer(name, reward, _reward_pool(name, reward, config), self._timeline, metadata)
+            for name, reward in config.all_rewards.items()
         }
         self._pools = {"rollout": self._rollout, **{name: scorer.pool for name, scorer in self._scorers.items()}}
         self.learner = LearnerGroup(config, group)
@@ -110,11 +111,16 @@ S = TypeVar("S", bound=System)
 
 
 @asynccontextmanager
-async def open_system(kind: type[S], config: Config, folder: Folder) -> AsyncIterator[S]:
-    """A system whose actors end with the context. What stops a pool for good is raised in the caller."""
+async def open_system(
+    kind: type[S], config: Config, metadata: Mapping[str, Metadata], folder: Folder
+) -> AsyncIterator[S]:
+    """A system whose actors end with the context. What stops a pool for good is raised in the caller.
+
+    `metadata`, by prompt, is what its rewards are told beside the prompts.
+    """
     try:
         async with asyncio.TaskGroup() as group:
-            system = kind(config, folder, group)
+            system = kind(config, metadata, folder, group)
             try:
                 yield system
             finally:
@@ -144,9 +150,9 @@ def _rollout_pool(config: Config) -> Pool:
     )
 
 
-def _scorer(name: str, reward: RewardConfig, config: Config, timeline: list[Span]) -> Scorer:
+def _reward_pool(name: str, reward: RewardConfig, config: Config) -> Pool:
     actor = RewardActor.options(**ray_options(reward.resources))  # type: ignore[attr-defined]
-    pool = Pool(
+    return Pool(
         f"reward {name}",
         lambda actor_name: actor.remote(actor_name, reward),
         reward.replicas,
@@ -155,4 +161,3 @@ def _scorer(name: str, reward: RewardConfig, config: Config, timeline: list[Span
         hung_after_s=config.hung_after_s,
         resources=reward.resources,
     )
-    return Scorer(name, reward, pool, timeline)

@@ -24,14 +24,14 @@ from g2rpo_ray.comparison.scorebook import Cell, ScoreBook
 from g2rpo_ray.comparison.statistics import Row, row
 from g2rpo_ray.comparison.tables import to_csv, to_markdown
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.data import read_prompts
+from g2rpo_ray.data import read_records
 from g2rpo_ray.files import resolve
 from g2rpo_ray.launch.command import INTERRUPTED, INVALID, fail
-from g2rpo_ray.launch.preflight import check_models, fit_batches, open_run
+from g2rpo_ray.launch.preflight import check_models, check_prompts, fit_batches, open_run
 from g2rpo_ray.record.heldout import picture_grid
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.tracking import to_json
-from g2rpo_ray.types import FloatArray, Images, SampleUnit
+from g2rpo_ray.types import FloatArray, Images, Metadata, SampleUnit
 
 BLOCK = 64  # prompts whose embeddings are in the object store at once: 256 MB for FLUX
 
@@ -43,7 +43,7 @@ class Column:
     adapter: Adapter
     version: int
     share: float  # of the steps that the adapter makes
-    key: str  # digest of all that its scores depend on, but steps and prompt
+    key: str  # digest of all that its scores depend on, but steps, prompt and its metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Plan:
     config: Config
     columns: tuple[Column, ...]
     prompts: tuple[str, ...]
+    metadata: Mapping[str, Metadata]  # by prompt
     steps: tuple[int, ...]
     seeds: int
     shown: int  # prompts in the grids
@@ -60,7 +61,9 @@ class Plan:
 
     def cell(self, column: Column, steps: int, prompt: str) -> Cell:
         unit = SampleUnit(prompt, tuple(range(self.seeds)), steps, column.share)
-        return Cell(column.key, column.version, unit, shown=prompt in self.prompts[: self.shown])
+        known = self.metadata[prompt]
+        key = _digest(column.key, known) if known else column.key
+        return Cell(key, column.version, unit, shown=prompt in self.prompts[: self.shown])
 
     def blocks(self) -> Iterator[list[Cell]]:
         """All cells, some prompts at a time; within a block those of one adapter and number of steps together."""
@@ -82,9 +85,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     config = _without_training(given)
     check_models(config)
     config = fit_batches(config)
-    prompts = read_prompts(
+    records = read_records(
         options.prompts or given.data.heldout_prompts, "--prompts" if options.prompts else "data.heldout_prompts"
     )
+    check_prompts(config, records)
     steps = tuple(dict.fromkeys(options.steps or [config.sampler.steps]))
     seeds = config.evaluation.seeds if options.seeds is None else options.seeds
     shown = config.evaluation.grid_prompts if options.grid is None else options.grid
@@ -103,7 +107,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--output: give a folder of this machine; the configuration's output is {given.output}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output: {folder} is not a folder; name one, or one that is to be made")
-    return Plan(config, columns, prompts, steps, seeds, shown, folder)
+    return Plan(config, columns, tuple(records), records, steps, seeds, shown, folder)
 
 
 def _without_training(config: Config) -> Config:
@@ -151,8 +155,11 @@ def _column(version: int, adapter: Adapter, config: Config, settings: Mapping[st
     if version:
         lora = config.lora.model_dump(mode="json")
         own = {"lora": lora, "share": share, "checksum": describe(adapter.state, 0).checksum}
-    text = json.dumps([settings, own], sort_keys=True, default=str)
-    return Column(adapter, version, share if version else 1.0, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Column(adapter, version, share if version else 1.0, _digest(settings, own))
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]]) -> int:
@@ -169,7 +176,7 @@ async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]])
             book.add(cell, scores, picture)
             bar.update()
 
-        async with open_system(Evaluator, plan.config, Folder(plan.folder)) as evaluator:
+        async with open_system(Evaluator, plan.config, plan.metadata, Folder(plan.folder)) as evaluator:
             bar.write(f"{left} of {total} units to sample, each one policy on one prompt at one number of steps")
             going = await interrupt.unless(evaluator.start_evaluation(plan.prompts, states, bar.write))
             for block in missing:

@@ -18,6 +18,8 @@ from g2rpo_ray.algo import Tree
 FloatArray = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]
+Metadata = Mapping[str, Any]
+"""What rewards are told of a prompt beside its text, from the file that it stands in; empty for most."""
 
 
 @dataclass(frozen=True, slots=True)

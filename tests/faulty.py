@@ -30,6 +30,17 @@ def build(errors=0, missing=None, returns=None):
     return Faulty(errors, missing, returns)
 
 
+class Told:
+    """The `count` in a prompt's metadata; no score without it."""
+
+    def score(self, images, prompts, metadata):
+        return np.array([known.get("count", np.nan) for known in metadata], np.float32)
+
+
+def build_told():
+    return Told()
+
+
 def broken():
     raise ValueError("taste: no such thing")
 

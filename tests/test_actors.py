@@ -291,7 +291,7 @@ def with_keeper(body):
 
 def scorer(retries=2, **options):
     config = RewardConfig(kind="tests.faulty:build", options=options, retries=retries, batch_size=4)
-    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1), [])
+    return Scorer("faulty", config, Pool("reward faulty", lambda name: RewardActor.remote(name, config), 1), [], {})
 
 
 IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
@@ -301,6 +301,20 @@ def test_scores_come_in_the_order_of_the_images_whatever_the_chunks():
     subject = scorer()
     scores = use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
     assert np.array_equal(scores, np.arange(10))
+
+
+def test_metadata_of_a_prompt_reaches_a_reward_that_asks_for_it_whatever_the_chunks():
+    config = RewardConfig(kind="tests.faulty:build_told", batch_size=4)
+    pool = Pool("reward told", lambda name: RewardActor.remote(name, config), 2)
+    subject = Scorer("told", config, pool, [], {"three": {"count": 3}, "five": {"count": 5}})
+
+    async def scores():
+        return await asyncio.gather(*(subject.score(ray.put(IMAGES), 10, prompt) for prompt in ("three", "five", "x")))
+
+    three, five, without = use(pool, scores)
+    assert three.tolist() == [3] * 10
+    assert five.tolist() == [5] * 10
+    assert np.isnan(without).all()
 
 
 def test_a_failed_score_is_asked_for_again():

@@ -146,7 +146,7 @@ def test_a_reward_that_cannot_work_is_told_in_check(case, tmp_path, monkeypatch)
     if limit_s == 60:
         rewards = {"rewards.first": RewardConfig(kind="jpeg_compressibility"), **rewards}
     refused = pytest.raises(ValueError, match=f"^rewards.mine: {reason}")
-    with trial(rewards, (16, 16), "a red circle", limit_s) as tried, refused:
+    with trial(rewards, (16, 16), "a red circle", {}, limit_s) as tried, refused:
         tried()
 
 

@@ -1,5 +1,6 @@
 """Prompts, their order, and the store of embeddings."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -15,16 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.config import ModelConfig, load_config
+from g2rpo_ray.config.resume import settings as made_with
 from g2rpo_ray.data import (
     EmbeddingStore,
     drawn_prompts,
     fingerprint,
     iteration_prompts,
     read_prompts,
+    read_records,
     without_heldout,
 )
 from g2rpo_ray.data.embeddings import FIRST_PART, PART
+from g2rpo_ray.launch.preflight import read_run_prompts
 from g2rpo_ray.types import PromptEmbedding, StoredTensor
 from tests.tiny_flux import write_tiny_flux
 
@@ -100,6 +104,80 @@ def test_a_parquet_file_without_such_a_column_is_named_with_its_columns(tmp_path
     for name, words in (("a.parquet", "its columns are id, title"), ("a.parquet#id", "column id holds int64")):
         with pytest.raises(ValueError, match=words):
             read_prompts(str(tmp_path / name), "data.x")
+
+
+COUNTED = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}]}
+BESIDE = {"tag": "position", "include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}
+RECORDS = {"two cats": COUNTED, "a dog left of a cat": BESIDE, "a tree": {}}
+
+
+def write_metadata_files(folder: Path) -> None:
+    """RECORDS as GenEval publishes its prompts, as an object or its text in a field, and as columns of a table."""
+    lines = [{**known, "prompt": prompt, "id": 3} for prompt, known in RECORDS.items()]
+    (folder / "geneval.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    whole = [{"text": prompt, "metadata": known or None} for prompt, known in RECORDS.items()]
+    (folder / "field.json").write_text(json.dumps(whole))
+    texts = [json.dumps(known) if known else None for known in RECORDS.values()]
+    pq.write_table(pa.table({"prompt": list(RECORDS), "metadata": texts, "id": [1, 2, 3]}), folder / "text.parquet")
+    exclude = [known.get("exclude") for known in RECORDS.values()]
+    include = [json.dumps(known["include"]) if known else None for known in RECORDS.values()]  # of mixed types: text
+    columns = {"prompt": list(RECORDS), "include": include, "exclude": exclude, "tag": ["counting", "position", None]}
+    pq.write_table(pa.table(columns), folder / "columns.parquet")
+
+
+@pytest.mark.parametrize("name", ["geneval.jsonl", "field.json", "text.parquet", "columns.parquet"])
+def test_metadata_comes_with_its_prompt_whatever_the_format(tmp_path: Path, name: str) -> None:
+    write_metadata_files(tmp_path)
+    assert read_records(str(tmp_path / name), "data.x") == RECORDS
+    assert read_prompts(str(tmp_path / name), "data.x") == tuple(RECORDS)
+
+
+def test_a_structure_of_parquet_has_no_nulls_left(tmp_path: Path) -> None:
+    include = [[{"class": "cat", "count": 1, "color": "red"}], [{"class": "dog", "count": 1}]]
+    pq.write_table(pa.table({"prompt": ["a red cat", "a dog"], "include": include}), tmp_path / "a.parquet")
+    expected = {"a red cat": {"include": include[0]}, "a dog": {"include": include[1]}}
+    assert read_records(str(tmp_path / "a.parquet"), "data.x") == expected
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([{"prompt": "a", "metadata": "laion"}], "entry 1 has metadata 'laion', not an object or the JSON text of one"),
+        ([{"prompt": "a", "metadata": "{half"}], "entry 1 has metadata that is no JSON: Expecting property name"),
+        ([{"prompt": "a", "metadata": {"x": 1}}, "a"], "has the prompt 'a' twice, with different metadata"),
+    ],
+)
+def test_metadata_that_is_wrong_is_named(tmp_path: Path, entries: list[object], words: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"^data.x: .*/a\.json") as error:
+        read_records(str(tmp_path / "a.json"), "data.x")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_is_part_of_what_a_checkpoint_was_made_with() -> None:
+    def digests(*metadata: dict[str, object]) -> list[dict[str, object]]:
+        return [made_with(load_config(), ("a", "b"), ("c",), known)["data"] for known in metadata]
+
+    without, with_train, with_other, with_heldout = digests({}, {"b": {"x": 1}}, {"b": {"x": 2}}, {"c": {"x": 1}})
+    digest = hashlib.sha256(b"a\nb").hexdigest()[:16]  # as it was before there was metadata
+    assert without["train_prompts"] == f"2 prompts, sha256 {digest}"
+    assert len({data["train_prompts"] for data in (without, with_train, with_other)}) == 3
+    assert with_heldout["train_prompts"] == without["train_prompts"]
+    assert with_heldout["heldout_prompts"] != without["heldout_prompts"]
+
+
+def test_a_prompt_that_a_reward_can_never_score_is_refused_before_the_start(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text('a sign that says "open"\na cat\n')
+    sets = ["rewards={text: {kind: ocr}}", "eval_rewards={}", "data.prompts_per_iteration=1"]
+    sets += [f"data.{name}={tmp_path / name.split('_')[0]}.txt" for name in ("train_prompts", "heldout_prompts")]
+    (tmp_path / "heldout.txt").write_text('"closed"\n')
+    with pytest.raises(
+        ValueError, match=r"^rewards\.text: the prompt 'a cat' has no text in quotes, which ocr looks for"
+    ):
+        read_run_prompts(load_config(None, sets))
+    (tmp_path / "train.txt").write_text('a sign that says "open"\n')
+    assert read_run_prompts(load_config(None, sets)).metadata == {}
 
 
 def test_held_out_prompts_are_not_trained_on() -> None:

@@ -19,7 +19,7 @@ FILE = "scores.jsonl"
 class Cell:
     """One adapter (version 0: the base) on one prompt at one number of steps."""
 
-    key: str  # digest of the adapter and of every setting that its scores depend on
+    key: str  # digest of the adapter, of the prompt's metadata and of every setting that its scores depend on
     version: int
     unit: SampleUnit
     shown: bool  # whether a picture of it goes into the grid

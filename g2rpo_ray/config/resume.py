@@ -1,6 +1,7 @@
 """What may change when a run goes on: which settings change no result, and how two sets of settings differ."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,11 +26,18 @@ TRAINING = (
 SAMPLING = ("sampler.steps", "sampler.shift")  # change how held-out prompts are sampled
 
 
-def settings(config: Config, train: Sequence[str], heldout: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint says that it was made with: all settings, with the prompts themselves in place of files."""
+def settings(
+    config: Config, train: Sequence[str], heldout: Sequence[str], metadata: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a checkpoint says that it was made with: all settings, with the prompts themselves in place of files.
+
+    `metadata`, by prompt, of those that have any, counts as part of the prompt.
+    """
     values = config.model_dump(mode="json")
     for key, prompts in (("train_prompts", train), ("heldout_prompts", heldout)):
-        digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+        told = (f"\0{json.dumps(metadata[prompt], sort_keys=True)}" if prompt in metadata else "" for prompt in prompts)
+        lines = "\n".join(map("".join, zip(prompts, told, strict=True)))
+        digest = hashlib.sha256(lines.encode()).hexdigest()
         values["data"][key] = f"{len(prompts)} prompts, sha256 {digest[:16]}"
     return values
 

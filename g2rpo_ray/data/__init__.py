@@ -1,7 +1,14 @@
 """Prompts, the order in which they are used, and their embeddings in Parquet. No Ray here."""
 
 from g2rpo_ray.data.embeddings import EmbeddingStore, encode_missing, fingerprint
-from g2rpo_ray.data.prompts import Prompts, drawn_prompts, iteration_prompts, read_prompts, without_heldout
+from g2rpo_ray.data.prompts import (
+    Prompts,
+    drawn_prompts,
+    iteration_prompts,
+    read_prompts,
+    read_records,
+    without_heldout,
+)
 
 __all__ = [
     "EmbeddingStore",
@@ -11,5 +18,6 @@ __all__ = [
     "fingerprint",
     "iteration_prompts",
     "read_prompts",
+    "read_records",
     "without_heldout",
 ]

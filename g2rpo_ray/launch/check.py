@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from g2rpo_ray.config import Config, RewardConfig
+from g2rpo_ray.data import Prompts
 from g2rpo_ray.files import resolve
 from g2rpo_ray.launch.plan import describe_plan
 
 
-def check(config: Config, prompt: str, unchecked: list[str], address: str | None) -> None:
+def check(config: Config, prompts: Prompts, unchecked: list[str], address: str | None) -> None:
     """Print the plan, what could not be checked, and whether the cluster, or this machine, has what the run needs.
 
     Args:
@@ -22,8 +23,9 @@ def check(config: Config, prompt: str, unchecked: list[str], address: str | None
     from g2rpo_ray.rewards.trial import trial
 
     private = not (address or os.environ.get("RAY_ADDRESS"))
-    rewards = _at_hand(config, unchecked)
-    with trial(rewards, (config.model.height, config.model.width), prompt, config.startup_timeout_s) as tried:
+    rewards, size = _at_hand(config, unchecked), (config.model.height, config.model.width)
+    prompt = prompts.train[0]
+    with trial(rewards, size, prompt, prompts.metadata.get(prompt, {}), config.startup_timeout_s) as tried:
         if Path(resolve(config.model.path)).is_dir():
             _check_network(config)
         print(describe_plan(config))

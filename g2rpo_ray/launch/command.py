@@ -75,7 +75,7 @@ def _launch(loop: "Loop", options: argparse.Namespace) -> int:
         try:
             if options.check:
                 check_writable(config, run)
-                check(config, prompts.train[0], unchecked, options.address)
+                check(config, prompts, unchecked, options.address)
                 return 0
             private = not (options.address or os.environ.get("RAY_ADDRESS"))
             stack.enter_context(cluster(options.address))

@@ -1,18 +1,19 @@
 """What can be found wrong before anything starts: files, model, adapter, checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 from g2rpo_ray.config import Config
 from g2rpo_ray.config.resume import describe, settings
-from g2rpo_ray.data import Prompts, iteration_prompts, read_prompts, without_heldout
+from g2rpo_ray.data import Prompts, iteration_prompts, read_records, without_heldout
 from g2rpo_ray.files import resolve
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.lineage import Beginning, find_beginning
 from g2rpo_ray.record.storage import Folder
-from g2rpo_ray.words import one_line
+from g2rpo_ray.types import Metadata
+from g2rpo_ray.words import one_line, shown
 
 MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
@@ -47,15 +48,32 @@ def read_run_prompts(config: Config) -> Prompts:
     """The prompts that the configuration names.
 
     Raises:
-        ValueError: one line; a file is missing or empty, or too short for an iteration.
+        ValueError: one line; a file is missing or empty, or too short for an iteration, or a reward needs more of it.
     """
-    heldout = read_prompts(config.data.heldout_prompts, "data.heldout_prompts")
-    given = read_prompts(config.data.train_prompts, "data.train_prompts")
-    train = without_heldout(given, heldout)
+    heldout = read_records(config.data.heldout_prompts, "data.heldout_prompts")
+    given = read_records(config.data.train_prompts, "data.train_prompts")
+    train = without_heldout(tuple(given), tuple(heldout))
     if not train:
         raise ValueError(f"data.train_prompts: all {len(given)} are among data.heldout_prompts, too; give others")
     iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
-    return Prompts(train, heldout, len(given) - len(train))
+    used = {prompt: given[prompt] for prompt in train} | heldout
+    check_prompts(config, used)
+    metadata = {prompt: known for prompt, known in used.items() if known}
+    return Prompts(train, tuple(heldout), len(given) - len(train), metadata)
+
+
+def check_prompts(config: Config, records: Mapping[str, Metadata]) -> None:
+    """Raise ValueError, in one line, if a reward can never score one of the prompts, given with their metadata."""
+    from g2rpo_ray.rewards import prompt_check
+
+    for section in ("rewards", "eval_rewards"):
+        for name, reward in getattr(config, section).items():
+            check = prompt_check(reward.kind)
+            for prompt, metadata in records.items():
+                try:
+                    check(prompt, metadata)
+                except ValueError as error:
+                    raise ValueError(f"{section}.{name}: the prompt {shown(prompt)} {error}") from None
 
 
 def find_start(run: Folder, resume: Sequence[str], config: Config, prompts: Prompts) -> Beginning:
@@ -69,7 +87,7 @@ def find_start(run: Folder, resume: Sequence[str], config: Config, prompts: Prom
         raise ValueError(
             f"--resume: {' '.join(where)} given; give one of auto, never and PATH, and `changed` beside it"
         )
-    beginning = find_beginning(run, where[0], settings(config, prompts.train, prompts.heldout))
+    beginning = find_beginning(run, where[0], settings(config, prompts.train, prompts.heldout, prompts.metadata))
     checkpoint, changed = beginning.checkpoint, beginning.changed
     if checkpoint and checkpoint.iteration > config.iterations:
         raise ValueError(

@@ -1,7 +1,8 @@
 """What can be told of a reward before anything starts, without importing its model's packages."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone")  # a directory, or a repository on the hub
 SERVER_OPTIONS = ("base_urls",)
+PROMPT_CHECKS = {"ocr": "g2rpo_ray.rewards.ocr:check_prompt"}
+"""By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
 
 
 def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
@@ -42,6 +45,15 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
     used = {**known, **options}
     checked = (_check_file(f"{key}.options.{name}", name, str(value)) for name, value in used.items())
     return [line for line in checked if line]
+
+
+def prompt_check(kind: str) -> Callable[[str, Mapping[str, Any]], None]:
+    """What raises ValueError for a prompt, given with its metadata, that a reward of this kind can't score."""
+    if kind not in PROMPT_CHECKS:
+        return lambda prompt, metadata: None
+    module_name, _, name = PROMPT_CHECKS[kind].partition(":")
+    check: Callable[[str, Mapping[str, Any]], None] = getattr(import_module(module_name), name)
+    return check
 
 
 def option_defaults(kind: str) -> dict[str, Any]:

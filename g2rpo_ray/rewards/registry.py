@@ -1,8 +1,8 @@
 """The reward protocol, and rewards by name. A model's file, and what it imports, is loaded when it is built."""
 
 import importlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +23,8 @@ class Reward(Protocol):
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
         """Scores float32 [N], higher is better, of images uint8 [N, H, W, 3], each with its own prompt.
 
-        NaN where one picture could not be scored: a missing score is never 0.
+        NaN where one picture could not be scored: a missing score is never 0. A reward that has a third argument
+        `metadata` is given a mapping for each prompt, what its file says of it: see `data.read_records`.
         """
         ...
 
@@ -35,6 +36,7 @@ KINDS = {
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",
+    "ocr": "g2rpo_ray.rewards.ocr:build",
     "aesthetic": "g2rpo_ray.rewards.aesthetic:build",
     "unified_reward": "g2rpo_ray.rewards.unified_reward:build",
     "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",
@@ -51,9 +53,9 @@ def build_reward(kind: str, **options: Any) -> Reward:
     factory = _factory(kind)
     options = {name: resolve(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
-        inspect.signature(factory).bind(**options)
+        signature(factory).bind(**options)
     except TypeError as error:
-        allowed = ", ".join(inspect.signature(factory).parameters) or "none"
+        allowed = ", ".join(signature(factory).parameters) or "none"
         raise ValueError(f"reward {kind}: {error}; its options: {allowed}") from error
     try:
         reward = factory(**options)
@@ -81,13 +83,19 @@ def _factory(kind: str) -> Callable[..., Reward]:
     return factory
 
 
-def ask(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-    """The reward's scores [N] of images [N, H, W, 3].
+def ask(
+    reward: Reward,
+    images: NDArray[np.uint8],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+) -> NDArray[np.float32]:
+    """The reward's scores [N] of images [N, H, W, 3]; it is told the `metadata` of the prompts if it asks for that.
 
     Raises:
         NotScores: what it returned is no float32 array of that length.
     """
-    scores = reward.score(images, prompts)
+    more = {"metadata": metadata or [{}] * len(prompts)} if "metadata" in signature(reward.score).parameters else {}
+    scores = reward.score(images, prompts, **more)
     if not isinstance(scores, np.ndarray):
         given = f"a {type(scores).__name__}"
     elif scores.dtype != np.float32 or scores.shape != (len(images),):

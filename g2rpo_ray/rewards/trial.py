@@ -16,7 +16,7 @@ from g2rpo_ray.words import one_line
 
 @contextmanager
 def trial(
-    rewards: Mapping[str, RewardConfig], size: tuple[int, int], prompt: str, limit_s: float
+    rewards: Mapping[str, RewardConfig], size: tuple[int, int], prompt: str, metadata: Mapping[str, Any], limit_s: float
 ) -> Iterator[Callable[[], list[str]]]:
     """Begin to build the rewards, given by their keys, and to score one picture of [height, width] with each.
 
@@ -25,7 +25,7 @@ def trial(
     """
     spawning = multiprocessing.get_context("spawn")  # a module that ends or stops its process must not end ours
     here, there = spawning.Pipe(duplex=False)
-    process = spawning.Process(target=_try, args=(there, dict(rewards), size, prompt))
+    process = spawning.Process(target=_try, args=(there, dict(rewards), size, prompt, metadata))
     process.start()
     there.close()  # the end of the process is the end of the pipe
     try:
@@ -52,7 +52,13 @@ def _results(rewards: Mapping[str, RewardConfig], answers: Connection, process: 
     return untried
 
 
-def _try(answers: Connection, rewards: Mapping[str, RewardConfig], size: tuple[int, int], prompt: str) -> None:
+def _try(
+    answers: Connection,
+    rewards: Mapping[str, RewardConfig],
+    size: tuple[int, int],
+    prompt: str,
+    metadata: Mapping[str, Any],
+) -> None:
     """Send (what is wrong, why it could not be tried) for each reward, "" for nothing."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -60,16 +66,16 @@ def _try(answers: Connection, rewards: Mapping[str, RewardConfig], size: tuple[i
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     for config in rewards.values():
         try:
-            answers.send(("", _untried(config, image, prompt)))
+            answers.send(("", _untried(config, image, prompt, metadata)))
         except (Exception, SystemExit) as error:
             reason = one_line(error)
             answers.send((reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}", ""))
 
 
-def _untried(config: RewardConfig, image: np.ndarray, prompt: str) -> str:
+def _untried(config: RewardConfig, image: np.ndarray, prompt: str, metadata: Mapping[str, Any]) -> str:
     if str(config.options.get("device")).startswith("cuda") and not _has_gpu():
         return "not tried, it needs a GPU and there is none here"
-    score = ask(build_reward(config.kind, **config.options), image, [prompt])
+    score = ask(build_reward(config.kind, **config.options), image, [prompt], [metadata])
     return "" if np.isfinite(score).all() else f"gave no score for a picture of noise and the prompt {prompt!r}"
 
 

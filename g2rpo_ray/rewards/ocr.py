@@ -1,0 +1,130 @@
+"""OCR, Flow-GRPO's second task (arXiv 2505.05470): whether a picture shows the text that its prompt has in quotes.
+
+rapidocr reads the picture with the PP-OCR models of its wheel. A score is 1 − min(distance, L) / L, with the
+Levenshtein distance of what was read to the text and its length L, both without spaces and in lower case. Legend: N
+images and prompts.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from g2rpo_ray.rewards.images import check_images
+from g2rpo_ray.words import one_line
+
+logger = logging.getLogger(__name__)
+
+Definition = Literal["flow_grpo", "strict"]
+QUOTED = re.compile('"([^"]*)"|“([^”]*)”')
+SAMPLE = "Read me"  # what a working engine reads in a picture of it
+
+
+class OCR:
+    """rapidocr's engine and what counts as right; the engine reads one picture after another."""
+
+    def __init__(self, engine: Any, definition: Definition) -> None:
+        self._engine, self._definition = engine, definition
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Scores float32 [N], 0 to 1, of images uint8 [N, H, W, 3]; NaN where the prompt has no text in quotes."""
+        check_images("ocr", images, prompts)
+        return np.array([self._score_one(*pair) for pair in zip(images, prompts, strict=True)], dtype=np.float32)
+
+    def read(self, image: NDArray[np.uint8]) -> str:
+        """The text in image uint8 [H, W, 3], line by line from the top, without what separates lines."""
+        found = self._engine(np.ascontiguousarray(image[..., ::-1]))  # OpenCV's order of colours
+        return "".join(getattr(found, "txts", None) or ())
+
+    def _score_one(self, image: NDArray[np.uint8], prompt: str) -> float:
+        texts = quoted(prompt)
+        if not texts:
+            logger.warning("ocr: no score for %r: it has no text in quotes", prompt)
+            return float("nan")
+        return similarity(self.read(image), texts, self._definition)
+
+
+def similarity(read: str, texts: Sequence[str], definition: Definition) -> float:
+    """How near what was read is to the texts in quotes, 0 to 1.
+
+    `flow_grpo`: to the first of them, and 1 wherever that stands in what was read. `strict`: to all of them, in their
+    order; whatever else was read is wrong.
+    """
+    found, wanted = _plain(read), _plain(texts[0] if definition == "flow_grpo" else "".join(texts))
+    distance = 0 if definition == "flow_grpo" and wanted in found else edit_distance(found, wanted)
+    return 1 - min(distance, len(wanted)) / len(wanted)
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein's: insertions, deletions and substitutions that make one of the other."""
+    row = list(range(len(second) + 1))
+    for at, letter in enumerate(first, 1):
+        above, row[0] = row[0], at
+        for place, other in enumerate(second, 1):
+            above, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, above + (letter != other))
+    return row[-1]
+
+
+def quoted(prompt: str) -> list[str]:
+    """The texts between quotation marks, straight or curly, without blank ones."""
+    return [text for pair in QUOTED.findall(prompt) if _plain(text := "".join(pair))]
+
+
+def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError for a prompt that no picture can be scored for."""
+    if not quoted(prompt):
+        raise ValueError('has no text in quotes, which ocr looks for in pictures: write it as "text", or leave it out')
+
+
+def build(definition: Definition = "flow_grpo", device: str = "cpu") -> OCR:
+    """The reward on `device`: cpu, cuda or cuda:N. ValueError in one line where rapidocr can't work there."""
+    if definition not in get_args(Definition):
+        raise ValueError(f"definition: {definition!r} is not one of {', '.join(get_args(Definition))}")
+    reward = OCR(_engine(device), definition)
+    read = reward.read(_picture_of(SAMPLE))
+    if _plain(read) != _plain(SAMPLE):
+        raise ValueError(f"reward ocr: rapidocr reads {read!r} in a picture of {SAMPLE!r}; install it anew")
+    return reward
+
+
+def _engine(device: str) -> Any:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise ValueError(f"device: {device!r} given; ocr allows cpu, cuda and cuda:N")
+    try:
+        import onnxruntime
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise ValueError(f"reward ocr: {one_line(error)}; pip install rapidocr onnxruntime") from error
+    import torch
+
+    if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ValueError(
+            f"device: {device} given; this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place"
+        )
+    runtime = "EngineConfig.onnxruntime"
+    return RapidOCR(
+        params={
+            "Global.log_level": "critical",  # it warns of every picture without text
+            "Global.use_cls": False,  # whether text is upside down: Flow-GRPO does not look either
+            f"{runtime}.intra_op_num_threads": torch.get_num_threads(),  # the reward's `threads`
+            f"{runtime}.use_cuda": kind == "cuda",
+            f"{runtime}.cuda_ep_cfg.device_id": int(number or 0),
+            f"{runtime}.cuda_ep_cfg.cudnn_conv_algo_search": "DEFAULT",  # a search by time may end otherwise each time
+        }
+    )
+
+
+def _picture_of(text: str) -> NDArray[np.uint8]:
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(picture).text((24, 96), text, "black", ImageFont.load_default(48))
+    return np.array(picture)
+
+
+def _plain(text: str) -> str:
+    return "".join(text.split()).lower()
