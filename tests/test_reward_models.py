@@ -273,10 +273,31 @@ def test_pickscore_is_the_cosine_of_transformers_own_clip(transformers_files: di
     pictures = [Image.fromarray(image) for image in images]
     inputs = processor(text=PROMPTS, images=pictures, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        expected = network(**inputs).logits_per_image.diagonal() / network.logit_scale.exp()
+        logits = network(**inputs).logits_per_image.diagonal()
     scores = build_reward("pickscore", **transformers_files).score(images, PROMPTS)
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, (logits / network.logit_scale.exp()).numpy(), atol=1e-5)
+    scaled = build_reward("pickscore", **transformers_files, scale="logits").score(images, PROMPTS)
+    np.testing.assert_allclose(scaled, logits.numpy(), atol=1e-3)  # about 100 times as large
+
+
+@pytest.mark.parametrize(("kind", "divisor"), [("pickscore", 26), ("clip", 30)])
+def test_other_scales_are_the_networks_logits_and_flow_grpos_share_of_them(
+    kind: str, divisor: int, files: Callable[[str], dict[str, Any]]
+) -> None:
+    images, options = noise(3, 48, 80), files(kind)
+    if kind == "pickscore":
+        factor = CLIPModel.from_pretrained(options["model"]).logit_scale.exp().item()
+    else:
+        factor = torch.load(options["checkpoint"], weights_only=True)["logit_scale"].exp().item()
+    assert factor != pytest.approx(1, abs=0.1)
+    cosine, logits, flow_grpo = (
+        build_reward(kind, **options, scale=scale).score(images, PROMPTS) for scale in ("cosine", "logits", "flow_grpo")
+    )
+    np.testing.assert_array_equal(cosine, build_reward(kind, **options).score(images, PROMPTS))
+    np.testing.assert_allclose(logits, cosine * factor, rtol=1e-5)
+    np.testing.assert_allclose(flow_grpo, cosine * factor / divisor, rtol=1e-5)
+    assert flow_grpo.dtype == np.float32
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -403,6 +424,8 @@ WRONG_OPTIONS: list[tuple[str, str, str, str]] = [
     ("clip", "checkpoint", __file__, r"can't read .*test_reward_models.py"),
     ("clip", "architecture", "ViT-Z", "ViT-Z is not JSON that can be read"),
     ("clip", "resize", "longest", "'longest' is not one of squash, shortest"),
+    ("clip", "scale", "100", "'100' is not one of cosine, logits, flow_grpo"),
+    ("pickscore", "scale", "raw", "'raw' is not one of cosine, logits, flow_grpo"),
     ("clip", "device", "tpu:0", "device: 'tpu:0' can't be used"),
     ("pickscore", "model", "/none", "no directory '/none'"),
     ("pickscore", "model", str(Path(__file__).parent), "CLIPModel can't load"),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from open_clip.tokenizer import SimpleTokenizer
 
-from g2rpo_ray.rewards.features import clip_pixels, cosines
+from g2rpo_ray.rewards.features import Scale, check_scale, clip_pixels, cosines, scale_factor
 from g2rpo_ray.rewards.files import locate, read_json
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
@@ -21,12 +21,16 @@ from g2rpo_ray.words import one_line
 CHECKPOINT = "apple/DFN5B-CLIP-ViT-H-14:open_clip_pytorch_model.bin"
 KEYS = ("embed_dim", "vision_cfg", "text_cfg")
 Resize = Literal["squash", "shortest"]
+FLOW_GRPO = 30.0  # its divisor of the logits
 
 
 class CLIPScore:
     """A CLIP from open_clip; `score` is one forward pass over what it is given."""
 
-    def __init__(self, network: Any, architecture: dict[str, Any], squash: bool, device: str, dtype: torch.dtype):
+    def __init__(
+        self, network: Any, architecture: dict[str, Any], squash: bool, scale: str, device: str, dtype: torch.dtype
+    ):
+        self._factor = scale_factor(scale, network.logit_scale, FLOW_GRPO)
         self._network = place(network, device, dtype)
         self._tokenizer = SimpleTokenizer(context_length=architecture["text_cfg"].get("context_length", 77))
         self._size: int = architecture["vision_cfg"]["image_size"]
@@ -34,17 +38,18 @@ class CLIPScore:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        """Scaled cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
         check_images("clip", images, prompts)
         pixels = clip_pixels(images, self._size, self._squash).to(device=self._device, dtype=self._dtype)
         tokens = self._tokenizer(list(prompts)).to(self._device)
-        return cosines(self._network.encode_image(pixels), self._network.encode_text(tokens))
+        return cosines(self._network.encode_image(pixels), self._network.encode_text(tokens)) * self._factor
 
 
 def build(
     checkpoint: str = CHECKPOINT,
     architecture: str = "ViT-H-14-quickgelu",
     resize: Resize = "squash",
+    scale: Scale = "cosine",
     device: str = "cpu",
     dtype: str = "float32",
 ) -> CLIPScore:
@@ -52,19 +57,21 @@ def build(
 
     `architecture` names one of open_clip's or is the path of a JSON file in its format. `resize` is how a picture that
     is not square becomes so: open_clip squashes for the DFN models; for most others it resizes the shortest side and
-    cuts out the centre. ValueError in one line where any of them can't be used.
+    cuts out the centre. `scale`: `cosine`, `logits` (times the network's own factor, about 100) or `flow_grpo` (those
+    by 30). ValueError in one line where any of them can't be used.
     """
     torch_dtype = check_placement(device, dtype)
     if resize not in get_args(Resize):
         raise ValueError(f"resize: {resize!r} is not one of {', '.join(get_args(Resize))}; DFN models take squash")
     shape = load_architecture(architecture)
+    check_scale(scale)
     try:
         network = open_clip.CLIP(**shape)
     except (TypeError, KeyError) as error:
         raise ValueError(f"architecture: {architecture} is not open_clip's format: {one_line(error)}") from error
     path = locate("checkpoint", checkpoint, CHECKPOINT)
     fit_weights(network, read_weights(path), path, f"architecture {architecture}")
-    return CLIPScore(network, shape, resize == "squash", device, torch_dtype)
+    return CLIPScore(network, shape, resize == "squash", scale, device, torch_dtype)
 
 
 def load_architecture(architecture: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """CLIP's way with pictures and features, as rewards share it. Legend: N images, S network's size, D features."""
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,21 @@ def cosines(image_features: Tensor, text_features: Tensor) -> NDArray[np.float32
     """Cosines float32 [N] of features [N, D] of any dtype, row by row; NaN where one is not finite."""
     images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
     return finite((images * texts).sum(dim=-1))
+
+
+Scale = Literal["cosine", "logits", "flow_grpo"]
+
+
+def check_scale(scale: str) -> None:
+    """ValueError where `scale` is no way to state a CLIP's score."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale: {scale!r} is not one of {', '.join(get_args(Scale))}")
+
+
+def scale_factor(scale: str, logit_scale: Tensor, divisor: float) -> np.float32:
+    """What a cosine is multiplied by: 1; the network's own factor, about 100; or that by Flow-GRPO's divisor."""
+    logits = logit_scale.float().exp().item()
+    return np.float32({"cosine": 1, "logits": logits, "flow_grpo": logits / divisor}[scale])
 
 
 def finite(scores: Tensor) -> NDArray[np.float32]:
