@@ -549,7 +549,10 @@ def test_hub_names_are_told_and_files_are_passed(clip_files: dict[str, Any]) -> 
 def test_checking_rewards_loads_no_model_code() -> None:
     program = (
         "import sys; from g2rpo_ray.rewards import KINDS, check_reward\n"
-        "for kind in KINDS: check_reward('x', kind, {'base_urls': 'http://h'} if kind == 'unified_reward' else {})\n"
+        "from g2rpo_ray.rewards.options import REQUIRED, option_defaults\n"
+        "for kind in KINDS:\n"
+        "    defaults = option_defaults(kind)\n"
+        "    check_reward('x', kind, {name: 'http://h' for name in defaults if defaults[name] is REQUIRED})\n"
         "print({'torch', 'open_clip', 'hpsv2', 'transformers', 'huggingface_hub', 'ray'} & set(sys.modules) or 'none')"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.request import urlopen
 
@@ -132,18 +133,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serve() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def serve(handler: type[BaseHTTPRequestHandler] = Handler) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
     sys.stdin.read()  # ends with the parent
 
 
 @contextmanager
-def chat_server(key: str = "") -> Iterator[str]:
+def chat_server(key: str = "", module: str = __name__) -> Iterator[str]:
     """URL of a server process; with `key`, one that wants it."""
-    command, environment = [sys.executable, __file__], os.environ | {"SERVER_KEY": key}
-    with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment, text=True) as process:
+    command, environment = [sys.executable, "-m", module], os.environ | {"SERVER_KEY": key}
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment, text=True, cwd=root) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
 
@@ -225,10 +227,14 @@ def test_request_holds_the_picture_the_caption_and_the_first_model(url: str, ima
     ],
 )
 def test_final_score_is_parsed_strictly(answer: str, expected: float | None) -> None:
-    from g2rpo_ray.rewards.unified_reward import parse_score
+    from g2rpo_ray.rewards.judge import Unparsed
+    from g2rpo_ray.rewards.unified_reward import read_grade
 
-    score = parse_score(answer)
-    assert score == expected if expected is not None else np.isnan(score)
+    if expected is not None:
+        assert read_grade(answer) == expected
+        return
+    with pytest.raises(Unparsed, match="no single 'Final Score: 1…5' in the answer"):
+        read_grade(answer)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from g2rpo_ray.words import one_line, shown
 KEYS = ("prompt", "caption", "text")
 """What a prompt is called in an object or a column; the first of them that is there counts."""
 METADATA = "metadata"
-GENEVAL = ("include", "exclude", "tag")
-"""Fields of GenEval's own prompt files: an object with one of the first two is its own metadata."""
+GENEVAL = ("include", "exclude", "vqa_list", "tag")
+"""Fields of the prompt files of GenEval and GenEval 2: an object with one of the first three is its own metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _record(entry: Any, keys: tuple[str, ...], place: str) -> tuple[str, Metadat
 def _metadata(entry: Mapping[str, Any], place: str) -> Metadata:
     """What an object or a row says of its prompt; what is null is not there."""
     own = entry.get(METADATA)
-    if own is None and entry.get(GENEVAL[0]) is None and entry.get(GENEVAL[1]) is None:
+    if own is None and all(entry.get(name) is None for name in GENEVAL[:3]):
         return {}
     found = _parsed({name: entry.get(name) for name in GENEVAL} if own is None else own, place)
     if not isinstance(found, dict):

@@ -13,10 +13,10 @@ import logging
 import math
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_WAIT = 60.0  # seconds between two attempts, whatever Retry-After says
 MAX_ANSWER = 2**20  # bytes
 EXPECTED_URL = "http://host:port, without a password, that answers GET /v1/models"
+T = TypeVar("T")
 
 
 class RequestFailed(Exception):
@@ -49,6 +50,10 @@ class Server:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}{f':{self.port}' if self.port else ''}{self.prefix}"
+
+
+Read = Callable[[Server, Any], T]
+"""Makes of a server's JSON answer what is wanted of it, or raises RequestFailed."""
 
 
 def parse_url(url: Any) -> Server:
@@ -86,17 +91,17 @@ class ChatClient:
             retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.again),
         )  # fmt: skip
 
-    def ask(self, body: Mapping[str, Any], turn: int) -> str:
-        """The text that the server whose turn it is answers to a chat; after a failure the next one is asked.
+    def ask(self, body: Mapping[str, Any], turn: int, read: "Read[T]") -> T:
+        """What `read` finds in the answer to a chat of the server whose turn it is; after a failure the next is asked.
 
         Raises:
             RequestFailed: no attempt gave an answer, or one can't be expected.
         """
         turns = itertools.count(turn)
 
-        def once() -> str:
+        def once() -> T:
             server = self._servers[next(turns) % len(self._servers)]
-            return _text(server, self._request(server, "POST", "/v1/chat/completions", body))
+            return read(server, self._request(server, "POST", "/v1/chat/completions", body))
 
         return self._attempts.copy()(once)
 
@@ -157,7 +162,8 @@ class ChatClient:
             raise RequestFailed(server, "an answer that is not whole JSON", again=True) from None
 
 
-def _text(server: Server, answer: Any) -> str:
+def read_text(server: Server, answer: Any) -> str:
+    """The text of an answer. RequestFailed where there is none, or it was cut off."""
     try:
         choice = answer["choices"][0]
         text, end = choice["message"]["content"], choice.get("finish_reason")
@@ -166,6 +172,20 @@ def _text(server: Server, answer: Any) -> str:
     if not isinstance(text, str) or end == "length":  # what is cut may lack the digits after a point
         raise RequestFailed(server, "an answer that was cut off, or has no text; raise max_tokens", again=False)
     return text
+
+
+def read_first_token(server: Server, answer: Any) -> dict[str, float]:
+    """The probabilities of an answer's likeliest first tokens, by their text. RequestFailed where none are listed."""
+    found: dict[str, float] = {}
+    try:
+        for listed in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            found[listed["token"]] = found.get(listed["token"], 0.0) + math.exp(min(0.0, listed["logprob"]))
+    except (KeyError, IndexError, TypeError):
+        found = {}
+    if not found:
+        why = "an answer without top_logprobs; serve a model that lists them (vLLM: --max-logprobs 20)"
+        raise RequestFailed(server, why, again=False)
+    return found
 
 
 def _status(status: int) -> str:

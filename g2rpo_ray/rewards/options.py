@@ -15,7 +15,7 @@ REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone")  # a directory, or a repository on the hub
 SERVER_OPTIONS = ("base_urls",)
-PROMPT_CHECKS = {"ocr": "g2rpo_ray.rewards.ocr:check_prompt"}
+PROMPT_CHECKS = {"ocr": "g2rpo_ray.rewards.ocr:check_prompt", "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt"}
 """By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
 
 
@@ -58,7 +58,10 @@ def prompt_check(kind: str) -> Callable[[str, Mapping[str, Any]], None]:
 
 def option_defaults(kind: str) -> dict[str, Any]:
     """The options of a kind of KINDS and their defaults, or REQUIRED: read from the source, which is not run."""
-    module_name, _, name = KINDS[kind].partition(":")
+    return _parameters(*KINDS[kind].split(":"))
+
+
+def _parameters(module_name: str, name: str) -> dict[str, Any]:
     spec = find_spec(module_name)
     assert spec is not None, f"{module_name} is a module of this package"
     assert spec.origin is not None, f"{module_name} has a source file"
@@ -69,8 +72,12 @@ def option_defaults(kind: str) -> dict[str, Any]:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             names = [argument.arg for argument in node.args.args]
             given = [_constant(default, constants) for default in node.args.defaults]
-            return dict(zip(names, [REQUIRED] * (len(names) - len(given)) + given, strict=True))
-    raise AssertionError(f"{KINDS[kind]} is no function")
+            found = dict(zip(names, [REQUIRED] * (len(names) - len(given)) + given, strict=True))
+            if not any(ast.unparse(decorator) == "judged" for decorator in node.decorator_list):
+                return found
+            found.pop("judge")
+            return _parameters("g2rpo_ray.rewards.judge", "open_judge") | found
+    raise AssertionError(f"{module_name}:{name} is no function")
 
 
 def _constant(node: ast.expr, constants: Mapping[str, Any]) -> Any:

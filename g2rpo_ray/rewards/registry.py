@@ -39,6 +39,10 @@ KINDS = {
     "ocr": "g2rpo_ray.rewards.ocr:build",
     "aesthetic": "g2rpo_ray.rewards.aesthetic:build",
     "unified_reward": "g2rpo_ray.rewards.unified_reward:build",
+    "unified_reward_2": "g2rpo_ray.rewards.unified_reward_2:build",
+    "soft_tifa": "g2rpo_ray.rewards.soft_tifa:build",
+    "judge": "g2rpo_ray.rewards.judge:build",
+    "pairwise": "g2rpo_ray.rewards.pairwise:build",
     "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "g2rpo_ray.rewards.jpeg:incompressibility",
 }

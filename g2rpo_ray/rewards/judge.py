@@ -1,0 +1,180 @@
+"""Judges: vision-language models behind OpenAI-compatible servers, asked about pictures; and one by your own template.
+
+vLLM and SGLang serve them. Temperature is 0, pictures are PNG. What fails, and what does not parse, is a missing score.
+Legend: N images and prompts.
+"""
+
+import base64
+import inspect
+import itertools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from g2rpo_ray.rewards.chat import ChatClient, Read, RequestFailed, parse_url, read_text
+from g2rpo_ray.rewards.images import check_images, encoded
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Image = NDArray[np.uint8]
+ImageFormat = Literal["png", "jpeg"]
+
+
+class Unparsed(ValueError):
+    """An answer that is not what was asked for; the text says what was expected, and repeats nothing of it."""
+
+
+class Judge:
+    """Asks one model, at most `concurrency` questions at a time."""
+
+    def __init__(self, client: ChatClient, served_model: str, image_format: str, max_tokens: int, concurrency: int):
+        self._client, self._model, self._format, self._max_tokens = client, served_model, image_format, max_tokens
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+        self._turns = itertools.count()
+
+    def ask(self, images: Sequence[Image], question: str, read: Read[T], **more: Any) -> T:
+        """What `read` finds in the answer to a question about images uint8 [H, W, 3]. RequestFailed without one."""
+        urls = [base64.b64encode(encoded(image, self._format)).decode() for image in images]
+        pictures = [
+            {"type": "image_url", "image_url": {"url": f"data:image/{self._format};base64,{url}"}} for url in urls
+        ]
+        message = {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
+        body = {"model": self._model, "messages": [message], "temperature": 0, "max_tokens": self._max_tokens, **more}
+        return self._client.ask(body, next(self._turns), read)
+
+    def each(self, reward: str, prompts: Sequence[str], ask: Callable[..., T], *arguments: Iterable[Any]) -> list:
+        """`ask(prompt, *arguments)` for each prompt; None, and a line in the log, where the answer can't be used."""
+
+        def one(prompt: str, *given: Any) -> T | None:
+            try:
+                return ask(prompt, *given)
+            except (RequestFailed, Unparsed) as failure:
+                logger.warning("%s: no score for %r: %s", reward, prompt, failure)
+                return None
+
+        return list(self._threads.map(one, prompts, *arguments))
+
+
+class Template:
+    """A question about each picture, and numbers that stand in the answer: its parts, one of which is the score."""
+
+    def __init__(
+        self, name: str, judge: Judge, instruction: str, read: Callable[[str], Mapping[str, float]], part: str = "score"
+    ):
+        """`read` makes the numbers of an answer, or raises Unparsed."""
+        if "{prompt}" not in instruction:
+            raise ValueError("instruction: has no {prompt}; expected a text with that where the prompt belongs")
+        self._name, self._judge, self._instruction, self._read, self._part = name, judge, instruction, read, part
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Scores float32 [N] of images uint8 [N, H, W, 3] for their prompts; NaN where there is none."""
+        return self.score_parts(images, prompts)[self._part]
+
+    def score_parts(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """All parts [N] of the answers, by name, from one request a picture."""
+        check_images(self._name, images, prompts)
+        found = self._judge.each(self._name, prompts, self._ask, images)
+        names = {self._part, *(name for answer in found for name in answer or ())}
+        return {name: np.array([(answer or {}).get(name, np.nan) for answer in found], np.float32) for name in names}
+
+    def _ask(self, prompt: str, image: Image) -> Mapping[str, float]:
+        return self._read(self._judge.ask([image], self._instruction.replace("{prompt}", prompt), read_text))
+
+
+def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: str) -> Callable[[str], float]:
+    """What reads the one number that the pattern's group finds in an answer, the same wherever it is repeated."""
+
+    def read(answer: str) -> float:
+        try:
+            found = {float(text) for text in pattern.findall(answer)}
+        except ValueError:
+            found = set()
+        if len(found) != 1 or not lowest <= (score := found.pop()) <= highest:
+            raise Unparsed(f"no single {expected} in the answer")
+        return score
+
+    return read
+
+
+def open_judge(
+    base_urls: str | Sequence[str],
+    served_model: str = "",
+    api_key_env: str = "",
+    concurrency: int = 8,
+    timeout: float = 60.0,
+    retries: int = 3,
+    backoff: float = 1.0,
+    max_tokens: int = 1024,
+    image_format: ImageFormat = "png",
+) -> Judge:
+    """A judge from servers that answer now: one URL, or several to be asked in turn.
+
+    `served_model`: its name at the servers, by default the first that they list. `api_key_env`: the name of the
+    environment variable that holds the key. `timeout`: seconds for an attempt; `retries` more follow, after `backoff`
+    seconds, doubled each time, or what Retry-After says. ValueError in one line where any of them can't be used.
+    """
+    least = {"concurrency": 1, "timeout": 0.001, "retries": 0, "backoff": 0, "max_tokens": 1}
+    for option, given in zip(least, (concurrency, timeout, retries, backoff, max_tokens), strict=True):
+        if given < least[option]:
+            raise ValueError(f"{option}: {given} given; expected {least[option]} or more")
+    if image_format not in ("png", "jpeg"):
+        raise ValueError(f"image_format: {image_format!r} is not one of png, jpeg")
+    servers = [parse_url(url) for url in ([base_urls] if isinstance(base_urls, str) else base_urls)]
+    if not servers:
+        raise ValueError("base_urls: none given; expected at least one, like http://host:8000")
+    client = ChatClient(servers, _key(api_key_env), timeout, retries, backoff)
+    served = client.models()
+    if not served or (served_model and served_model not in served):
+        raise ValueError(f"served_model: {served_model!r} is not served; allowed are {', '.join(served) or 'none'}")
+    return Judge(client, served_model or served[0], image_format, max_tokens, concurrency)
+
+
+def judged(make: Callable[..., T]) -> Callable[..., T]:
+    """A factory from `make(judge, …)`: its options are those of `open_judge` and the others of `make`."""
+    server = inspect.signature(open_judge).parameters
+    own = list(inspect.signature(make).parameters.values())[1:]
+
+    def build(**options: Any) -> T:
+        judge = open_judge(**{name: given for name, given in options.items() if name in server})
+        return make(judge, **{name: given for name, given in options.items() if name not in server})
+
+    everything = sorted([*server.values(), *own], key=lambda option: option.default is not option.empty)
+    build.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    return build
+
+
+@judged
+def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, highest: float = 1.0) -> Template:
+    """A judge by a template of one's own: `instruction` with {prompt}, and a regular expression for the answer.
+
+    The group of `pattern` is the number, from `lowest` to `highest`, that is the score. ValueError in one line where
+    any of them can't be used.
+    """
+    try:
+        compiled = re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from None
+    if compiled.groups != 1:
+        raise ValueError(f"pattern: {pattern!r} has {compiled.groups} groups; expected one, for the number")
+    if not lowest < highest:
+        raise ValueError(f"lowest: {lowest:g} given; expected less than highest={highest:g}")
+    read = number(compiled, lowest, highest, f"match of {pattern!r} from {lowest:g} to {highest:g}")
+    return Template("judge", judge, instruction, lambda answer: {"score": read(answer)})
+
+
+def _key(variable: str) -> str:
+    """The key in that environment variable, "" without one; what is wrong with it is told without it."""
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"api_key_env: the environment variable {variable} is not set where this reward runs; set it")
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ValueError(f"api_key_env: the key in {variable} has blanks or other characters that no HTTP header takes")
+    return key

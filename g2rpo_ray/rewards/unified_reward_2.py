@@ -1,0 +1,42 @@
+"""UnifiedReward 2.0: a vision-language model grades alignment, coherence and style of each picture, 1 to 5 each.
+
+E.g. `vllm serve CodeGoat24/UnifiedReward-2.0-qwen3vl-8b`. Three rewards, a `part` each, from one request a picture.
+Question and answer are those of its repository (point_score_ACS_image_generation.py).
+"""
+
+import re
+from typing import Literal, get_args
+
+from g2rpo_ray.rewards.judge import Judge, Template, judged, number
+
+Part = Literal["alignment", "coherence", "style"]
+# What the model was trained with, word for word; another wording gives other scores.
+INSTRUCTION = (
+    "You are presented with a generated image and its associated text caption. Your task is to analyze the image "
+    "across multiple dimensions in relation to the caption. Specifically:\nProvide overall assessments for the image "
+    "along the following axes (each rated from 1 to 5):\n- Alignment Score: How well the image matches the caption in "
+    "terms of content.\n- Coherence Score: How logically consistent the image is (absence of visual glitches, object "
+    "distortions, etc.).\n- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy."
+    "\n\nOutput your evaluation using the format below:\n\nAlignment Score (1-5): X\nCoherence Score (1-5): Y\n"
+    "Style Score (1-5): Z\n\nYour task is provided as follows:\nText Caption: [{prompt}]"
+)
+GRADES = {
+    part: number(
+        re.compile(rf"^{part.title()} Score \(1-5\):[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t.]*$", re.MULTILINE),
+        *(1, 5, f"'{part.title()} Score (1-5): 1…5'"),
+    )
+    for part in get_args(Part)
+}
+
+
+@judged
+def build(judge: Judge, part: Part) -> Template:
+    """The part of the answer that is this reward."""
+    if part not in GRADES:
+        raise ValueError(f"part: {part!r} is not one of {', '.join(GRADES)}")
+    return Template("unified_reward_2", judge, INSTRUCTION, read_grades, part)
+
+
+def read_grades(answer: str) -> dict[str, float]:
+    """All three; an answer that lacks one is not in the model's format, and none of it is used."""
+    return {part: read(answer) for part, read in GRADES.items()}
