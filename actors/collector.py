@@ -22,7 +22,7 @@ from actors.failures import is_lost_object
 from actors.pool import Pool
 from actors.reward import Scorer
 from actors.weights import PublishedWeights
-from g2rpo_ray.algo import Tree
+from g2rpo_ray.algo import Choice, Tree
 from g2rpo_ray.config import Config
 from g2rpo_ray.record.panel import image_traces
 from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, put_scores, trunk_part
@@ -105,10 +105,12 @@ class Collector:
         self._timeline = timeline
         self._computing = 0  # units asked for that are not done
 
-    async def rollout(self, iteration: int, prompts: Sequence[str], weights: PublishedWeights) -> Rollout:
-        """Sample the tree of every prompt and score its leaves."""
+    async def rollout(
+        self, iteration: int, prompts: Sequence[str], weights: PublishedWeights, choice: Choice | None = None
+    ) -> Rollout:
+        """Sample the tree of every prompt and score its leaves. `choice`: in the place of `auto`."""
         start = time.perf_counter()
-        units = [TrunkUnit(iteration, slot, prompt) for slot, prompt in enumerate(prompts)]
+        units = [TrunkUnit(iteration, slot, prompt, choice) for slot, prompt in enumerate(prompts)]
         jobs = [_Job(weights, iteration, ref) for ref in await self._embeddings.refs(prompts)]
         done = await asyncio.gather(*(self._prompt(job, unit) for job, unit in zip(jobs, units, strict=True)))
         reports = [report for job in jobs for report in job.reports]
@@ -149,7 +151,7 @@ class Collector:
     @_again_if_lost
     async def _prompt(self, job: "_Job", unit: TrunkUnit) -> tuple[PromptRollout, dict[str, FloatArray]]:
         """The prompt's record, and the scores of its trunks' images by reward, trained or not."""
-        tree = prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt)
+        tree = prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt, unit.choice)
         part = trunk_part(tree)
         trunk, images = await self._compute(job, unit, cost=self._config.velocity_cost * part.evaluations)
         anchors, _, *branches = await asyncio.gather(

@@ -22,6 +22,7 @@ from g2rpo_ray.record.journal import Journal, is_finished, summarize
 from g2rpo_ray.record.lease import Lease
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import Metrics
+from g2rpo_ray.rollout.budget import Budget, in_words
 from g2rpo_ray.types import Rollout, Samples
 
 Loop = Callable[["Session"], Awaitable[None]]
@@ -49,7 +50,7 @@ async def run_session(
                 journal.say(f"stopped before anything was computed; {done} iterations are saved")
                 return False
             journal.say(f"{config.name}: actors are ready")
-            session = Session(config, prompts, run, system, journal, interrupt, done)
+            session = Session(config, prompts, run, system, journal, interrupt, checkpoint)
             while not await session.attempt(loop):
                 pass
         if not is_finished(config, Folder(here), session.done):
@@ -66,13 +67,14 @@ class Session:
 
     def __init__(
         self, config: Config, prompts: Prompts, run: Folder, system: System, journal: Journal, interrupt: Interrupt,
-        done: int,
+        checkpoint: Checkpoint | None,
     ):  # fmt: skip
-        self.done = done
+        self.done = checkpoint.iteration if checkpoint else 0
         """Iterations that are done."""
         self._config, self._prompts, self._run = config, prompts, run
         self._system, self._journal, self._interrupt = system, journal, interrupt
-        self._saved, self._restarts = done, 0
+        self._saved, self._restarts = self.done, 0
+        self._budget = Budget(config, checkpoint.budget if checkpoint else None)
         self._rollouts: dict[int, asyncio.Task[Rollout]] = {}
         self._weights: PublishedWeights
 
@@ -119,6 +121,10 @@ class Session:
         self.done, system = done, self._system
         judged = self._due(self._config.evaluation.every)
         score = await self._evaluate(update["lora/distance"]) if judged else None
+        decision = self._budget.learn(done - 1, rollout.prompts)
+        if decision:
+            self._journal.say(in_words(self._config, decision))
+        update = {**update, **self._budget.metrics(done - 1, decision)}
         self._journal.iteration(done, rollout, update, system.counts(), system.take_spans())
         if judged and done < self._config.iterations:
             await asyncio.to_thread(self._journal.report)
@@ -171,6 +177,7 @@ class Session:
     def _go_back(self, error: Exception) -> None:
         checkpoint = find_checkpoint(self._run)
         self.done = self._saved = checkpoint.iteration if checkpoint else 0
+        self._budget = Budget(self._config, checkpoint.budget if checkpoint else None)
         self._journal.say(f"learner lost ({str(error).splitlines()[0]}); going on from iteration {self.done}")
         self._journal.rewind(self.done)
 
@@ -178,7 +185,7 @@ class Session:
         if iteration not in self._rollouts and iteration < self._config.iterations:
             per_iteration, seed = self._config.data.prompts_per_iteration, self._config.seed
             drawn = iteration_prompts(self._prompts.train, per_iteration, seed, iteration)
-            work = self._system.collector.rollout(iteration, drawn, weights)
+            work = self._system.collector.rollout(iteration, drawn, weights, self._budget.choice(iteration))
             self._rollouts[iteration] = asyncio.create_task(work)
 
     async def _evaluate(self, distance: float = math.nan) -> float | None:
@@ -205,7 +212,8 @@ class Session:
             await asyncio.to_thread(self._journal.keep)  # before there is a checkpoint to go on from
             keep, prompts = self._config.checkpoint.keep, self._prompts
             made_with = settings(self._config, prompts.train, prompts.heldout, prompts.metadata)
-            await asyncio.to_thread(finish_checkpoint, self._run, self.done, files, keep, made_with, score)
+            record = (files, keep, made_with, score, self._budget.state)
+            await asyncio.to_thread(finish_checkpoint, self._run, self.done, *record)
         self._saved = self.done
 
     def _end_with_the_best(self) -> None:

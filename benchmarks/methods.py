@@ -43,10 +43,11 @@ class Run:
         from g2rpo_ray.data import read_prompts
         from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import build_reward
+        from g2rpo_ray.rollout.budget import Budget
         from g2rpo_ray.rollout.sampler import Sampler
         from learner.engine import LearnerEngine
 
-        self.config = config
+        self.config, self.budget = config, Budget(config)
         self.train, self.heldout = (
             read_prompts(path, "") for path in (config.data.train_prompts, config.data.heldout_prompts)
         )
@@ -67,30 +68,33 @@ class Run:
         """Sample, score, update; the update's metrics."""
         from g2rpo_ray.data import iteration_prompts
         from g2rpo_ray.launch.plan import learner_states
+        from g2rpo_ray.types import TrunkUnit
         from learner.batch import BatchShape, reduce_metrics, spread
 
         self.sampler.load_weights(self.engine.publish(iteration))
         per_iteration = self.config.data.prompts_per_iteration
         drawn = iteration_prompts(self.train, per_iteration, self.config.seed, iteration)
-        rollouts = [self._prompt(iteration, slot, prompt) for slot, prompt in enumerate(drawn)]
+        choice = self.budget.choice(iteration)
+        rollouts = [self._prompt(TrunkUnit(iteration, slot, prompt, choice)) for slot, prompt in enumerate(drawn)]
         self.states += sum(learner_states(self.config, rollout.tree) for rollout in rollouts)
         shards = spread(rollouts, 1)
-        return reduce_metrics([self.engine.update(shards[0], BatchShape.of(shards, self.config.learner))])
+        metrics = reduce_metrics([self.engine.update(shards[0], BatchShape.of(shards, self.config.learner))])
+        return metrics | self.budget.metrics(iteration, self.budget.learn(iteration, rollouts))
 
-    def _prompt(self, iteration: int, slot: int, prompt: str) -> Any:
+    def _prompt(self, unit: Any) -> Any:
         from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, put_scores
-        from g2rpo_ray.types import PromptRollout, TrunkUnit
+        from g2rpo_ray.types import PromptRollout
 
-        tree, embedding = prompt_tree(self.config, iteration, slot, prompt), self.embeddings[prompt]
-        unit, branches = TrunkUnit(iteration, slot, prompt), []
+        place = (unit.iteration, unit.slot, unit.prompt)
+        tree, embedding, branches = prompt_tree(self.config, *place, unit.choice), self.embeddings[unit.prompt], []
         scores = np.full((len(self.config.rewards), len(tree.leaf)), np.nan, np.float32)
         trunk, _ = self.sampler.trunk(unit, embedding)
         for part in branch_units(self.config, tree, unit):
             made, images = self.sampler.branch(part, embedding, trunk)
-            found = [self.rewards[name].score(images, [prompt] * len(images)) for name in self.config.rewards]
+            found = [self.rewards[name].score(images, [unit.prompt] * len(images)) for name in self.config.rewards]
             put_scores(scores, tree, branch_part(tree, part), found)
             branches.append(made)
-        return PromptRollout(iteration, slot, prompt, tree, scores, embedding, trunk, tuple(branches))
+        return PromptRollout(*place, tree, scores, embedding, trunk, tuple(branches))
 
     def judge(self) -> dict[str, np.ndarray]:
         """Scores [prompts, seeds] of held-out samples by reward; they cost nothing here."""

@@ -31,14 +31,20 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 def table(model: type[BaseModel], section: str) -> str:
     """A table of one section: a row a setting."""
-    rows = ["| key | type, bounds | default | meaning |", "|---|---|---|---|"]
+    head = ["| key | type, bounds | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows(model, section)])
+
+
+def rows(model: type[BaseModel], section: str) -> Iterator[str]:
+    """Of a section, and of those within it."""
     for name, field in model.model_fields.items():
+        key = f"{section}.{name}" if section else name
         if not is_section(field):
-            key = f"{section}.{name}" if section else name
             meaning = " ".join((field.description or "").split())
             cells = (f"`{key}`", kind(field), default(field), meaning + by_method(section, name))
-            rows.append("| " + " | ".join(cell.replace("|", "\\\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+            yield "| " + " | ".join(cell.replace("|", "\\\\|") for cell in cells) + " |"
+        elif section:
+            yield from rows(field.annotation, key)  # type: ignore[arg-type]
 
 
 def is_section(field: FieldInfo) -> bool:

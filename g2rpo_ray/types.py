@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from g2rpo_ray.algo import Tree
+from g2rpo_ray.algo import Choice, Tree
 
 FloatArray = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -56,6 +56,7 @@ class TrunkUnit:
     iteration: int
     slot: int  # place of the prompt in its iteration, 0..P-1
     prompt: str
+    choice: Choice | None = None  # in the place of `auto`; None: that of the start
 
     @property
     def name(self) -> str:
@@ -75,6 +76,7 @@ class BranchUnit:
     branch_step: int
     first_member: int
     members: int
+    choice: Choice | None = None
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from g2rpo_ray.algo import (
     NEEDS_DRIFT,
+    Tree,
     edge_advantages,
     edge_losses,
     edge_values,
@@ -107,7 +108,7 @@ def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: 
         spread=credit.spread,
         batch_std=batch.batch_std or None,
         reward_weights=[reward.weight for reward in config.rewards.values()],
-        granularity_weights=credit.granularity_weights,
+        granularity_weights=_granularity_weights(config, tree),
         clip=credit.clip,
     )
     values = edge_values(tree, scores)
@@ -119,6 +120,13 @@ def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: 
     )  # one without any score is missing, not flat
     metrics.add_advantages(advantage[scored], int(flat.sum()))
     return advantage, scored
+
+
+def _granularity_weights(config: Config, tree: Tree) -> Sequence[float] | None:
+    """Of a probe of `auto` the finest alone counts: it is what the others are measured by, and it is paid for."""
+    if config.sampler.strides == "auto":
+        return [float(stride == min(tree.strides)) for stride in tree.strides]
+    return config.credit.granularity_weights
 
 
 def _latents(rollout: PromptRollout) -> dict[int, FloatArray]:

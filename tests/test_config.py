@@ -332,7 +332,7 @@ def test_the_defaults_of_the_schema_are_the_preset_of_g2rpo():
         defaults = section.model_dump(mode="json")
         assert {key: defaults[key] for key in given[name]} == given[name]
         if name in ("sampler", "credit"):  # a method decides all of these
-            assert given[name].keys() == defaults.keys() - {"shift", "guidance"}
+            assert given[name].keys() == defaults.keys() - {"shift", "guidance", "auto"}
     assert preset("g2rpo") == given  # 16 are the paper's
 
 

@@ -1,6 +1,6 @@
 """What a tree's scores tell of its cost: which granularities and which branch steps are worth their evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,13 @@ from g2rpo_ray.algo.tree import Tree
 
 
 def agreement(
-    tree: Tree, scores: Tensor, *, group: str, finest: int, reward_weights: Sequence[float] | None = None
+    tree: Tree,
+    scores: Tensor,
+    *,
+    group: str,
+    finest: int,
+    reward_weights: Sequence[float] | None = None,
+    steps: Collection[int] | None = None,
 ) -> Tensor:
     """[J, groups]: correlation, within each comparison group, of the advantages under each granularity with `finest`'s.
 
@@ -21,22 +27,27 @@ def agreement(
     Args:
         scores: [R, Q].
         finest: place of the finest granularity in `strides`.
+        steps: schedule indices of the groups that count; None: all.
     """
     values = torch.where(scored_edges(tree, scores), edge_values(tree, scores), torch.nan)
     normal = normalise(tree, values, group=group, spread="group")
     if reward_weights is not None:
         normal = normal * torch.as_tensor(reward_weights, dtype=normal.dtype).view(-1, 1, 1)
     advantage = normal.sum(0)  # [J, E]
-    return torch.stack([_correlations(advantage[:, members], finest) for members in _compared(tree, group)], dim=1)
+    counted = [members for members in _compared(tree, group) if steps is None or tree.start[members[0]] in steps]
+    found = [_correlations(advantage[:, members], finest) for members in counted]
+    return torch.stack(found, dim=1) if found else advantage[:, :0]
 
 
-def spreads(tree: Tree, scores: Tensor, *, group: str) -> dict[int, list[float]]:
-    """By schedule index, the unbiased std of each comparison group that starts there, of its mean over granularities.
+def spreads(tree: Tree, scores: Tensor, *, group: str, place: int | None = None) -> dict[int, list[float]]:
+    """By schedule index, the unbiased std of each comparison group that starts there.
 
     Args:
         scores: [Q] of one reward. Values that are missing are left out; a group of fewer than two is none.
+        place: of the granularity, in `strides`; None: the mean over all of them.
     """
-    values = edge_values(tree, scores[None])[0].mean(0)  # [E]
+    values = edge_values(tree, scores[None])[0]  # [J, E]
+    values = values.mean(0) if place is None else values[place]
     found: dict[int, list[float]] = {}
     for members in _compared(tree, group):
         there = values[members][values[members].isfinite()]

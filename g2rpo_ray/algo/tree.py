@@ -79,6 +79,7 @@ class Tree:
     leaf: Ints  # [Q] node
     tag: Ints  # [Q] granularity: place in `strides`; ANCHOR: an anchor's image
     subtrees: tuple[Subtree, ...]  # what a branch unit may hold
+    strides: tuple[int, ...] = (1,)  # [J], what the tags stand for
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is worked out from the fields: a tree travels to every rank of the learner."""
@@ -226,7 +227,8 @@ class _Planner:
         source, target = np.array(self._edges, np.int64).T
         leaf, tag = np.array(self._leaves, np.int64).T
         trained = ~np.isin(index[source], shape.untrained)
-        return Tree(index, parent, edge, source, target, index[source], index[target], trained, leaf, tag, subtrees)
+        ends = index[source], index[target]
+        return Tree(index, parent, edge, source, target, *ends, trained, leaf, tag, subtrees, shape.strides)
 
     def _subtree(self, root: int, branch_step: int, child: int, point: int) -> Subtree:
         before = len(self._nodes), len(self._edges), len(self._leaves)

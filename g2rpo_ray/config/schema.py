@@ -206,6 +206,10 @@ class Config(Section):
 
     def _check_credit(self) -> None:
         weights, strides = self.credit.granularity_weights, self.sampler.strides
+        if weights is not None and strides == "auto":
+            raise ValueError(
+                "credit.granularity_weights: given, but sampler.strides=auto has one at a time: leave it out"
+            )
         if weights is not None and len(weights) != len(strides):
             raise ValueError(
                 f"credit.granularity_weights: {list(weights)} given; give one for each of "

@@ -4,8 +4,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from g2rpo_ray.algo import Shape, plan_tree
+from g2rpo_ray.algo import Choice, Shape, ladder, plan_tree
 from g2rpo_ray.config.section import Section, Step
+
+Auto = Literal["auto"]
+
+
+class AutoConfig(Section):
+    """What `auto` is bound to, in sampler.strides and sampler.branch_steps: see docs/methods.md."""
+
+    every: int = Field(5, ge=1, le=1_000_000)
+    """Iterations between probes, the first one being a probe."""
+    prompts: int = Field(2, ge=1, le=1024)
+    """Prompts of such an iteration that probe: they have every granularity of the ladder, from every step."""
+    agreement: float = Field(0.8, ge=-1, le=1)
+    """Least correlation with the finest granularity's advantages, of a coarser one that takes its place."""
+    spread: float = Field(0.5, ge=0, le=1)
+    """Least spread within groups of a branch step that is kept, as a share of the largest step's."""
+    largest: int = Field(8, ge=1, le=1000)
+    """Coarsest granularity."""
 
 
 class SamplerConfig(Section):
@@ -23,8 +40,9 @@ class SamplerConfig(Section):
     """Noise level of a stochastic step."""
     roots: int = Field(1, ge=1, le=1024)
     """R, initial noises of a prompt, each with a trunk of ODE steps."""
-    branch_steps: tuple[Step, ...] = tuple(range(8))
-    """M: schedule indices at which stochastic edges leave a trunk, ascending."""
+    branch_steps: tuple[Step, ...] | Auto = tuple(range(8))
+    """M: schedule indices at which stochastic edges leave a trunk, ascending; `auto`: those of the first half of the
+    schedule at which noise matters, by what probes measure as the run goes on."""
     branch_schedule: Literal["fixed", "slide", "draw"] = "fixed"
     """`fixed`: all of branch_steps, always; `slide`: all of them, moved on by 1 every `slide_every` iterations, as long
     as their edges fit, and from the start again; `draw`: one of them for each prompt, by its key."""
@@ -40,8 +58,10 @@ class SamplerConfig(Section):
     """Schedule indices at which a node among stochastic edges has `width` children in place of one."""
     width: int = Field(2, ge=1, le=64)
     """Children of a node at `splits`."""
-    strides: tuple[Step, ...] = (1, 2, 3)
-    """Λ: the granularities at which each branch is completed."""
+    strides: tuple[Step, ...] | Auto = (1, 2, 3)
+    """Λ: the granularities at which each branch is completed; `auto`: the cheapest one that agrees with the finest, by
+    what probes measure as the run goes on."""
+    auto: AutoConfig = AutoConfig()
     layout: Literal["paper", "authors"] = "paper"
     """How a stride walks to the image: as in the paper, or as in the authors' code."""
     untrained: tuple[Step, ...] = ()
@@ -51,6 +71,7 @@ class SamplerConfig(Section):
 
     @model_validator(mode="after")
     def _shape_is_one(self) -> "SamplerConfig":
+        self._check_auto()
         plan_tree(self.shape())  # raises for one that leads nowhere
         for branch_steps in self.placements():
             tree = plan_tree(self.shape(branch_steps))
@@ -66,29 +87,101 @@ class SamplerConfig(Section):
                 )
         return self
 
+    def _check_auto(self) -> None:
+        """Raise ValueError, in one line, where `auto` has nothing to choose from, or nothing to measure."""
+        for key in ("branch_steps", "strides"):
+            if getattr(self, key) == "auto" and self.kernel == "ode":
+                raise ValueError(f"{key}: auto given, but with kernel=ode no stochastic step is measured: give a list")
+        if self.branch_steps == "auto" and (self.branch_schedule != "fixed" or self.stochastic_edges > 1):
+            raise ValueError(
+                "branch_steps: auto given, which needs stochastic_edges=1 and branch_schedule=fixed; these are "
+                f"{self.stochastic_edges} and {self.branch_schedule}: give a list"
+            )
+        if self.strides == "auto" and len(self.all_strides) < 2:
+            raise ValueError(
+                f"strides: auto given, but no granularity up to auto.largest={self.auto.largest} is cheaper than the "
+                f"finest: stochastic edges reach index {self._reach} of {self.steps}, from where it is ODE; give [1]"
+            )
+
+    @property
+    def _reach(self) -> int:
+        """Schedule index where the longest completion starts."""
+        return min(self.all_branch_steps, default=0) + self.stochastic_edges * self.edge_length
+
+    @property
+    def all_strides(self) -> tuple[int, ...]:
+        """The granularities, or, of `auto`, those of the ladder that it chooses from."""
+        if self.strides == "auto":
+            return ladder(self._reach - 1, self.steps, self.auto.largest, self.layout)
+        return self.strides
+
+    @property
+    def all_branch_steps(self) -> tuple[int, ...]:
+        """The branch steps, or, of `auto`, those that it chooses from: the first half, as far as their edges fit."""
+        if self.branch_steps == "auto":
+            last = self.steps - self.edge_length - (self.kernel == "cps")
+            return tuple(range(max(1, min(self.steps // 2, last + 1))))
+        return self.branch_steps
+
+    @property
+    def is_auto(self) -> bool:
+        return "auto" in (self.strides, self.branch_steps)
+
+    @property
+    def dearest(self) -> Choice:
+        """Of what `auto` may choose: the finest granularity, from all steps."""
+        return Choice((1,) if self.strides == "auto" else self.all_strides, self.all_branch_steps)
+
+    @property
+    def cheapest(self) -> Choice:
+        """Of what `auto` may choose: the coarsest granularity, from the last step."""
+        steps = self.all_branch_steps
+        return Choice(self.first_choice.strides, steps[-1:] if self.branch_steps == "auto" else steps)
+
+    @property
+    def first_choice(self) -> Choice:
+        """Before anything is measured: the coarsest granularity, from all steps."""
+        return Choice(self.all_strides[-1:] if self.strides == "auto" else self.all_strides, self.all_branch_steps)
+
+    def probes(self, iteration: int, slot: int) -> bool:
+        """Whether a prompt of an iteration has all that `auto` chooses from."""
+        return self.is_auto and iteration % self.auto.every == 0 and slot < self.auto.prompts
+
+    def decided(self, choice: Choice | None, probing: bool = False) -> "SamplerConfig":
+        """The settings of a prompt, without `auto`. A probe trains only what it would if it were none."""
+        if not self.is_auto:
+            return self
+        choice = choice or self.first_choice
+        if not probing:
+            return self.model_copy(update={"strides": choice.strides, "branch_steps": choice.branch_steps})
+        more = set(self.all_branch_steps) - set(choice.branch_steps)
+        untrained = tuple(sorted({*self.untrained, *more}))
+        steps = {"branch_steps": self.all_branch_steps, "untrained": untrained}
+        return self.model_copy(update={"strides": self.all_strides, **steps})
+
     def placements(self) -> list[tuple[int, ...]]:
         """The branch steps that a prompt may have: of `slide` in order, of `draw` each as likely as the others."""
         if self.branch_schedule == "draw":
-            return [(step,) for step in self.branch_steps]
+            return [(step,) for step in self.all_branch_steps]
         if self.branch_schedule == "slide":
             last = self.steps - self.stochastic_edges * self.edge_length
             last -= self.kernel == "cps"  # it has no noise in a step that ends at the image
-            places = range(max(1, last - self.branch_steps[-1] + 1))
-            return [tuple(step + moved for step in self.branch_steps) for moved in places]
-        return [self.branch_steps]
+            places = range(max(1, last - self.all_branch_steps[-1] + 1))
+            return [tuple(step + moved for step in self.all_branch_steps) for moved in places]
+        return [self.all_branch_steps]
 
     def shape(self, branch_steps: tuple[int, ...] | None = None, anchors: bool = False) -> Shape:
         """The shape of one prompt's tree; `branch_steps`: where they move, those of the prompt."""
         return Shape(
             steps=self.steps,
             roots=self.roots,
-            branch_steps=self.branch_steps if branch_steps is None else branch_steps,
+            branch_steps=self.all_branch_steps if branch_steps is None else branch_steps,
             children=self.group_size,
             stochastic_edges=self.stochastic_edges,
             edge_length=self.edge_length,
             splits=self.splits,
             width=self.width,
-            strides=self.strides,
+            strides=self.all_strides,
             layout=self.layout,
             untrained=() if self.kernel == "ode" else self.untrained,  # no step is trained
             anchors=anchors,

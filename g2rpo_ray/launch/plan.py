@@ -1,9 +1,10 @@
 """The plan of a run in words: what it evaluates, in how many units, what it takes, and who keeps up with whom."""
 
 from pathlib import Path
+from typing import Literal
 
-from g2rpo_ray.algo import Tree
-from g2rpo_ray.config import Config
+from g2rpo_ray.algo import Choice, Tree
+from g2rpo_ray.config import Config, SamplerConfig
 from g2rpo_ray.files import resolve
 from g2rpo_ray.rollout.plan import BACKWARD, branch_part, branch_units, possible_trees
 from g2rpo_ray.types import TrunkUnit
@@ -27,8 +28,9 @@ def state_cost(config: Config) -> float:
 
 
 def describe_plan(config: Config) -> str:
-    """What an iteration evaluates, in how many units, and what it leaves in memory."""
-    trees, prompts, sampler = possible_trees(config), config.data.prompts_per_iteration, config.sampler
+    """What an iteration evaluates, in how many units, and what it leaves in memory; of `auto`, at its dearest."""
+    prompts, sampler = config.data.prompts_per_iteration, config.sampler
+    trees, probes = possible_trees(config, sampler.dearest), possible_trees(config, sampler.dearest, probing=True)
     cost = config.velocity_cost
     evaluations, states, images = (
         sum(counts) / len(trees)
@@ -39,17 +41,20 @@ def describe_plan(config: Config) -> str:
     trunk = TrunkUnit(0, 0, "")
     units = list(branch_units(config, trees[0], trunk))
     members = max(unit.members for unit in units)
-    largest = cost * max(branch_part(t, unit).evaluations for t in {*trees} for unit in branch_units(config, t, trunk))
+    parts = (branch_part(t, unit) for t in {*trees, *probes} for unit in branch_units(config, t, trunk))
+    largest = cost * max(part.evaluations for part in parts)
     about = "" if len({t.evaluations for t in trees}) == 1 else "about "
     an_iteration, updated = prompts * evaluations, prompts * states * state_cost(config)
     stored = prompts * images * config.model.height * config.model.width * 3
     ranks = config.rollout.max_actors * updated / an_iteration
+    steps, strides = _list(sampler, "branch_steps"), _list(sampler, "strides")
     return "\n".join(
         [
-            f"method:        {config.method}: {sampler.roots} roots, branch steps {_list(sampler.branch_steps)} "
+            f"method:        {config.method}: {sampler.roots} roots, branch steps {steps} "
             f"({sampler.branch_schedule}), {sampler.group_size} children, "
             f"{'no' if sampler.kernel == 'ode' else sampler.stochastic_edges} stochastic edges, "
-            f"granularities {_list(sampler.strides)}",
+            f"granularities {strides}",
+            *_auto(config),
             f"a prompt:      {about}{evaluations:g} velocity evaluations, {images:g} images to score, "
             f"{states:g} learner states" + (", with guidance, which counts twice" if cost > 1 else ""),
             f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
@@ -68,8 +73,30 @@ def describe_plan(config: Config) -> str:
     )
 
 
-def _list(numbers: tuple[int, ...]) -> str:
-    return "{" + ", ".join(map(str, numbers)) + "}"
+def _list(sampler: SamplerConfig, key: Literal["branch_steps", "strides"]) -> str:
+    numbers = "{" + ", ".join(map(str, getattr(sampler, f"all_{key}"))) + "}"
+    return f"auto of {numbers}" if getattr(sampler, key) == "auto" else numbers
+
+
+def _auto(config: Config) -> list[str]:
+    """The range of what `auto` may take, and its probes."""
+    sampler, auto = config.sampler, config.sampler.auto
+    if not sampler.is_auto:
+        return []
+
+    def evaluations(choice: Choice, probing: bool = False) -> float:
+        trees = possible_trees(config, choice, probing)
+        return config.velocity_cost * sum(tree.evaluations for tree in trees) / len(trees)
+
+    prompts, often = min(auto.prompts, config.data.prompts_per_iteration), -(-config.iterations // auto.every)
+    least, most = (evaluations(choice) for choice in (sampler.cheapest, sampler.dearest))
+    probe = evaluations(sampler.dearest, probing=True)
+    all_prompts = config.iterations * config.data.prompts_per_iteration
+    low, high = ((all_prompts - often * prompts) * each + often * prompts * probe for each in (least, most))
+    return [
+        f"auto:          a prompt takes {least:g} to {most:g} evaluations, and {probe:g} where it probes: {prompts} "
+        f"prompts each {auto.every} iterations; the run: {low:g} to {high:g}. Below: at its dearest, without probes"
+    ]
 
 
 def _devices(config: Config) -> list[str]:

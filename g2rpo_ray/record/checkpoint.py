@@ -29,6 +29,8 @@ class Checkpoint:
     iteration: int
     settings: dict[str, Any]
     """What it was made with."""
+    budget: dict[str, Any] | None = None
+    """What `auto` had chosen: see `g2rpo_ray.rollout.budget`."""
 
 
 def new_checkpoint(run: Folder, iteration: int) -> Folder:
@@ -41,7 +43,7 @@ def new_checkpoint(run: Folder, iteration: int) -> Folder:
 
 def finish_checkpoint(
     run: Folder, iteration: int, files: Mapping[str, str], keep: int, settings: Mapping[str, Any],
-    score: float | None = None,
+    score: float | None = None, budget: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Make the folder that was filled a checkpoint; all but the newest `keep` and the best go.
 
@@ -49,10 +51,12 @@ def finish_checkpoint(
         files: SHA-256 of every file, by name, as they were written.
         settings: what it was made with.
         score: the higher the better; None where nothing was evaluated.
+        budget: what `auto` has chosen.
     """
     checkpoints = run / "checkpoints"
     folder = checkpoints / f"{iteration:06d}"
-    write_state(folder, {"iteration": iteration, "score": score, "settings": settings, "files": dict(files)})
+    state = {"iteration": iteration, "score": score, "settings": settings, "budget": budget, "files": dict(files)}
+    write_state(folder, state)
     finished, best = mark_checkpoints(checkpoints, iteration)
     for name in set(finished[:-keep]) - {best}:
         (checkpoints / name).delete(STATE)
@@ -123,7 +127,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
         changed = [name for name, digest in state["files"].items() if found.get(name) != digest]
         if changed:
             raise ValueError(f"{changed[0]} is not as it was written")
-        return Checkpoint(folder, int(state["iteration"]), dict(state["settings"]))
+        return Checkpoint(folder, int(state["iteration"]), dict(state["settings"]), state.get("budget"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume: {folder} is not a readable checkpoint ({type(error).__name__}: {error}); name a folder "

@@ -36,22 +36,20 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
 
 def signals(rollout: Rollout, config: Config) -> dict[str, float]:
     """`signal/agreement/<λ>` and `signal/spread/<step>`: see `g2rpo_ray.algo.signal`."""
-    strides, group = config.sampler.strides, config.credit.group
-    finest = strides.index(min(strides))
+    group = config.credit.group
     weights = [reward.weight for reward in config.rewards.values()]
-    agreements: list[np.ndarray] = []
+    agreements: dict[int, list[float]] = {}
     by_step: dict[int, list[float]] = {}
     for prompt in rollout.prompts:
-        scores = torch.tensor(prompt.scores)
+        scores, strides = torch.tensor(prompt.scores), prompt.tree.strides
         if len(strides) > 1:
+            finest = strides.index(min(strides))
             found = agreement(prompt.tree, scores, group=group, finest=finest, reward_weights=weights)
-            agreements.append(found.numpy())
+            for stride, row in zip(strides, found, strict=True):
+                agreements.setdefault(stride, []).extend(row.tolist() if stride != min(strides) else [])
         for step, stds in spreads(prompt.tree, scores[0], group=group).items():
             by_step.setdefault(step, []).extend(stds)
-    named: dict[str, float] = {}
-    if agreements:
-        means = [mean_of_present(row) for row in np.concatenate(agreements, axis=1)]
-        named = {f"signal/agreement/{stride}": means[at] for at, stride in enumerate(strides) if at != finest}
+    named = {f"signal/agreement/{stride}": mean_of_present(np.array(row)) for stride, row in agreements.items() if row}
     return named | {f"signal/spread/{step}": float(np.mean(by_step[step])) for step in sorted(by_step)}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import Subtree, Tree, plan_tree, resolution_shift, shifted_sigmas
+from g2rpo_ray.algo import Choice, Subtree, Tree, plan_tree, resolution_shift, shifted_sigmas
 from g2rpo_ray.config import Config, SamplerConfig
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.types import BranchUnit, FloatArray, TrunkUnit
@@ -33,16 +33,20 @@ def sigma_grid(config: SamplerConfig, model: Schedule) -> Tensor:
     return shifted_sigmas(config.steps, shift)
 
 
-def prompt_tree(config: Config, iteration: int, slot: int, prompt: str) -> Tree:
-    """The tree of one prompt of an iteration: whoever asks gets the same."""
+def prompt_tree(config: Config, iteration: int, slot: int, prompt: str, choice: Choice | None = None) -> Tree:
+    """The tree of one prompt of an iteration: whoever asks gets the same. `choice`: the iteration's, of `auto`."""
     key = (config.seed, iteration, slot, prompt)
-    tree = plan_tree(config.sampler.shape(_branch_steps(config.sampler, iteration, key), config.evaluation.anchors))
-    return _with_drawn(tree, config.sampler.trained_share, key)
+    sampler = config.sampler.decided(choice, config.sampler.probes(iteration, slot))
+    tree = plan_tree(sampler.shape(_branch_steps(sampler, iteration, key), config.evaluation.anchors))
+    return _with_drawn(tree, sampler.trained_share, key)
 
 
-def possible_trees(config: Config) -> list[Tree]:
-    """The trees that a prompt of the run may have, each as likely as the others; one draw of trained steps for all."""
-    sampler = config.sampler
+def possible_trees(config: Config, choice: Choice | None = None, probing: bool = False) -> list[Tree]:
+    """The trees that a prompt of the run may have, each as likely as the others; one draw of trained steps for all.
+
+    Of `auto`, with one choice, that of the start if none is given, and of prompts that probe or that do not.
+    """
+    sampler = config.sampler.decided(choice, probing)
     placements = sampler.placements()
     if sampler.branch_schedule == "slide":
         placements = [_slid(sampler, iteration) for iteration in range(config.iterations)]
@@ -118,7 +122,8 @@ def branch_units(config: Config, tree: Tree, trunk: TrunkUnit) -> Iterator[Branc
     size = config.rollout.members_per_unit or of_step
     for step in sorted({subtree.branch_step for subtree in tree.subtrees}):
         for first in range(0, of_step, size):
-            yield BranchUnit(trunk.iteration, trunk.slot, trunk.prompt, step, first, min(size, of_step - first))
+            members = min(size, of_step - first)
+            yield BranchUnit(trunk.iteration, trunk.slot, trunk.prompt, step, first, members, trunk.choice)
 
 
 @dataclass(frozen=True, slots=True)

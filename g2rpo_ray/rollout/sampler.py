@@ -102,7 +102,7 @@ class Sampler:
             return integrate(velocity, x, sigmas[adapted:])
 
     def _tree(self, unit: TrunkUnit | BranchUnit) -> Tree:
-        return prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt)
+        return prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt, unit.choice)
 
     def _initial(self, *key: int | str) -> Tensor:
         return self._model.initial_noise(generator(*key)).to(self._device)
