@@ -247,11 +247,12 @@ def test_a_retry_goes_on_from_a_volume():
 
 
 @pytest.fixture
-def settings(tmp_path) -> Callable[[str], Config]:
-    """The settings of an overlay, as the driver would read them in the image."""
+def settings(tmp_path) -> Callable[..., Config]:
+    """The settings of an overlay, as the driver would read them in the image; of another configuration if it is named."""
 
-    def load(name: str) -> Config:
+    def load(name: str, extended: str = "flux_hps") -> Config:
         text = only(overlay(name), "ConfigMap")["data"]["settings.yaml"].replace(IN_IMAGE, str(ROOT))
+        text = text.replace("configs/flux_hps.yaml\n", f"configs/{extended}.yaml\n")
         (tmp_path / "settings.yaml").write_text(text)
         return load_config(str(tmp_path / "settings.yaml"))
 
@@ -321,9 +322,23 @@ def test_actors_can_be_placed_on_their_group_and_nowhere_else(name, settings):
     assert types["headgroup"]["resources"]["CPU"] == 0
 
 
+OF_HPSV2 = ("flux2_klein_g2rpo", "qwen_image_g2rpo", "sd3_flow_grpo", "sd3_g2rpo", "z_image_g2rpo")
+
+
+@pytest.mark.parametrize("extended", OF_HPSV2)
+@pytest.mark.parametrize("name", ["gpu-20", "one-node-8gpu"])
+def test_an_overlay_places_every_configuration_with_hpsv2(name, extended, settings):
+    assert settings(name, extended).name == extended
+    everything_finds_room(settings(name, extended), name)
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_all_that_the_settings_ask_for_finds_room(name, settings):
-    config, job = settings(name), ray_manifest(name)
+    everything_finds_room(settings(name), name)
+
+
+def everything_finds_room(config: Config, name: str) -> None:
+    job = ray_manifest(name)
     cluster = cluster_of(job)
     types = node_types(cluster)
     most = {name: group["maxReplicas"] for name, group in groups(cluster).items()}
