@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0  # for nodes that are about to go
 # for a head that restarts; at the end of its own limit Ray ends the process, without a word
 HEAD_S = 0.75 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 Ray's name
+FREE_S = 60.0  # after which the name of a control actor that died is free
 NAMESPACE = "g2rpo_ray"
 
 
@@ -46,11 +47,13 @@ def control_name(run: str) -> str:
 
 
 async def follow_requests(run: str, pools: Mapping[str, Pool], say: Callable[[str], None]) -> None:
-    """Resize the pools as asked, for as long as the run goes on; a control actor that died is replaced."""
+    """Resize the pools as asked, for as long as the run goes on; a control actor that died is replaced.
+
+    Raises:
+        ValueError: another run of this name is on the cluster.
+    """
     while True:
-        sizes = {name: pool.size for name, pool in pools.items()}
-        options = {"name": control_name(run), "namespace": NAMESPACE}
-        control = Control.options(**options).remote(sizes)  # type: ignore[attr-defined]
+        control = await _control(run, pools)
         try:
             while True:
                 name, size = await control.next.remote()
@@ -62,6 +65,20 @@ async def follow_requests(run: str, pools: Mapping[str, Pool], say: Callable[[st
             await asyncio.sleep(LOOK_EVERY_S)
         finally:
             ray.kill(control)
+
+
+async def _control(run: str, pools: Mapping[str, Pool]) -> ray.actor.ActorHandle:
+    """A new control actor. The one before may have the name still: a head learns late of a node that went with it."""
+    options = {"name": control_name(run), "namespace": NAMESPACE}
+    until = time.monotonic() + FREE_S
+    while True:
+        sizes = {name: pool.size for name, pool in pools.items()}
+        try:  # in a thread: a named actor waits for the head's answer
+            return await in_thread(lambda: Control.options(**options).remote(sizes))  # type: ignore[attr-defined] # noqa: B023
+        except ray.exceptions.ActorAlreadyExistsError:
+            if time.monotonic() > until:
+                raise ValueError(f"name: a run called {run!r} works on this cluster; give this one another") from None
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def follow_lease(lease: Lease) -> None:

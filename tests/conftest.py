@@ -1,18 +1,16 @@
 import functools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from pyarrow import fs
 
-from tests.runs import finish, kill_all, lora, run, start, wait_for
+from tests.runs import finish, free_port, kill_all, listens, lora, run, start, wait_for
 
 
 def pytest_configure():
@@ -69,9 +67,7 @@ def long_reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bucket():
     """The URI of an empty bucket on a moto server, which speaks S3."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -80,18 +76,9 @@ def bucket():
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings.items():
             patch.setenv(key, value)
-        wait_for(server, lambda: answers(port))
+        wait_for(server, lambda: listens(port))
         query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
         server_itself, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
         server_itself.create_dir("bucket")
         yield f"s3://bucket/runs?{query}"
         kill_all(server)
-
-
-def answers(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        time.sleep(0.2)
-        return False
-    return True

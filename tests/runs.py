@@ -1,6 +1,9 @@
 """Real runs of the command line, small: the quickstart's model, a few iterations of two prompts."""
 
+import itertools
+import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +36,8 @@ SMALL = {
     "data.embeddings": EMBEDDINGS.name,
 }
 PATIENCE = 240  # seconds, for two slow and busy cores
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gives away, and no other worker's
 
 
 def command(output: Path, name: str, *arguments: str, **settings) -> list[str]:
@@ -51,6 +56,23 @@ def head_command(port: int, *options: str) -> list[str]:
     ]
     workers = ["--min-worker-port=0", "--max-worker-port=0"]
     return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *ports, *workers, *options]
+
+
+def free_port() -> int:
+    """A port that nothing takes before its user does."""
+    for port in PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
+
+
+def listens(port: int, address: str = "127.0.0.1") -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def start(output: Path, name: str, *arguments: str, **settings) -> subprocess.Popen:

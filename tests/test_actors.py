@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -241,13 +242,18 @@ class Owner:
     def put(self, value):
         return [ray.put(value)]
 
+    def pid(self):
+        return os.getpid()
+
 
 def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score():
     """What made the object can make it again: nobody must count its scores as missing."""
     owner, subject = Owner.remote(), scorer()
     (images,) = ray.get(owner.put.remote(IMAGES))
+    pid = ray.get(owner.pid.remote())
     ray.kill(owner)
-    time.sleep(1)
+    while psutil.pid_exists(pid):
+        time.sleep(0.05)
     with pytest.raises(ray.exceptions.RayError) as lost:
         use(subject.pool, lambda: subject.score(images, 10, "x"))
     assert is_lost_object(lost.value)

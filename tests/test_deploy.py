@@ -248,7 +248,7 @@ def test_a_retry_goes_on_from_a_volume():
 
 @pytest.fixture
 def settings(tmp_path) -> Callable[..., Config]:
-    """The settings of an overlay, as the driver would read them in the image; of another configuration if it is named."""
+    """The settings of an overlay, as the driver would read them in the image; of another configuration if named."""
 
     def load(name: str, extended: str = "flux_hps") -> Config:
         text = only(overlay(name), "ConfigMap")["data"]["settings.yaml"].replace(IN_IMAGE, str(ROOT))

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from g2rpo_ray.models.estimate import rollout_memory
 from g2rpo_ray.rollout.plan import possible_trees, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import PromptEmbedding, SampleUnit, TrunkUnit
-from tests.runs import head_command, kill_all, lora, metrics, run, same_lora, wait_for
+from tests.runs import head_command, kill_all, listens, lora, metrics, run, same_lora, wait_for
 from tests.tiny_models import write_tiny
 
 PROMPTS = ["a red cat", "two blue dogs on a very long green sofa", "7"]
@@ -365,15 +364,10 @@ def address() -> Iterator[str]:
         command = head_command(PORT, *options)
         head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            wait_for(head, listening)
+            wait_for(head, lambda: listens(PORT))
             yield f"127.0.0.1:{PORT}"
         finally:
             kill_all(head)
-
-
-def listening() -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", PORT)) == 0
 
 
 @pytest.mark.cluster

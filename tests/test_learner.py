@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, sigma_grid, trunk_part
 from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, StoredTensor, Trunk, TrunkUnit
 from learner.batch import BatchShape, reduce_metrics, spread
+from tests.runs import free_port
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
 STAGES, SCHEDULES, WORLDS = (1, 2, 3), ("per_step", "accumulate"), (1, 2)
@@ -391,9 +391,7 @@ def work(rank, ranks, port, jobs, directory):
 def run_jobs(ranks, jobs, directory):
     """Rank 0's results, once it is sure that all ranks end with the same bits."""
     directory.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=work, args=(rank, ranks, port, jobs, directory)) for rank in range(ranks)]
     for process in processes:

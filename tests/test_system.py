@@ -20,6 +20,7 @@ from tests.runs import (
     head_command,
     kill_all,
     kill_at_work,
+    listens,
     lora,
     metrics,
     recovery,
@@ -162,11 +163,3 @@ def takes_jobs(ray, dashboard, environment):
     """The dashboard answers before it has an agent to run a job."""
     probe = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--", "true"]
     return not subprocess.run(probe, env=environment, capture_output=True, timeout=PATIENCE, check=False).returncode
-
-
-def listens(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
