@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from g2rpo_ray.config import LoraConfig, ModelConfig
 from g2rpo_ray.models import FlowModel, add_lora
-from g2rpo_ray.models.estimate import one_velocity, peak_bytes
+from g2rpo_ray.models.estimate import one_velocity, operations, peak_bytes
 from g2rpo_ray.models.flux import Model as FluxModel
 from g2rpo_ray.models.pipeline import Description
 
@@ -38,22 +38,19 @@ def flux_vae() -> Any:
     )  # fmt: skip
 
 
-def operations(model: FlowModel, n: int) -> tuple[float, int]:
-    """Floating-point operations of one evaluation of n latents (PyTorch counts), and the peak of its tensors."""
+def counted(model: FlowModel, n: int) -> tuple[float, int]:
+    """Operations of one evaluation of n latents, and the peak of its tensors."""
     with torch.device("meta"), torch.inference_mode():
-        velocity = one_velocity(model, n)
-        with FlopCounterMode(display=False) as counter:
-            velocity()
-        return float(counter.get_total_flops()), peak_bytes(velocity)
+        return operations(model, n), peak_bytes(one_velocity(model, n))
 
 
 def count_flux() -> list[Row]:
     model = flux_model(ModelConfig(path="", dtype="bfloat16", height=720, width=720), "meta")
     weights = 2 * sum(parameter.numel() for parameter in model.transformer.parameters())
-    rows = [_counted(f"velocity, batch {n}", *operations(model, n), weights) for n in (1, 12)]
+    rows = [_counted(f"velocity, batch {n}", *counted(model, n), weights) for n in (1, 12)]
     add_lora(model.transformer, LoraConfig(), 0)
     lora = weights + sum(4 * p.numel() for p in model.transformer.parameters() if p.requires_grad)
-    rows.append(_counted("velocity, batch 12, LoRA 64", *operations(model, 12), lora))
+    rows.append(_counted("velocity, batch 12, LoRA 64", *counted(model, 12), lora))
     with torch.inference_mode(), torch.device("meta"):
         latent = torch.empty(1, *model.latent_shape)
         with FlopCounterMode(display=False) as counter:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from common import Row, alternate, median, parser, report
-from flux_shape import count_flux, flux_model, operations
+from flux_shape import count_flux, flux_model
 
 import torch  # isort: skip  # common makes the packages importable
 from peft.tuners.lora import Linear as LoraLinear
@@ -22,6 +22,7 @@ from torch import Tensor
 from g2rpo_ray.algo import Velocity, completion_path, grow, ode_step, transition
 from g2rpo_ray.config import Config, SamplerConfig, load_config
 from g2rpo_ray.models import FlowModel, lora_disabled, one_prompt
+from g2rpo_ray.models.estimate import operations
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
@@ -284,7 +285,7 @@ def _warm_up(bench: Bench, given: Any) -> None:
 def _flops(bench: Bench, flux: bool) -> float:
     """Of one evaluation, without the LoRA."""
     settings = bench.config.model
-    return operations(flux_model(settings, "meta") if flux else FlowModel.skeleton(settings), 1)[0]
+    return operations(flux_model(settings, "meta") if flux else FlowModel.skeleton(settings), 1)
 
 
 if __name__ == "__main__":

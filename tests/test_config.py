@@ -15,6 +15,8 @@ from g2rpo_ray.config.schema import CreditConfig, EvaluationConfig
 from g2rpo_ray.config.section import Section
 from g2rpo_ray.launch.preflight import check_files
 from g2rpo_ray.methods import method_names, preset
+from g2rpo_ray.study.plan import Plan
+from g2rpo_ray.study.schema import read_study
 
 
 def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the_same():
@@ -32,19 +34,20 @@ def test_every_configuration_passes_the_check_of_its_files(path):
 
 
 def test_the_paper_s_rows_differ_in_rewards_and_granularities_alone():
-    base = load_config("configs/flux_hps.yaml").model_dump()
+    plan, base = Plan(*read_study("flux_table")), load_config("configs/flux_hps.yaml").model_dump()
     strides = {}
-    for path in Path("configs").glob("flux_hps*.yaml"):
-        config = load_config(str(path)).model_dump()
-        strides[path.stem] = (tuple(config["rewards"]), config["sampler"]["strides"])
-        for section in ("method", "model", "lora", "credit", "learner", "data", "evaluation"):
-            assert config[section] == base[section]
-        assert config["sampler"] | {"strides": base["sampler"]["strides"]} == base["sampler"]
-    both = ("hpsv2", "clip")
+    for table, has in plan.study.tables.items():
+        for variant in (name for name in has.variants if name.startswith("G²RPO")):
+            config = plan.config(table, variant).model_dump()
+            strides[table, variant] = (tuple(sorted(config["rewards"])), config["sampler"]["strides"])
+            for section in ("method", "model", "lora", "credit"):
+                assert config[section] == base[section]
+            assert config["sampler"] | {"strides": base["sampler"]["strides"]} == base["sampler"]
+            assert config["learner"] | {"ranks": base["learner"]["ranks"]} == base["learner"]
     assert strides == {
-        f"flux_hps{clip}{row}": (both if clip else ("hpsv2",), granularities)
-        for clip in ("", "_clip")
-        for row, granularities in {"": (1, 2, 3), "_1": (1,), "_1_2": (1, 2), "_1_3": (1, 3)}.items()
+        (table, f"G²RPO {{{','.join(map(str, row))}}}"): (rewards, row)
+        for table, rewards in {"hps": ("hpsv2",), "hps_clip": ("clip", "hpsv2")}.items()
+        for row in ((1,), (1, 2), (1, 3), (1, 2, 3))
     }
 
 

@@ -215,7 +215,7 @@ def test_metrics_of_an_iteration_by_hand():
     assert (metrics["perf/evaluations_per_s"], metrics["perf/images_per_s"]) == (25, 0.75)
     assert metrics["perf/rollout_utilisation"] == utilisation(whole.reports, 4.0) == 5 / (2 * 4)
     alone = made([prompt_rollout(plan_tree(Shape(6, children=3)), [[1, 2, 3]])], {})
-    assert signals(alone, one_granularity()) == {"signal/spread/0": 1.0}  # nothing to agree with
+    assert signals(alone.prompts, one_granularity()) == {"signal/spread/0": 1.0}  # nothing to agree with
 
 
 def test_a_run_in_two_sittings_leaves_one_whole_record(tmp_path):

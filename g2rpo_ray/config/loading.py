@@ -4,13 +4,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from g2rpo_ray.config.schema import Config, RewardConfig
+from g2rpo_ray.config.schema import Config
 from g2rpo_ray.config.text import MOST_BYTES, read_yaml
 from g2rpo_ray.files import EMBEDDED, resolve
 from g2rpo_ray.methods import DEFAULT_METHOD, preset
@@ -42,7 +42,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(refusal(error, Config)) from None
 
 
 def _locate(name: str) -> str:
@@ -125,7 +125,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {key}: {shown(text)} is not a YAML value: {one_line(error, 100)}") from None
 
 
-def _one_line(error: ValidationError) -> str:
+def refusal(error: ValidationError, model: type[BaseModel]) -> str:
+    """What a model's validation found wrong, in one line."""
     first, *others = error.errors()
     location = _location(first)
     members = [other for other in others if _location(other) == location]  # of a union: what else may be given
@@ -134,9 +135,10 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "value_error":  # our own validators name the key themselves
         line = ".".join([*location, first["msg"].removeprefix("Value error, ")])
     elif first["type"] == "extra_forbidden":
-        line = f"{'.'.join(location)}: unknown key; {_allowed(location)}"
+        line = f"{'.'.join(location)}: unknown key; {_allowed(location, model)}"
     elif first["type"] == "missing":
-        line = f"{'.'.join(location)}: missing; add it to the file or give --set {'.'.join(location)}=..."
+        line = f"{'.'.join(location)}: missing; add it to the file"
+        line += f" or give --set {'.'.join(location)}=..." if model is Config else ""
     else:
         line = f"{'.'.join(location)}: {shown(first['input'])} given; {message}"
     return line + (f" (and {len(others)} more)" if others else "")
@@ -150,11 +152,12 @@ def _message(error: ErrorDetails) -> str:
     return error["msg"][0].lower() + error["msg"][1:]
 
 
-def _allowed(location: list[str]) -> str:
-    section: Any = Config
+def _allowed(location: list[str], model: type[BaseModel]) -> str:
+    section: Any = model
     for part in location[:-1]:
-        section = RewardConfig if section is dict else section.model_fields[part].annotation
-        section = dict if part in ("rewards", "eval_rewards") else section
+        kind = get_args(section)[1] if get_origin(section) is dict else section.model_fields[part].annotation
+        models = [one for one in get_args(kind) if isinstance(one, type) and issubclass(one, BaseModel)]
+        section = models[0] if models and get_origin(kind) is not dict else kind  # of `Section | None`
     keys = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], keys, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}"

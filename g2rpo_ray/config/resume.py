@@ -44,12 +44,17 @@ def settings(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     """The settings that count and are not the same, by their dotted keys."""
-    return {key: (old, new) for key, old, new in _differences(before, now) if not _any(key, FREE)}
+    return {key: (old, new) for key, old, new in _differences(before, now) if counts(key)}
+
+
+def counts(key: str) -> bool:
+    """Whether a setting, by its dotted key, can change a bit of a result."""
+    return not matches(key, FREE)
 
 
 def judged_alike(changed: Differences) -> bool:
     """Whether held-out scores from before these changes can be compared with those since."""
-    return all(_any(key, TRAINING) and key not in SAMPLING for key in changed)
+    return all(matches(key, TRAINING) and key not in SAMPLING for key in changed)
 
 
 def describe(changed: Differences) -> str:
@@ -66,5 +71,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], above: str =
             yield key, old, new
 
 
-def _any(key: str, patterns: Sequence[str]) -> bool:
+def matches(key: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted key is among the patterns, such as TRAINING."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)

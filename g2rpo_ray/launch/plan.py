@@ -1,13 +1,17 @@
 """The plan of a run in words: what it evaluates, in how many units, what it takes, and who keeps up with whom."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from g2rpo_ray.algo import Choice, Tree
 from g2rpo_ray.config import Config, SamplerConfig
+from g2rpo_ray.data import iteration_prompts
 from g2rpo_ray.files import resolve
-from g2rpo_ray.rollout.plan import BACKWARD, branch_part, branch_units, possible_trees
+from g2rpo_ray.rollout.plan import BACKWARD, branch_part, branch_units, possible_trees, prompt_tree
 from g2rpo_ray.types import TrunkUnit
+
+MOST_ITERATIONS = 1_000_000
 
 
 def learner_states(config: Config, tree: Tree) -> int:
@@ -25,6 +29,31 @@ def state_cost(config: Config) -> float:
         old = 1.0
     others = (learner.kl_beta > 0) + (learner.old_kl > 0) + old
     return config.velocity_cost * (BACKWARD + learner.gradient_checkpointing + others)
+
+
+def iteration_cost(config: Config, train: Sequence[str], iteration: int, choice: Choice | None = None) -> float:
+    """What an iteration will cost: evaluations of rollouts, and what the states of the learner count in these.
+
+    Of `auto` with this choice; None: the dearest. Of all others exactly.
+    """
+    sampler, size = config.sampler, config.data.prompts_per_iteration
+    drawn: Sequence[str] = [""] * size  # whose trees do not depend on the prompt
+    if sampler.branch_schedule == "draw" or sampler.trained_share < 1:
+        drawn = iteration_prompts(train, size, config.seed, iteration)
+    chosen = choice or sampler.dearest
+    trees = [prompt_tree(config, iteration, slot, prompt, chosen) for slot, prompt in enumerate(drawn)]
+    return sum(config.velocity_cost * t.evaluations + state_cost(config) * learner_states(config, t) for t in trees)
+
+
+def affordable(
+    config: Config, train: Sequence[str], budget: float, first: int = 0, choice: Choice | None = None
+) -> int:
+    """How many iterations, from the first, a budget has; see `iteration_cost`."""
+    for iteration in range(first, MOST_ITERATIONS):
+        budget -= iteration_cost(config, train, iteration, choice)
+        if budget < 0:
+            return iteration - first
+    return MOST_ITERATIONS - first
 
 
 def describe_plan(config: Config) -> str:

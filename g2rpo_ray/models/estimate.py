@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from g2rpo_ray.config import Config
 from g2rpo_ray.models.base import FlowModel
@@ -108,6 +109,15 @@ def one_velocity(model: FlowModel, n: int, guided: bool = False) -> Callable[[],
     embedding = model.random_embedding("", torch.Generator())
     conditioning = model.condition([embedding], embedding if guided else None)
     return lambda: model.velocity(x, sigma, conditioning)
+
+
+def operations(model: FlowModel, n: int) -> float:
+    """Floating-point operations of one evaluation of n latents, as PyTorch counts them, without a device."""
+    with torch.device("meta"), torch.inference_mode():
+        velocity = one_velocity(model, n)
+        with FlopCounterMode(display=False) as counter:
+            velocity()
+    return float(counter.get_total_flops())
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

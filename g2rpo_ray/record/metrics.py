@@ -9,7 +9,7 @@ from g2rpo_ray.algo import ANCHOR, agreement, spreads
 from g2rpo_ray.config import Config
 from g2rpo_ray.launch.plan import learner_states
 from g2rpo_ray.record.tracking import Metrics
-from g2rpo_ray.types import FloatArray, Rollout, UnitReport
+from g2rpo_ray.types import FloatArray, PromptRollout, Rollout, UnitReport
 
 
 def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
@@ -31,16 +31,16 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
         metrics[f"reward/{name}/std"] = float(np.nanstd(scores[place]))
     for name, of_anchors in rollout.anchor_scores.items():
         metrics[f"eval/{name}/mean"] = mean_of_present(of_anchors)
-    return metrics | signals(rollout, config)
+    return metrics | signals(rollout.prompts, config)
 
 
-def signals(rollout: Rollout, config: Config) -> dict[str, float]:
+def signals(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float]:
     """`signal/agreement/<λ>` and `signal/spread/<step>`: see `g2rpo_ray.algo.signal`."""
     group = config.credit.group
     weights = [reward.weight for reward in config.rewards.values()]
     agreements: dict[int, list[float]] = {}
     by_step: dict[int, list[float]] = {}
-    for prompt in rollout.prompts:
+    for prompt in prompts:
         scores, strides = torch.tensor(prompt.scores), prompt.tree.strides
         if len(strides) > 1:
             finest = strides.index(min(strides))

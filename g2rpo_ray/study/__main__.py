@@ -1,0 +1,121 @@
+"""Runs a study: `python -m g2rpo_ray.study STUDY.yaml`. Interrupted, the same command goes on from the record."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from g2rpo_ray.launch.command import FAILED, INTERRUPTED, INVALID
+from g2rpo_ray.record.storage import replace_text
+from g2rpo_ray.record.tracking import to_json
+from g2rpo_ray.study.check import describe
+from g2rpo_ray.study.figures import curves, pictures
+from g2rpo_ray.study.plan import Case, Plan
+from g2rpo_ray.study.record import Line, Record
+from g2rpo_ray.study.rows import Results
+from g2rpo_ray.study.runner import doing, workers
+from g2rpo_ray.study.schema import read_study
+from g2rpo_ray.study.tables import to_csv, to_json_table, to_markdown
+from g2rpo_ray.words import one_line
+
+
+def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
+    """What can be done at the same time, table by table: the base and the grids, then all variants, seed by seed."""
+    for table, has in plan.study.tables.items():
+        yield [plan.base(table), *(case for variant in has.variants for case in plan.tuning(table, variant))]
+        rates = {variant: results.rate(table, variant) for variant in has.variants}
+        runs = [plan.runs(table, variant, rate[0]) for variant, rate in rates.items() if rate]
+        yield [case for of_seed in zip(*runs, strict=True) for case in of_seed]
+
+
+def run(plan: Plan, record: Record, jobs: int, address: str | None) -> None:
+    """Do all runs that the record lacks; after each wave the tables are written anew."""
+    do = doing(plan.study.runner, record.folder, address, plan.study.looks)
+    with workers(plan.study.runner, jobs) as pool:
+        for wave in waves(plan, Results(plan, record.lines)):
+            missing = {case.key: case for case in wave if case.key not in record.lines}
+            with tqdm(total=len(missing), unit="run", desc=plan.study.name, disable=None if missing else True) as bar:
+                for case, lines in _each(pool, do, list(missing.values())):
+                    for line in lines:
+                        if line["key"] not in record.lines:
+                            record.add(line)
+                    bar.update()
+                    bar.write(f"done: {case.words}" + "".join(f": {one['failed']}" for one in lines if "failed" in one))
+            if missing:
+                write(plan, record)
+
+
+def _each(pool: Executor, do: Callable[[Case], list[Line]], cases: Sequence[Case]) -> Iterator[tuple[Case, list[Line]]]:
+    """What is done, as it comes."""
+    going = {pool.submit(do, case): case for case in cases}
+    for future in as_completed(going):
+        yield going[future], future.result()
+
+
+def write(plan: Plan, record: Record) -> str:
+    """Write tables, curves and pictures from the record; the Markdown."""
+    results = Results(plan, record.lines)
+    rows = list(results.rows())
+    markdown = to_markdown(results, rows)
+    record.folder.mkdir(parents=True, exist_ok=True)
+    replace_text(record.folder / "table.md", markdown)
+    replace_text(record.folder / "table.csv", to_csv(rows))
+    replace_text(record.folder / "table.json", to_json(to_json_table(results, rows), indent=1) + "\n")
+    curves(results, record.folder)
+    pictures(plan, results, record)
+    return markdown
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m g2rpo_ray.study",
+        description="Compare methods at equal cost: variants × seeds, tables with intervals, curves.",
+        epilog="example: python -m g2rpo_ray.study configs/studies/paper.yaml --jobs 2",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study's YAML file, or the name of a packaged one")
+    parser.add_argument("--output", metavar="DIR", help="record, tables, figures; default: studies/<name>")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of all runs")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as there are cores; on Ray, 1")
+    parser.add_argument("--address", metavar="RAY", help="Ray cluster, for `runner: ray`; default: RAY_ADDRESS")
+    parser.add_argument("--table", action="store_true", help="write tables and figures from the record, run nothing")
+    parser.add_argument("--check", action="store_true", help="check all variants, print what they cost, end")
+    parser.add_argument("--tflops", type=float, help="with --check: TFLOP/s of a device, to tell the hours of one")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
+    options = make_parser().parse_args(arguments)
+    try:
+        study, file = read_study(options.study)
+        plan = Plan(study, file, options.set)
+        record = Record(Path(options.output or f"studies/{study.name}"))
+        jobs = options.jobs or (1 if study.runner == "ray" else len(os.sched_getaffinity(0)))
+        if not 1 <= jobs <= 1000:
+            raise ValueError(f"--jobs: {jobs} given; must be from 1 to 1000")
+        if options.check:
+            print(describe(plan, record.lines, options.tflops))
+            return 0
+        if not options.table:
+            run(plan, record, jobs, options.address)
+        print(write(plan, record))
+    except ValueError as error:
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        return INVALID
+    except KeyboardInterrupt:
+        print("stopped: what is finished is in the record, and the same command goes on from there")
+        return INTERRUPTED
+    except (RuntimeError, OSError, BrokenExecutor) as error:
+        print(f"error: {one_line(error, 500)}; the same command goes on from the record", file=sys.stderr)
+        return FAILED
+    print(f"written to {record.folder}: table.md, table.csv, table.json, curves and pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The runs of a study: their configurations, the iterations that the budget has for them, the keys of the record."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from g2rpo_ray.config import Config, load_config
+from g2rpo_ray.config.resume import SAMPLING, TRAINING, counts, matches, settings
+from g2rpo_ray.data import Prompts
+from g2rpo_ray.files import EMBEDDED, resolve
+from g2rpo_ray.launch.plan import affordable, iteration_cost
+from g2rpo_ray.launch.preflight import read_run_prompts
+from g2rpo_ray.study.schema import BASE, Settings, Study, flat, overrides
+
+RATE = "learner.lr"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run that the record has or lacks."""
+
+    kind: Literal["base", "tuning", "run"]
+    table: str
+    variant: str
+    config: Config  # with the iterations that the budget has for it
+    budget: float
+    key: str
+    base: str  # key of the base that it is compared with
+    shown: bool = False  # whether pictures of it are kept
+
+    @property
+    def words(self) -> str:
+        if self.kind == "base":
+            return f"{self.table}: base"
+        return f"{self.table}: {self.variant}, seed {self.config.seed}, lr {self.config.learner.lr:g}"
+
+    def of_base(self) -> "Case":
+        """The judgement of the model without adapter that this run is compared with."""
+        return Case("base", self.table, BASE, self.config, 0, self.base, self.base, shown=True)
+
+
+class Plan:
+    """A study's file with the configurations of all variants, each read once."""
+
+    def __init__(self, study: Study, file: Path, given: Sequence[str] = ()):
+        """`given`: `section.key=value` for all runs.
+
+        Raises:
+            ValueError: one line that names the variant.
+        """
+        self.study, self._file, self._given = study, file, given
+        self._configs = {
+            (table, variant): self._load(table, variant) for table, t in study.tables.items() for variant in t.variants
+        }
+        self._prompts: dict[tuple[str, str], Prompts] = {}
+        self._iterations: dict[tuple[str, str, int, float], int] = {}
+
+    def _load(self, table: str, variant: str) -> Config:
+        study, beside = self.study, self._file.parent / resolve(self.study.config)
+        try:
+            config = load_config(str(beside) if beside.is_file() else study.config,
+                                 [*overrides(*self._layers(table, variant)), *self._given])  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"tables.{table}.variants.{variant}: {error}") from None
+        output = f"{config.output}/{study.name}"
+        data = config.data.model_copy(update={"embeddings": config.data.embeddings or f"{output}/embeddings"})
+        return config.model_copy(update={"output": output, "data": data})
+
+    def _layers(self, table: str, variant: str) -> list[Settings]:
+        of_table = self.study.tables[table]
+        return [self.study.set, of_table.set, of_table.variants[variant]]
+
+    def config(self, table: str, variant: str) -> Config:
+        return self._configs[table, variant]
+
+    def trained(self, table: str) -> list[str]:
+        """Names of the rewards that the table's variants train on."""
+        return list(self._first(table).rewards)
+
+    def rewards(self, table: str) -> list[str]:
+        return list(self._first(table).all_rewards)
+
+    def _first(self, table: str) -> Config:
+        return self._configs[table, next(iter(self.study.tables[table].variants))]
+
+    def base(self, table: str) -> Case:
+        """The judgement of the model without adapter."""
+        config = self._first(table)
+        key = self._key(config, self.prompts(table, next(iter(self.study.tables[table].variants))), 0, trained=False)
+        return Case("base", table, BASE, config, 0, key, key, shown=True)
+
+    def tuning(self, table: str, variant: str) -> list[Case]:
+        """Runs of the grid; none where the learning rate is given, or is another variant's."""
+        tuning = self.study.tuning
+        if not tuning or self.study.tables[table].tuned_as or self._has_rate(table, variant):
+            return []
+        budget = tuning.share * self.study.budget
+        return [self._case("tuning", table, variant, tuning.seed, budget, lr) for lr in tuning.lr]
+
+    def runs(self, table: str, variant: str, lr: float | None) -> list[Case]:
+        """A run for each seed; `lr`: as it was tuned."""
+        seeds = self.study.tables[table].seeds
+        return [self._case("run", table, variant, seed, self.study.budget, lr) for seed in seeds]
+
+    def tuned_as(self, table: str, variant: str) -> tuple[str, str] | None:
+        """The table and variant whose tuning decides the learning rate; None: it is given."""
+        name = self.study.tables[table].tuned_as
+        if not self.study.tuning or self._has_rate(table, variant):
+            return None
+        if name is None:
+            return table, variant
+        return next((key, name) for key, other in self.study.tables.items()
+                    if key != table and name in other.variants and not other.tuned_as)  # fmt: skip
+
+    def _has_rate(self, table: str, variant: str) -> bool:
+        given = [key for layer in self._layers(table, variant) for key, _ in flat(layer)]
+        return RATE in given or any(setting.startswith(f"{RATE}=") for setting in self._given)
+
+    def _case(self, kind: Any, table: str, variant: str, seed: int, budget: float, lr: float | None) -> Case:
+        config = self._configs[table, variant]
+        learner = config.learner if lr is None else config.learner.model_copy(update={"lr": lr})
+        config = config.model_copy(update={"seed": seed, "learner": learner})
+        place = (table, variant, seed, budget)
+        if place not in self._iterations:
+            self._iterations[place] = self._count(config, table, variant, budget)
+        iterations = self._iterations[place]
+        judged = config.evaluation.model_copy(update={"every": math.ceil(iterations / self.study.looks)})
+        key = self._key(config, self.prompts(table, variant), budget)
+        config = config.model_copy(update={"iterations": iterations, "evaluation": judged, "name": key})
+        shown = kind == "run" and seed == self.study.tables[table].seeds[0]
+        return Case(kind, table, variant, config, budget, key, self.base(table).key, shown)
+
+    def _count(self, config: Config, table: str, variant: str, budget: float) -> int:
+        """As many as the budget has; of `auto`, at most."""
+        train, cheapest = self.prompts(table, variant).train, config.sampler.cheapest
+        if not affordable(config, train, budget):
+            cost = iteration_cost(config, train, 0)
+            raise ValueError(f"budget: {budget:g} are for a run of {table}, {variant}, but an iteration costs {cost:g}")
+        return affordable(config, train, budget, choice=cheapest)
+
+    def shown(self, table: str) -> tuple[str, ...]:
+        """The held-out prompts whose pictures are kept."""
+        first = next(iter(self.study.tables[table].variants))
+        return self.prompts(table, first).heldout[: self.config(table, first).evaluation.grid_prompts]
+
+    def prompts(self, table: str, variant: str) -> Prompts:
+        if (table, variant) not in self._prompts:
+            self._prompts[table, variant] = read_run_prompts(self._configs[table, variant])
+        return self._prompts[table, variant]
+
+    def _key(self, config: Config, prompts: Prompts, budget: float, trained: bool = True) -> str:
+        """A digest of all that the result depends on: settings other than the default, prompts, embedded files."""
+        values = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
+        data = settings(config, prompts.train, prompts.heldout, prompts.metadata)["data"]
+        values |= {f"data.{name}": data[name] for name in ("train_prompts", "heldout_prompts")}
+        of_training = lambda key: matches(key, TRAINING) and key not in SAMPLING  # noqa: E731
+        values = {key: value for key, value in values.items() if counts(key) and (trained or not of_training(key))}
+        if not trained:
+            values.pop("seed", None)
+        files = [_content(value) for value in values.values() if isinstance(value, str) and value.startswith(EMBEDDED)]
+        text = json.dumps([values, files, budget, self.study.looks if trained else 0], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def best_rate(cases: Sequence[Case], record: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> Case:
+    """The run of a grid whose trained rewards are highest at the end: the sum of their rises, by their weights, each in
+    standard deviations of the base's scores over prompts. One that failed is the worst."""
+    import numpy as np
+
+    def rise(case: Case) -> float:
+        line = record[case.key]
+        if "failed" in line:
+            return -math.inf
+        scores = {name: np.array(line["scores"][name], float) for name in case.config.rewards}
+        start = {name: np.array(base["scores"][name], float) for name in scores}
+        return sum(case.config.rewards[name].weight * float(np.nanmean(scores[name] - start[name]))
+                   / (float(np.nanstd(start[name])) or 1.0) for name in scores)  # fmt: skip
+
+    return max(cases, key=rise)
+
+
+@lru_cache
+def _content(name: str) -> str:
+    """Digest of an embedded file, or of all files in an embedded folder."""
+    path, digest = Path(resolve(name)), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

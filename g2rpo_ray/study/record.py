@@ -1,0 +1,94 @@
+"""The record of a study: a JSON line for each finished run, from which alone all tables and figures are made."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from g2rpo_ray.config.resume import counts
+from g2rpo_ray.record.metrics import mean_of_present
+from g2rpo_ray.record.storage import replace_text
+from g2rpo_ray.record.tracking import read_lines, to_json
+from g2rpo_ray.study.plan import Case
+from g2rpo_ray.study.schema import flat
+from g2rpo_ray.types import FloatArray, Images
+
+FILE = "record.jsonl"
+Line = dict[str, Any]
+
+
+class Record:
+    """Lines by key, in a folder; what is added is there after a kill."""
+
+    def __init__(self, folder: Path):
+        self.folder, file = folder, folder / FILE
+        try:
+            lines = read_lines(file)
+            self.lines = {line["key"]: line for line in lines}
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"--output: cannot read {file} ({error}); mend or delete it") from None
+        if lines:  # without the line that a kill cut off, after which nothing could be added
+            replace_text(file, "".join(to_json(line) + "\n" for line in lines))
+
+    def add(self, line: Line) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / FILE).open("a") as file:
+            file.write(to_json(line) + "\n")
+        self.lines[line["key"]] = line
+
+    def picture_file(self, key: str) -> Path:
+        """Of a run that is shown: the pictures of the first prompts, below each other."""
+        return self.folder / "pictures" / f"{key}.png"
+
+
+class Curve:
+    """What a run comes to, look by look."""
+
+    def __init__(self, case: Case):
+        self._case, self.points = case, list[Line]()
+        self._scores: Mapping[str, FloatArray] = {}
+        self._window: list[Mapping[str, float]] = []
+
+    def iteration(self, metrics: Mapping[str, float]) -> None:
+        """The signals of an iteration, and the choices of `auto`: their means go into the next point."""
+        self._window.append({name: v for name, v in metrics.items() if name.startswith(("signal/", "choice/"))})
+
+    def look(self, done: int, cost: float, seconds: float, scores: Mapping[str, FloatArray]) -> None:
+        """Held-out scores [P, S] after `done` iterations."""
+        names = dict.fromkeys(name for signals in self._window for name in signals)
+        signals = {name.removeprefix("signal/"): _short(self._mean(name)) for name in names}
+        means = {name: _short(mean_of_present(of)) for name, of in scores.items()}
+        point = {"iteration": done, "cost": round(cost), "seconds": round(seconds, 1), "means": means}
+        self.points.append({**point, **({"signals": signals} if signals else {})})
+        self._scores, self._window = scores, []
+
+    def _mean(self, name: str) -> float:
+        values = np.array([metrics[name] for metrics in self._window if name in metrics], np.float32)
+        return mean_of_present(values)
+
+    def line(self, **more: Any) -> Line:
+        """The record's line."""
+        case, config = self._case, self._case.config
+        given = flat(config.model_dump(mode="json", exclude_defaults=True))
+        by_prompt = {name: [_short(mean_of_present(row)) for row in of] for name, of in self._scores.items()}
+        return {
+            "key": case.key, "kind": case.kind, "table": case.table, "variant": case.variant, "seed": config.seed,
+            "lr": config.learner.lr, "budget": case.budget, **more, "curve": self.points, "scores": by_prompt,
+            "settings": {key: value for key, value in given if counts(key)},
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }  # fmt: skip
+
+
+def save_pictures(file: Path, pictures: Sequence[Images]) -> None:
+    """Pictures [H, W, 3] below each other."""
+    if pictures:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(pictures)).save(file)
+
+
+def _short(value: float) -> float:
+    """Five digits: far below what a seed changes."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,103 @@
+"""The rows of a study as Markdown, CSV and JSON."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from g2rpo_ray.study.rows import Results, Row, about
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """A line a row; a number that is not there is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Row))
+    for row in rows:
+        writer.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in asdict(row).values())
+    return text.getvalue()
+
+
+def to_markdown(results: Results, rows: Sequence[Row]) -> str:
+    """For each table: scores, differences, cost."""
+    study, told, parts = results.plan.study, about(results), []
+    for key, table in study.tables.items():
+        these = [row for row in rows if row.table == key]
+        if not these:
+            parts.append(f"## {table.title}\n\nNothing of it has been run.")
+            continue
+        prompts = len(next(iter(results.runs(key, results.variants(key)[0])[0]["scores"].values())))
+        waiting = [name for name in table.variants if len(results.runs(key, name)) < len(table.seeds)]
+        note = f"Seeds {', '.join(map(str, table.seeds))}; {prompts} held-out prompts; budget {study.budget:,} a run."
+        note += f" **Not all seeds are there yet** of: {', '.join(waiting)}." if waiting else ""
+        parts += [f"## {table.title}", note, _scores(results, key, these)]
+        parts += [_differences(results, key, these, other) for other in table.against]
+        parts.append(_costs(told.get(key, {}), these))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scores(results: Results, table: str, rows: Sequence[Row]) -> str:
+    trained = results.plan.trained(table)
+    titles = [reward + (" (trained)" if reward in trained else "") for reward in results.plan.rewards(table)]
+    return _grid("variant", titles, [row for row in rows if row.measure == "score"], _mean)
+
+
+def _differences(results: Results, table: str, rows: Sequence[Row], against: str) -> str:
+    these = [row for row in rows if row.measure == "difference" and row.against == against]
+    return _grid(f"difference to {against}", results.plan.rewards(table), these, _signed)
+
+
+def _grid(corner: str, titles: Sequence[str], rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    """A line a variant, a column a reward, in the rows' order."""
+    lines = [f"| {corner} | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for variant in dict.fromkeys(row.variant for row in rows):
+        cells = [cell(row) for row in rows if row.variant == variant]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) if rows else ""
+
+
+def _costs(told: dict[str, dict[str, Any]], rows: Sequence[Row]) -> str:
+    labels = dict.fromkeys(row.of for row in rows if row.measure == "cost_to")
+    head = ["variant", "learning rate", "iterations", "evaluations", "learner states", "cost", "seconds"]
+    head += [f"{what} to {label}" for label in labels for what in ("cost", "seconds")]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for variant, counts in told.items():
+        own = {(row.measure, row.of): row for row in rows if row.variant == variant}
+        rate = f"{counts['lr']:g}" + (" (end of the grid)" if counts["at_end_of_grid"] else "")
+        cells = [rate, *(f"{counts[key]:,}" for key in ("iterations", "evaluations", "states", "cost"))]
+        cells.append(_count(own["seconds", ""]))
+        cells += [_count(own[f"{what}_to", label]) for label in labels for what in ("cost", "seconds")]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) if told else ""
+
+
+def _mean(row: Row) -> str:
+    return f"{row.mean:.4f}" + _half(row, ".4f") if math.isfinite(row.mean) else "no score"
+
+
+def _signed(row: Row) -> str:
+    """The difference with its interval, in bold where that leaves out 0."""
+    if not math.isfinite(row.low):
+        return f"{row.mean:+.4f} (one seed: no interval)"
+    words = f"{row.mean:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
+    return f"**{words}**" if row.low > 0 or row.high < 0 else words
+
+
+def _count(row: Row) -> str:
+    """Cost or seconds; of those seeds that came so far, where not all did."""
+    if not row.seeds:
+        return f"0 of {row.of_seeds} seeds"
+    some = f" ({row.seeds} of {row.of_seeds} seeds)" if row.seeds < row.of_seeds else ""
+    return f"{row.mean:,.0f}{_half(row, ',.0f')}{some}"
+
+
+def _half(row: Row, spec: str) -> str:
+    known = math.isfinite(row.high)
+    return f" ± {format(row.high - row.mean, spec)}" if known else " (one seed: no interval)"
+
+
+def to_json_table(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
+    study = results.plan.study
+    return {"study": study.model_dump(mode="json"), "runs": about(results), "rows": [asdict(row) for row in rows]}

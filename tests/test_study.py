@@ -1,0 +1,291 @@
+"""Studies: refused in a line, counted by hand, interrupted and gone on with, tables from the record alone."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from g2rpo_ray.config import load_config
+from g2rpo_ray.record.tracking import read_lines, to_json
+from g2rpo_ray.study.__main__ import main, waves, write
+from g2rpo_ray.study.plan import Plan
+from g2rpo_ray.study.record import FILE, Record
+from g2rpo_ray.study.rows import Results
+from g2rpo_ray.study.runner import doing, workers
+from g2rpo_ray.study.schema import read_study
+from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
+
+STUDY = {
+    "name": "tiny",
+    "config": "quickstart",
+    "set": {
+        "sampler": {"steps": 4}, "lora": {"rank": 4}, "data": {"prompts_per_iteration": 2},
+        "evaluation": {"seeds": 1, "grid_prompts": 2, "anchors": False}, "eval_rewards": {"colour": None},
+    },
+    "budget": 120,
+    "looks": 2,
+    "reach": [0.5],
+    "tuning": {"seed": 9, "share": 0.5, "lr": [1e-4, 2e-4]},
+    "tables": {
+        "one": {
+            "title": "One reward", "seeds": [0, 1], "against": ["base", "chains"],
+            "variants": {
+                "tree": {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}},
+                "chains": {"method": "dance_grpo", "sampler": {"group_size": 2},
+                           "learner": {"lr": 3e-4, "updates_per_rollout": 1}},
+            },
+        },
+        "ablation": {
+            "title": "Noise", "seeds": [0, 1], "tuned_as": "tree",
+            "variants": {
+                "eta .7": {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}},
+            },
+        },
+    },
+}  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+
+def study_file(folder: Path, **changes) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **changes}, allow_unicode=True, sort_keys=False))
+    return file
+
+
+def plan_of(folder: Path, **changes) -> Plan:
+    return Plan(*read_study(str(study_file(folder, **changes))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"budgets": 5}, "budgets: unknown key; did you mean budget?"),
+        ({"budget": 0}, "budget: 0 given; input should be greater than 0"),
+        ({"tuning": {"seed": 1, "lr": [1e-3, 2e-3]}}, "tuning.seed: 1 is among tables.one.seeds; give another"),
+        ({"tuning": {"seed": 9, "rate": 1, "lr": [1, 0.1]}}, "tuning.rate: unknown key; allowed are seed, share, lr"),
+        ({"budget": 20}, "budget: 10 are for a run of one, tree, but an iteration costs 20"),
+        ({"name": "a/b"}, "name: 'a/b' given; string should match pattern"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_in_a_line(changes, line, tmp_path, capsys):
+    assert main([str(study_file(tmp_path, **changes)), "--check", "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ({"against": ["nobody"]}, "tables.one.against: nobody given; allowed are base, tree"),
+        ({"seeds": [0]}, "tables.one.seeds: [0] given; tuple should have at least 2 items"),
+        ({"tuned_as": "nobody"}, "tables.one.tuned_as: nobody is no variant that is tuned itself"),
+        ({"variants": {"tree": {"sampler": {"step": 3}}}}, "tables.one.variants.tree: sampler.step: unknown key"),
+        ({"sides": 1}, "tables.one.sides: unknown key; did you mean"),
+    ],
+)
+def test_so_is_a_table(table, line, tmp_path, capsys):
+    tables = {"one": {"title": "t", "seeds": [0, 1], "variants": {"tree": {}}, **table}}
+    assert main([str(study_file(tmp_path, tables=tables)), "--check", "--output", str(tmp_path / "out")]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_the_budget_decides_the_iterations_by_what_they_will_cost(tmp_path):
+    plan = plan_of(tmp_path)
+    # a prompt: a trunk's step, two children of three more; the learner's state counts 3
+    assert plan.runs("one", "tree", None)[0].config.iterations == 120 // (2 * (1 + 2 * 3 + 3))
+    # chains: the first step is shared, then three each; of each child one state is drawn, maybe that of the first step
+    chains = plan.runs("one", "chains", None)[0].config
+    assert 120 // (2 * 7 + 2 * 3 * 2) <= chains.iterations <= 120 // (2 * 7 + 2 * 3)
+    assert chains.learner.lr == 3e-4
+    grid = plan.tuning("one", "tree")
+    assert [(case.config.seed, case.config.learner.lr, case.config.iterations) for case in grid] == [
+        (9, 1e-4, 3), (9, 2e-4, 3),
+    ]  # fmt: skip
+    assert not plan.tuning("one", "chains")  # its rate is given
+    assert not plan.tuning("ablation", "eta .7")
+    assert plan.tuned_as("ablation", "eta .7") == ("one", "tree")
+
+
+def test_the_same_settings_in_two_tables_are_one_run_and_others_are_not(tmp_path):
+    plan = plan_of(tmp_path)
+    keys = [[case.key for case in plan.runs(*place, 1e-4)] for place in (("one", "tree"), ("ablation", "eta .7"))]
+    assert keys[0] == keys[1]
+    assert len({*keys[0], *(case.key for case in plan.runs("one", "tree", 2e-4))}) == 4
+    more = plan_of(tmp_path, set={**STUDY["set"], "tracking": {"tensorboard": False}, "output": str(tmp_path)})
+    assert [case.key for case in more.runs("one", "tree", 1e-4)] == keys[0]  # changes no bit
+    assert plan.base("one").key == plan.base("ablation").key == plan.runs("one", "tree", 1e-4)[0].base
+
+
+def line_of(case, scores, costs=(50.0, 100.0), **more):
+    """A finished run's line, its curve ending at the mean of the scores, after half of the way from .4."""
+    means = {name: float(np.mean(of)) for name, of in scores.items()}
+    half = {name: (0.4 + mean) / 2 for name, mean in means.items()}
+    curve = [{"iteration": n + 1, "cost": cost, "seconds": cost / 10, "means": (half, means)[n]}
+             for n, cost in enumerate(costs)]  # fmt: skip
+    if case.kind == "base":
+        curve = [{"iteration": 0, "cost": 0, "seconds": 0, "means": means}]
+    return {"key": case.key, "kind": case.kind, "seed": case.config.seed, "curve": curve, "scores": scores,
+            "evaluations": 80, "states": 6, **more}  # fmt: skip
+
+
+def by_hand(folder: Path, **changes) -> tuple[Plan, Record]:
+    """A record of a study whose scores are made up: two prompts."""
+    plan, record = plan_of(folder, **changes), Record(folder / "out")
+    record.add(line_of(plan.base("one"), {"preference": [0.3, 0.5], "shape": [0.0, 1.0]}))
+    for case, score in zip(plan.tuning("one", "tree"), (0.5, 0.7), strict=True):
+        record.add(line_of(case, {"preference": [score, score], "shape": [1.0, 1.0]}))
+    scores = {"tree": [[0.6, 0.8], [0.7, 0.9]], "chains": [[0.5, 0.5], [0.5, None]]}
+    for variant, lr in (("tree", 2e-4), ("chains", None)):
+        for case, of in zip(plan.runs("one", variant, lr), scores[variant], strict=True):
+            means = [value for value in of if value is not None]
+            line = line_of(case, {"preference": means, "shape": [1.0, 1.0]})
+            record.add({**line, "scores": {"preference": of, "shape": [1.0, 1.0]}})
+    return plan, record
+
+
+def test_the_table_is_the_record_s_and_its_numbers_are_those_of_a_calculation_by_hand(tmp_path):
+    plan, record = by_hand(tmp_path)
+    found = Results(plan, record.lines).rows()
+    rows = {(row.table, row.variant, row.measure, row.of, row.against): row for row in found}
+    tree = rows["one", "tree", "score", "preference", ""]
+    # seeds .7, .8: variance of their mean .0025, 1 degree of freedom; prompts .65, .85: .01, 1; together .0125, and
+    # .0125² / (.0025² + .01²) = 1.4706 degrees, at which Student's t, its density integrated, is 6.1881
+    assert tree.mean == pytest.approx(0.75)
+    assert tree.high - tree.mean == pytest.approx(6.1881 * 0.0125**0.5, rel=1e-3)
+    base = rows["one", "base", "score", "preference", ""]
+    assert (base.mean, base.high - base.mean) == pytest.approx((0.4, 12.7062 * 0.1), rel=1e-4)  # prompts alone
+    paired = rows["one", "tree", "difference", "preference", "chains"]
+    assert paired.mean == pytest.approx(np.mean([0.1, 0.3, 0.2]))  # without the pair that lacks a score
+    reach = rows["one", "tree", "cost_to", "0.5", ""]
+    # curves .4, .55, .7 and .4, .6, .8 at costs 0, 50, 100
+    assert reach.mean == pytest.approx((50 * 0.1 / 0.15 + 50 * 0.1 / 0.2) / 2)
+    assert rows["one", "chains", "cost_to", "0.5", ""].mean == pytest.approx(100)
+    assert ("ablation", "eta .7", "score", "preference", "") in rows  # the same runs
+    markdown = write(plan, record)
+    assert "| tree | 0.0002 (end of the grid) | " in markdown
+    assert "| tree | 0.7500 ± 0.6919 |" in markdown
+    assert "Not all seeds" not in markdown
+    table = json.loads((record.folder / "table.json").read_text())
+    assert table["runs"]["one"]["tree"]["seeds"] == [0, 1]
+    assert {path.name for path in record.folder.glob("*.svg")} == {
+        f"{table}-{reward}.svg" for table in ("one", "ablation") for reward in ("preference", "shape")
+    }
+
+
+def test_a_grid_that_is_not_done_has_no_rate_and_a_run_that_failed_no_score(tmp_path):
+    plan, record = by_hand(tmp_path)
+    first, second = plan.tuning("one", "tree")
+    record.add({**record.lines[second.key], "failed": "the gradient is not finite"})
+    results = Results(plan, record.lines)
+    assert results.rate("one", "tree") == (1e-4, True)  # the other one, though its scores were lower
+    assert results.runs("one", "tree") == []
+    record.lines.pop(first.key)
+    assert Results(plan, record.lines).rate("one", "tree") is None
+    assert "Nothing of it has been run" not in write(plan, record)
+    assert "**Not all seeds are there yet** of: tree." in write(plan, record)
+    waiting = [[case.kind for case in wave] for wave in waves(plan, Results(plan, record.lines))]
+    assert waiting[0] == ["base", "tuning", "tuning"]
+    assert len(waiting[1]) == 2  # of chains, whose rate is given
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_an_interval_holds_what_it_says_where_seeds_and_prompts_both_vary(seeds):
+    """Of 2000 studies with effects of seed, prompt and both, 93 % or more have the true mean in it."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        scores = random.normal(0, 0.5, (seeds, 1)) + random.normal(0, 1, (1, 24)) + random.normal(0, 1, (seeds, 24))
+        found = crossed(scores)
+        held += found.low <= 0 <= found.high
+    assert 0.93 <= held / 2000 <= 0.995
+
+
+def test_what_has_no_interval_says_so_and_a_score_that_is_never_reached_has_no_cost():
+    assert np.isnan(crossed(np.array([[1.0, 2.0]])).low)  # one seed
+    assert over_seeds([4.0, 4.0]).high == 4.0
+    assert np.isnan(crossing([0, 10], [0.1, 0.2], 0.3))
+    assert crossing([0, 10], [0.4, 0.5], 0.3) == 0
+
+
+def command(file: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "g2rpo_ray.study", str(file), "--output", str(output), "--jobs", "1", *more]
+
+
+def done(file: Path, output: Path, *more: str) -> str:
+    ended = subprocess.run(command(file, output, *more), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_and_its_tables_come_from_the_record_alone(tmp_path):
+    file, out = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")}), tmp_path / "out"
+    process = subprocess.Popen(command(file, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while len(read_lines(out / FILE)) < 4:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # its worker ends itself
+    kept = read_lines(out / FILE)
+    cut = kept.pop()
+    (out / FILE).write_text("".join(to_json(line) + "\n" for line in kept) + to_json(cut)[:90])
+    done(file, out)
+    lines = {line["key"]: line for line in read_lines(out / FILE)}
+    assert list(lines)[: len(kept)] == [line["key"] for line in kept]
+    assert len(lines) == 1 + 2 + 4  # the base, a grid of two, two variants on two seeds; the ablation has the same
+    for part in ("adapter", "scores", "evaluations", "states"):
+        assert lines[cut["key"]].get(part) == cut.get(part)  # the same bits again
+    plan = Plan(*read_study(str(file)))
+    for variant in ("tree", "chains"):
+        lr, _ = Results(plan, lines).rate("one", variant)
+        for case in plan.runs("one", variant, lr):
+            line = lines[case.key]
+            assert line["curve"][-1]["cost"] == line["evaluations"] + 3 * line["states"] <= 120
+            assert line["curve"][-1]["iteration"] == case.config.iterations
+            assert line["ratio_initial_max_dev"] <= 1e-6
+            assert len(line["scores"]["preference"]) == 12
+    assert (out / "one-pictures.png").is_file()
+    shutil.copy(out / FILE, (tmp_path / "elsewhere").mkdir() or tmp_path / "elsewhere" / FILE)
+    done(file, tmp_path / "elsewhere", "--table")
+    for name in ("table.md", "table.csv", "table.json", "one-preference.svg"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
+    plan = plan_of(tmp_path, budget=70, set={**STUDY["set"], "output": str(tmp_path / "runs")})
+    case = plan.runs("one", "tree", 1e-3)[0]
+    lines = {}
+    for runner in ("process", "ray"):
+        with workers(runner, 1) as pool:
+            found = pool.submit(doing(runner, tmp_path / runner, None, 2), case).result()
+        lines[runner] = {line["kind"]: line for line in found}
+    (here,), on_ray = lines["process"].values(), lines["ray"]
+    assert here.keys() == on_ray["run"].keys()
+    for part in ("key", "adapter", "scores", "evaluations", "states", "settings", "budget", "lr"):
+        assert on_ray["run"][part] == here[part]
+    ends = [(line["curve"][-1]["iteration"], line["curve"][-1]["cost"]) for line in (here, on_ray["run"])]
+    assert ends[0] == ends[1] == (3, 60)
+    assert on_ray["base"]["key"] == case.base
+    assert (tmp_path / "process" / "pictures" / f"{case.key}.png").read_bytes() == (
+        tmp_path / "ray" / "pictures" / f"{case.key}.png"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_packaged_studies_are_valid_and_the_record_s_seeds_are_not_tuned_on(file):
+    plan = Plan(*read_study(file.stem))
+    assert load_config(plan.study.config).model.path
+    assert all(plan.config(table, variant) for table, has in plan.study.tables.items() for variant in has.variants)
