@@ -22,6 +22,7 @@ from g2rpo_ray.study.runner import doing, workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
 
+TREE = {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}}
 STUDY = {
     "name": "tiny",
     "config": "quickstart",
@@ -37,7 +38,7 @@ STUDY = {
         "one": {
             "title": "One reward", "seeds": [0, 1], "against": ["base", "chains"],
             "variants": {
-                "tree": {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}},
+                "tree": TREE,
                 "chains": {"method": "dance_grpo", "sampler": {"group_size": 2},
                            "learner": {"lr": 3e-4, "updates_per_rollout": 1}},
             },
@@ -45,7 +46,7 @@ STUDY = {
         "ablation": {
             "title": "Noise", "seeds": [0, 1], "tuned_as": "tree",
             "variants": {
-                "eta .7": {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}},
+                "eta .7": TREE,
             },
         },
     },
@@ -88,6 +89,10 @@ def test_a_study_that_cannot_be_is_refused_in_a_line(changes, line, tmp_path, ca
         ({"seeds": [0]}, "tables.one.seeds: [0] given; tuple should have at least 2 items"),
         ({"tuned_as": "nobody"}, "tables.one.tuned_as: nobody is no variant that is tuned itself"),
         ({"variants": {"tree": {"sampler": {"step": 3}}}}, "tables.one.variants.tree: sampler.step: unknown key"),
+        (
+            {"variants": {"tree": TREE, "short": {**TREE, "evaluation": {"seeds": 2}}}},
+            "tables.one.variants.short: rewards, prompts, steps and how they are sampled must be those",
+        ),
         ({"sides": 1}, "tables.one.sides: unknown key; did you mean"),
     ],
 )

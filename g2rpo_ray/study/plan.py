@@ -80,19 +80,16 @@ class Plan:
 
     def trained(self, table: str) -> list[str]:
         """Names of the rewards that the table's variants train on."""
-        return list(self._first(table).rewards)
+        return list(self.base(table).config.rewards)
 
     def rewards(self, table: str) -> list[str]:
-        return list(self._first(table).all_rewards)
-
-    def _first(self, table: str) -> Config:
-        return self._configs[table, next(iter(self.study.tables[table].variants))]
+        return list(self.base(table).config.all_rewards)
 
     def base(self, table: str) -> Case:
         """The judgement of the model without adapter."""
-        config = self._first(table)
-        key = self._key(config, self.prompts(table, next(iter(self.study.tables[table].variants))), 0, trained=False)
-        return Case("base", table, BASE, config, 0, key, key, shown=True)
+        first = next(iter(self.study.tables[table].variants))
+        key = self._key(self.config(table, first), self.prompts(table, first), 0, trained=False)
+        return Case("base", table, BASE, self.config(table, first), 0, key, key, shown=True)
 
     def tuning(self, table: str, variant: str) -> list[Case]:
         """Runs of the grid; none where the learning rate is given, or is another variant's."""
@@ -133,7 +130,11 @@ class Plan:
         key = self._key(config, self.prompts(table, variant), budget)
         config = config.model_copy(update={"iterations": iterations, "evaluation": judged, "name": key})
         shown = kind == "run" and seed == self.study.tables[table].seeds[0]
-        return Case(kind, table, variant, config, budget, key, self.base(table).key, shown)
+        base = self._key(config, self.prompts(table, variant), 0, trained=False)
+        if base != self.base(table).key:
+            alike = "rewards, prompts, steps and how they are sampled must be those of the table's first variant"
+            raise ValueError(f"tables.{table}.variants.{variant}: {alike}, or scores cannot be compared")
+        return Case(kind, table, variant, config, budget, key, base, shown)
 
     def _count(self, config: Config, table: str, variant: str, budget: float) -> int:
         """As many as the budget has; of `auto`, at most."""
@@ -145,8 +146,8 @@ class Plan:
 
     def shown(self, table: str) -> tuple[str, ...]:
         """The held-out prompts whose pictures are kept."""
-        first = next(iter(self.study.tables[table].variants))
-        return self.prompts(table, first).heldout[: self.config(table, first).evaluation.grid_prompts]
+        shown = self.base(table).config.evaluation.grid_prompts
+        return self.prompts(table, next(iter(self.study.tables[table].variants))).heldout[:shown]
 
     def prompts(self, table: str, variant: str) -> Prompts:
         if (table, variant) not in self._prompts:
