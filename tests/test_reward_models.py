@@ -22,13 +22,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from g2rpo_ray.rewards import KINDS, build_reward, check_reward
 from g2rpo_ray.rewards.clip import load_architecture
 from g2rpo_ray.rewards.features import CLIP_MEAN, CLIP_STD, clip_pixels
 from g2rpo_ray.rewards.imagereward import ARCHITECTURE, MEAN, STD, Network, load_tokenizer
 from g2rpo_ray.rewards.options import REQUIRED, option_defaults
+from tests.tiny_clip import randomise, write_tiny_clip
 
 CLIP_SHAPE = {
     "embed_dim": 16,
@@ -47,12 +48,6 @@ def noise(count: int, height: int, width: int) -> NDArray[np.uint8]:
     return np.random.default_rng(3).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def randomise(weights: dict[str, Tensor], scale: float = 0.3) -> dict[str, Tensor]:
-    """Every weight and bias random: initial values such as 0 would hide a layer that is left out."""
-    generator = torch.Generator().manual_seed(0)
-    return {key: torch.randn(value.shape, generator=generator) * scale for key, value in weights.items()}
-
-
 @pytest.fixture(scope="session")
 def clip_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("clip")
@@ -67,20 +62,7 @@ def clip_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def transformers_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole CLIP and its processor, as transformers saves them and PickScore publishes them."""
-    folder = tmp_path_factory.mktemp("transformers")
-    words = ["a</w>", "cat</w>", *(c for c in "abcdefghijklmnopqrstuvwxyz,."), "<|startoftext|>", "<|endoftext|>"]
-    words += [c + "</w>" for c in "bcdefghijklmnopqrstuvwxyz,."]
-    tokenizer = CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=24)
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": 0}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = sizes | tokens | {"vocab_size": len(words), "max_position_embeddings": 24}
-    vision = sizes | {"image_size": 16, "patch_size": 8}
-    network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    network.load_state_dict(randomise(network.state_dict()) | {"logit_scale": torch.tensor(4.6)}, strict=False)
-    network.save_pretrained(folder / "model")
-    size: Any = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder / "processor")
-    return {"model": str(folder / "model"), "processor": str(folder / "processor")}
+    return write_tiny_clip(tmp_path_factory.mktemp("transformers"))
 
 
 @pytest.fixture(scope="session")
@@ -273,10 +255,10 @@ def test_pickscore_is_the_cosine_of_transformers_own_clip(transformers_files: di
     pictures = [Image.fromarray(image) for image in images]
     inputs = processor(text=PROMPTS, images=pictures, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        logits = network(**inputs).logits_per_image.diagonal()
+        logits, factor = network(**inputs).logits_per_image.diagonal(), network.logit_scale.exp()
     scores = build_reward("pickscore", **transformers_files).score(images, PROMPTS)
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, (logits / network.logit_scale.exp()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, (logits / factor).numpy(), atol=1e-5)
     scaled = build_reward("pickscore", **transformers_files, scale="logits").score(images, PROMPTS)
     np.testing.assert_allclose(scaled, logits.numpy(), atol=1e-3)  # about 100 times as large
 

@@ -13,9 +13,13 @@ from g2rpo_ray.rewards.registry import KINDS
 
 REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
-FOLDER_OPTIONS = ("model", "processor", "backbone")  # a directory, or a repository on the hub
+FOLDER_OPTIONS = ("model", "processor", "backbone", "colour_model")  # a directory, or a repository on the hub
 SERVER_OPTIONS = ("base_urls",)
-PROMPT_CHECKS = {"ocr": "g2rpo_ray.rewards.ocr:check_prompt", "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt"}
+PROMPT_CHECKS = {
+    "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
+    "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
+    "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt",
+}
 """By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
 
 

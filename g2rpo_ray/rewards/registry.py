@@ -31,11 +31,13 @@ class Reward(Protocol):
 
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
+    "hpsv3": "g2rpo_ray.rewards.hpsv3:build",
     "colour_accuracy": "g2rpo_ray.quickstart.rules:colour_accuracy",
     "shape_accuracy": "g2rpo_ray.quickstart.rules:shape_accuracy",
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",
+    "geneval": "g2rpo_ray.rewards.geneval:build",
     "ocr": "g2rpo_ray.rewards.ocr:build",
     "aesthetic": "g2rpo_ray.rewards.aesthetic:build",
     "unified_reward": "g2rpo_ray.rewards.unified_reward:build",

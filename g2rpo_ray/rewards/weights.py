@@ -60,7 +60,7 @@ def pretrained(factory: Any, option: str, name: str, **options: Any) -> Any:
     remedy = "give a directory as transformers saves it, or a hub id like org/name"
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ValueError(f"{option}: no directory {name!r}; {remedy}")
-    is_model = issubclass(factory, nn.Module)
+    is_model = issubclass(factory, nn.Module) or factory.__name__.startswith("AutoModel")
     try:
         loaded = factory.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
     except Exception as error:  # OSError, ValueError, RuntimeError or the hub client's, depending on what is wrong

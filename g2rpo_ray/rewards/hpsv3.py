@@ -1,0 +1,180 @@
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B reads the picture and the prompt, a head makes a mean and a spread of them.
+
+Checkpoint and computation are those of github.com/MizzenAI/HPSv3, the network is transformers'. As there, and otherwise
+than in Qwen2-VL, the tokens of the picture have the positions of text, one after another. Legend: N images and prompts,
+L tokens, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AddedToken, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from g2rpo_ray.rewards.features import finite
+from g2rpo_ray.rewards.files import locate
+from g2rpo_ray.rewards.images import check_images
+from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, pretrained, read_weights
+from g2rpo_ray.words import one_line
+
+CHECKPOINT = "MizzenAI/HPSv3:HPSv3.safetensors"
+PIXELS = 256 * 28 * 28  # of a picture, about: 448 × 448 if it is square
+REWARD = "<|Reward|>"  # the token at which the head reads
+IMAGE = "<|image_pad|>"
+# What the model was trained with, blanks at the ends of lines included; another wording gives other scores.
+INSTRUCTION = (
+    "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a "
+    "overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst "
+    "and 10 being the best. \n\n**Visual Quality:**  \nEvaluate the overall visual quality of the image. The "
+    "following sub-dimensions should be considered:\n- **Reasonableness:** The image should not contain any "
+    "significant biological or logical errors, such as abnormal body structures or nonsensical environmental "
+    "setups.\n- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and "
+    "easy to interpret, with no blurring or indistinct areas.\n- **Detail Richness:** Consider the level of detail "
+    "in textures, materials, lighting, and other visual elements (e.g., hair, clothing, shadows).\n- **Aesthetic "
+    "and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, "
+    "atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of harmony and "
+    "balance.\n- **Safety:** The image should not contain harmful or inappropriate content, such as political, "
+    "violent, or adult material. If such content is present, the image quality and satisfaction score should be "
+    "the lowest possible. \n\n**Text Alignment:**  \nAssess how well the image matches the textual prompt across "
+    "the following sub-dimensions:\n- **Subject Relevance** Evaluate how accurately the subject(s) in the image "
+    "(e.g., person, animal, object) align with the textual description. The subject should match the description "
+    "in terms of number, appearance, and behavior.\n- **Style Relevance:** If the prompt specifies a particular "
+    "artistic or stylistic style, evaluate how well the image adheres to this style.\n- **Contextual "
+    "Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit "
+    "the scenario described in the prompt. The environment should support and enhance the subject without "
+    "contradictions.\n- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., "
+    "colors, clothing, accessories, expressions, actions) are faithfully represented in the image. Minor "
+    "deviations may be acceptable, but critical attributes should be preserved.\n- **Semantic Coherence**: "
+    "Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated "
+    "content should not introduce elements that conflict with or distort the original description.\nTextual prompt "
+    "- {prompt}\n\n\n"
+    f"\nPlease provide the overall ratings of this image: {REWARD}\n\nEND\n"
+)
+MESSAGE = (  # Qwen2-VL's own template
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}"
+    f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+)
+# The checkpoint's names of the network's parts, older and newer, longest first; lm_head is not needed.
+PARTS = {
+    "model.language_model.": "language_model.",
+    "model.visual.": "visual.",
+    "model.": "language_model.",
+    "visual.": "visual.",
+}
+EMBEDDING = "language_model.embed_tokens.weight"
+
+
+class HPSv3:
+    """The network and its head; `score` is one forward pass over what it is given."""
+
+    def __init__(self, network: Any, head: nn.Module, tokenizer: Any, device: str, dtype: torch.dtype) -> None:
+        self._network, self._head = place(network, device, dtype), place(head, device, torch.float32)
+        self._tokenizer, self._device, self._dtype = tokenizer, device, dtype
+        vision = network.config.vision_config
+        self._merged = vision.spatial_merge_size**2  # patches a token
+        self._image_processor = Qwen2VLImageProcessorPil(
+            min_pixels=PIXELS, max_pixels=PIXELS, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )  # fmt: skip
+        self._image, self._reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Means float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        return self.mean_and_spread(images, prompts)[:, 0]
+
+    @torch.no_grad()
+    def mean_and_spread(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """The normal distribution [N, 2] that a score is thought to have: its mean and its standard deviation."""
+        check_images("hpsv3", images, prompts)
+        inputs = self._image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
+        grids = inputs["image_grid_thw"].to(self._device)
+        texts = [
+            MESSAGE.replace("{image}", IMAGE * (int(grid.prod()) // self._merged)).replace("{prompt}", prompt)
+            for grid, prompt in zip(grids, prompts, strict=True)
+        ]
+        tokens = self._tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self._device)
+        pixels = inputs["pixel_values"].to(device=self._device, dtype=self._dtype)
+        state = self._read(tokens["input_ids"], tokens["attention_mask"], pixels, grids)
+        places = torch.arange(state.shape[1], device=self._device) * (tokens["input_ids"] == self._reward)
+        last = places.argmax(dim=1)  # a prompt may hold the token, too
+        outputs = self._head(state[torch.arange(len(state)), last].float())
+        return finite(torch.stack([outputs[:, 0], outputs[:, 1].exp()], dim=1))
+
+    def _read(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Tensor:
+        """The last hidden state [N, L, D]; without `position_ids` each token is one further than that before it."""
+        language = self._network.language_model
+        embedded = language.embed_tokens(ids)
+        seen = self._network.visual(pixels, grid_thw=grids).pooler_output.to(embedded.dtype)
+        embedded = embedded.masked_scatter((ids == self._image)[..., None], seen)
+        state: Tensor = language(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+        return state
+
+
+def build(
+    checkpoint: str = CHECKPOINT,
+    backbone: str = "Qwen/Qwen2-VL-7B-Instruct",
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+) -> HPSv3:
+    """The reward from `checkpoint`, a path or a hub file as `repo:file`, with all weights.
+
+    `backbone`, a directory or hub id, gives the network's configuration and the tokenizer. `dtype` is the network's,
+    bfloat16 as released; the head computes in float32. ValueError in one line where any of them can't be used.
+    """
+    torch_dtype = check_placement(device, dtype)
+    config = pretrained(Qwen2VLConfig, "backbone", backbone)
+    tokenizer = pretrained(AutoTokenizer, "backbone", backbone)
+    tokenizer.add_tokens([AddedToken(REWARD, special=True, normalized=False)])
+    path = locate("checkpoint", checkpoint, CHECKPOINT)
+    weights, of_head = split_weights(read_weights(path))
+    if EMBEDDING not in weights:
+        raise ValueError(f"checkpoint: {path} has no embedding of tokens; give HPSv3's, as its authors publish it")
+    words = len(weights[EMBEDDING])
+    if len(tokenizer) != words:
+        raise ValueError(
+            f"backbone: {backbone} has {len(tokenizer)} tokens with {REWARD}, {path} {words}; give the model "
+            "that it was trained from, Qwen/Qwen2-VL-7B-Instruct"
+        )
+    config.text_config.vocab_size = words
+    head = reward_head(config.text_config.hidden_size)
+    fit_weights(head, of_head, path, f"a head on the {config.text_config.hidden_size} features of {backbone}")
+    return HPSv3(
+        _network(config, weights, torch_dtype, f"{path} does not fit {backbone}"), head, tokenizer, device, torch_dtype
+    )
+
+
+def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The checkpoint's weights for transformers' Qwen2VLModel, and those of the head."""
+    network: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        part = next((part for part in PARTS if key.startswith(part)), None)
+        if part:
+            network[PARTS[part] + key.removeprefix(part)] = value
+    head = {key.removeprefix("rm_head."): value for key, value in weights.items() if key.startswith("rm_head.")}
+    return network, head
+
+
+def reward_head(width: int) -> nn.Sequential:
+    """The authors' "ranknet" head, [N, width] to [N, 2]: mean and logarithm of the spread; a dropout took place 2."""
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+def _network(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, problem: str) -> Any:
+    """transformers' network with these weights; it makes none of its own first, which would take minutes."""
+    try:
+        loaded: Any = Qwen2VLModel.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    except (RuntimeError, ValueError) as error:  # a shape that does not fit
+        raise ValueError(f"checkpoint: {problem}: {one_line(error)}") from error
+    network, report = loaded
+    wrong = [f"{kind.partition('_')[0]} {key}" for kind in ("missing_keys", "unexpected_keys") for key in report[kind]]
+    if wrong:
+        raise ValueError(f"checkpoint: {problem}: {one_line(', '.join(sorted(wrong)))}")
+    return network
