@@ -66,7 +66,7 @@ def write(plan: Plan, record: Record) -> str:
     replace_text(record.folder / "table.csv", to_csv(rows))
     replace_text(record.folder / "table.json", to_json(to_json_table(results, rows), indent=1) + "\n")
     curves(results, record.folder)
-    pictures(plan, results, record)
+    pictures(plan, results, record.folder)
     return markdown
 
 

@@ -10,7 +10,7 @@ from g2rpo_ray.record.heldout import picture_grid
 from g2rpo_ray.record.storage import replace_text
 from g2rpo_ray.record.svg import PALETTE, drawing
 from g2rpo_ray.study.plan import Plan
-from g2rpo_ray.study.record import Record
+from g2rpo_ray.study.record import picture_file
 from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.schema import BASE
 from g2rpo_ray.study.statistics import over_seeds
@@ -45,15 +45,15 @@ def _curve(results: Results, table: str, variants: list[str], reward: str) -> st
     return made.svg
 
 
-def pictures(plan: Plan, results: Results, record: Record) -> list[Path]:
+def pictures(plan: Plan, results: Results, folder: Path) -> list[Path]:
     """Write a grid for each table whose pictures are on this machine: prompts down, base and variants across."""
     made = []
     for table in plan.study.tables:
         first = {variant: results.runs(table, variant)[0]["key"] for variant in results.variants(table)}
-        files = {variant: record.picture_file(key) for variant, key in first.items()}
+        files = {variant: picture_file(folder, key) for variant, key in first.items()}
         prompts = plan.shown(table)
         columns = {v: np.split(np.array(Image.open(f)), len(prompts)) for v, f in files.items() if f.is_file()}
         if prompts and len(columns) > 1:
-            made.append(record.folder / f"{table}-pictures.png")
+            made.append(folder / f"{table}-pictures.png")
             picture_grid(made[-1], prompts, columns)
     return made

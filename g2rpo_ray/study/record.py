@@ -10,7 +10,6 @@ from PIL import Image
 
 from g2rpo_ray.config.resume import counts
 from g2rpo_ray.record.metrics import mean_of_present
-from g2rpo_ray.record.storage import replace_text
 from g2rpo_ray.record.tracking import read_lines, to_json
 from g2rpo_ray.study.plan import Case
 from g2rpo_ray.study.schema import flat
@@ -30,18 +29,15 @@ class Record:
             self.lines = {line["key"]: line for line in lines}
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"--output: cannot read {file} ({error}); mend or delete it") from None
-        if lines:  # without the line that a kill cut off, after which nothing could be added
-            replace_text(file, "".join(to_json(line) + "\n" for line in lines))
 
     def add(self, line: Line) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / FILE).open("a") as file:
-            file.write(to_json(line) + "\n")
+        with (self.folder / FILE).open("a+b") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)  # without a line that a kill cut off
+            file.write(to_json(line).encode() + b"\n")
         self.lines[line["key"]] = line
-
-    def picture_file(self, key: str) -> Path:
-        """Of a run that is shown: the pictures of the first prompts, below each other."""
-        return self.folder / "pictures" / f"{key}.png"
 
 
 class Curve:
@@ -80,6 +76,11 @@ class Curve:
             "settings": {key: value for key, value in given if counts(key)},
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
+
+
+def picture_file(folder: Path, key: str) -> Path:
+    """Of a run that is shown: the pictures of the first prompts, below each other."""
+    return folder / "pictures" / f"{key}.png"
 
 
 def save_pictures(file: Path, pictures: Sequence[Images]) -> None:

@@ -20,10 +20,9 @@ from g2rpo_ray.launch.preflight import read_run_prompts
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.report import Run, read_run
 from g2rpo_ray.study.plan import Case
-from g2rpo_ray.study.record import Curve, Line, Record, save_pictures
-from g2rpo_ray.words import one_line
+from g2rpo_ray.study.record import Curve, Line, picture_file, save_pictures
 
-REFUSED = "RuntimeError: learner: "  # of an update: the learning rate is too high, and the run a result
+REFUSED = "learner: the gradient is not finite"  # the learning rate is too high: that is a result
 
 
 @contextmanager
@@ -67,11 +66,11 @@ def _here(folder: Path, looks: int, case: Case) -> list[Line]:
     from g2rpo_ray.models import describe
     from g2rpo_ray.study.single import Single
 
-    run, curve, record = Single(case.config), Curve(case), Record(folder)
+    run, curve = Single(case.config), Curve(case)
     if case.kind == "base":
         judged = run.judge()
         curve.look(0, 0, 0, judged.scores)
-        save_pictures(record.picture_file(case.key), judged.pictures)
+        save_pictures(picture_file(folder, case.key), judged.pictures)
         return [curve.line()]
     ratio = 0.0
     try:
@@ -82,9 +81,11 @@ def _here(folder: Path, looks: int, case: Case) -> list[Line]:
                 curve.look(done, run.cost, run.seconds, found.scores)
                 judged = found
     except RuntimeError as error:
-        return [curve.line(failed=one_line(error))]
+        if REFUSED not in str(error):
+            raise
+        return [curve.line(failed=REFUSED)]
     if case.shown:
-        save_pictures(record.picture_file(case.key), judged.pictures)
+        save_pictures(picture_file(folder, case.key), judged.pictures)
     adapter = describe(run.engine.lora_state(), 0).checksum
     return [curve.line(evaluations=run.sampler.evaluations, states=run.states, ratio_initial_max_dev=ratio,
                        adapter=adapter)]  # fmt: skip
@@ -104,12 +105,12 @@ def _on_ray(folder: Path, address: str | None, case: Case) -> list[Line]:
         lines = run.lines[1:] if run else []
         more = affordable(case.config, train, case.budget - _cost(case, lines), len(lines))
         if run and ended and not more:
-            return _lines_of(case, run, Record(folder), place)
+            return _lines_of(case, run, folder, place)
         done = len(lines) + more
         replace_text(file, dump_config(case.config.model_copy(update={"iterations": done})))
         ended = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=False)
         if REFUSED in ended.stderr:
-            return [Curve(case).line(failed=one_line(ended.stderr.rpartition(REFUSED)[2]))]
+            return [Curve(case).line(failed=REFUSED)]
         if ended.returncode == INTERRUPTED:
             raise KeyboardInterrupt
         if ended.returncode:
@@ -122,22 +123,22 @@ def _cost(case: Case, lines: Sequence[Mapping[str, Any]]) -> float:
     return evaluations + state_cost(case.config) * states
 
 
-def _lines_of(case: Case, run: Run, record: Record, folder: Folder) -> list[Line]:
+def _lines_of(case: Case, run: Run, folder: Path, place: Folder) -> list[Line]:
     """The lines of the base and of a finished run, from its directory."""
     from g2rpo_ray.models import describe, read_lora
 
     curve, base, lines = Curve(case), Curve(case.of_base()), run.lines[1:]
     base.look(0, 0, 0, run.evaluations[0].scores)
-    for place, line in enumerate(lines, 1):
+    for done, line in enumerate(lines, 1):
         curve.iteration({name: value for name, value in line.items() if value is not None})
-        if found := run.evaluations.get(place):
+        if found := run.evaluations.get(done):
             phases = [f"timing_s/{phase}" for phase in ("rollout", "update", "broadcast")]
-            seconds = sum(line.get(phase) or 0.0 for line in lines[:place] for phase in phases)
-            curve.look(place, _cost(case, lines[:place]), seconds, found.scores)
+            seconds = sum(line.get(phase) or 0.0 for line in lines[:done] for phase in phases)
+            curve.look(done, _cost(case, lines[:done]), seconds, found.scores)
     for at, shown in ((0, case.of_base()), (run.done, case)):
         if shown.shown:
-            save_pictures(record.picture_file(shown.key), run.evaluations[at].pictures)
-    with (folder / "lora").reading() as path:
+            save_pictures(picture_file(folder, shown.key), run.evaluations[at].pictures)
+    with (place / "lora").reading() as path:
         adapter = describe(read_lora(str(path)), 0).checksum
     ratio = float(run.series("actor/ratio_initial_max_dev")[1].max(initial=0.0))
     evaluations, states = (sum(int(line[key]) for line in lines) for key in ("rollout/evaluations", "learner/states"))
