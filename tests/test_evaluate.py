@@ -135,6 +135,22 @@ def test_scores_of_a_changed_adapter_or_setting_are_not_taken(files, tmp_path):
         assert not {base, new} & {column.key for column in plan_of(files, *given, *setting).columns}
 
 
+def test_scores_of_a_prompt_with_other_metadata_are_not_taken(files, tmp_path):
+    def keys(metadata):
+        lines = [{"prompt": "a red circle", "metadata": metadata}, {"prompt": "a blue square"}]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        plan = plan_of(files, "--prompts", str(tmp_path / "prompts.jsonl"))
+        (block,) = plan.blocks()
+        assert [cell.unit.prompt for cell in block] == ["a red circle", "a blue square"]
+        return [cell.key for cell in block]
+
+    (column,) = plan_of(files).columns
+    first, second, none = keys({"count": 1}), keys({"count": 2}), keys(None)
+    assert none == [column.key] * 2  # as it was before there was metadata
+    assert first[1] == second[1] == column.key
+    assert len({first[0], second[0], none[0]}) == 3
+
+
 def test_hybrid_sampling_is_the_adapter_then_the_base():
     config = load_config()
     (embedding,) = FlowModel.load(config.model, "cpu", text_encoders=True).encode(PROMPTS[:1])

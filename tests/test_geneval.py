@@ -316,6 +316,19 @@ def test_what_cannot_be_judged_is_missing_and_never_0(folder, caplog):
     assert "no score for 'b': the detector never finds unicorn" in caplog.text
 
 
+@pytest.mark.parametrize("detector", ["mask2former", "owl"])
+def test_a_network_that_overflows_gives_no_scores(folder, detector):
+    reward = built(folder, detector)
+    for network in (reward._detector._network, reward._colours._network):
+        for weight in network.parameters():
+            weight.fill_(torch.nan)
+    words = "a network's output is not a number; give dtype: float32 or bfloat16"
+    with pytest.raises(ArithmeticError, match=words):
+        reward.score(IMAGES, ["x"] * 2, [{"include": [RED]}] * 2)
+    with pytest.raises(ArithmeticError, match=words), torch.no_grad():
+        reward._colours.name(IMAGES[0], "cat", ONE)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -91,9 +91,13 @@ def test_packaged_configurations_are_found_by_name(tmp_path, monkeypatch):
     assert load_config("flux_hps").name == "mine"  # a file goes first
 
 
-def test_a_missing_hpsv2_is_one_line_that_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "hpsv2", None)
+@pytest.mark.parametrize(
+    ("kind", "package", "command"),
+    [("hpsv2", "hpsv2", "--no-deps hpsv2==1.2.0 clint args"), ("ocr", "rapidocr", "rapidocr onnxruntime")],
+)
+def test_a_missing_package_is_one_line_that_says_what_to_install(kind, package, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        ValueError, match=r"rewards.hps.kind: hpsv2 needs .* pip install --no-deps hpsv2==1.2.0 clint args"
+        ValueError, match=rf"rewards.x.kind: {kind} needs the package {package}.* pip install {command}"
     ):
-        check_reward("rewards.hps", "hpsv2", {})
+        check_reward("rewards.x", kind, {})

@@ -74,6 +74,7 @@ class InstanceSegmenter:
         height, width = pixels.shape[-2:]
         padded = F.pad(pixels, (0, -width % DIVISOR, 0, -height % DIVISOR))
         output = self._network(pixel_values=padded)
+        _require_numbers(output.class_queries_logits, output.masks_queries_logits)
         sizes = (padded.shape[-2:], (height, width), images.shape[1:3])
         return [
             self._objects(classes.float(), masks.float(), sizes, names)
@@ -131,6 +132,7 @@ class OpenVocabulary:
         inputs = self._processor(images=pictures, text=[[name]] * len(images), return_tensors="pt").to(self._device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
         output = self._network(**inputs)
+        _require_numbers(output.logits, output.pred_boxes)
         sizes = [image.shape[:2] for image in images]
         results = self._processor.post_process_grounded_object_detection(
             output, threshold=self._least, target_sizes=sizes
@@ -162,6 +164,7 @@ class ColourNamer:
         crops: Any = [cut_out(image, one) for one in objects]
         pixels = clip_pixels(crops, self._size).to(device=self._device, dtype=self._dtype)
         features = F.normalize(self._network.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        _require_numbers(features)
         return [COLOURS[index] for index in (features @ self._colours_of(kind).T).argmax(dim=-1)]
 
     def _colours_of(self, kind: str) -> Tensor:
@@ -174,6 +177,12 @@ class ColourNamer:
             mean = features.reshape(len(COLOURS), len(TEMPLATES), -1).mean(dim=1)
             self._directions[kind] = F.normalize(mean, dim=-1)
         return self._directions[kind]
+
+
+def _require_numbers(*outputs: Tensor) -> None:
+    """A network that overflows finds nothing, which is no reason for a low score: its pictures have none."""
+    if any(output.isnan().any() for output in outputs):
+        raise ArithmeticError("geneval: a network's output is not a number; give dtype: float32 or bfloat16")
 
 
 def cut_out(image: NDArray[np.uint8], found: Found) -> NDArray[np.uint8]:

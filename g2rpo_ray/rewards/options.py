@@ -15,6 +15,11 @@ REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone", "colour_model")  # a directory, or a repository on the hub
 SERVER_OPTIONS = ("base_urls",)
+PACKAGES = {
+    "hpsv2": ("hpsv2", ", whose own pins are too old for the rest: pip install --no-deps hpsv2==1.2.0 clint args"),
+    "ocr": ("rapidocr", ": pip install rapidocr onnxruntime, on a GPU onnxruntime-gpu in place of the latter"),
+}
+"""By kind, what must be installed beside the package's own dependencies, and how."""
 PROMPT_CHECKS = {
     "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
     "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
@@ -33,11 +38,9 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
         raise ValueError(f"{key}.kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory as module:factory")
     if kind not in KINDS:
         return []
-    if kind == "hpsv2" and find_spec("hpsv2") is None:
-        raise ValueError(
-            f"{key}.kind: hpsv2 needs the package hpsv2, whose own pins are too old for the rest: "
-            "pip install --no-deps hpsv2==1.2.0 clint args"
-        )
+    package, remedy = PACKAGES.get(kind, ("", ""))
+    if package and find_spec(package) is None:
+        raise ValueError(f"{key}.kind: {kind} needs the package {package}{remedy}")
     known = option_defaults(kind)
     for name in options:
         if name not in known:
