@@ -8,11 +8,12 @@ EMBEDDED = "embedded:"
 def resolve(name: str) -> str:
     """The path or hub id that `name` stands for, on this machine.
 
-    `embedded:X` is file X of the quickstart, or else of the configurations, that ship with the package, wherever the
-    package is installed; a name that starts with `~` is expanded; anything else is kept as it is.
+    `embedded:X` is a file that ships with the package, wherever it is installed: `embedded:scenes/X` one of that world,
+    `embedded:prompts/X` one of the configurations, any other X one of the quickstart. A name that starts with `~` is
+    expanded; anything else is kept as it is.
     """
     if name.startswith(EMBEDDED):
         file, package = name.removeprefix(EMBEDDED), Path(__file__).parent
-        config = package / "configs" / file
-        return str(config if file.startswith("prompts/") else package / "quickstart" / file)
+        within = {"scenes": ".", "prompts": "configs"}.get(file.split("/")[0], "quickstart")
+        return str(package / within / file)
     return str(Path(name).expanduser()) if name.startswith("~") else name

@@ -48,8 +48,9 @@ def installed(wheel, tmp_path_factory):
 
 def test_a_wheel_holds_what_is_read_at_run_time(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for file in ("quickstart/config.yaml", "quickstart/preference.pt", "report/page.html.j2", "report/page.css",
-                 "configs/flux_hps.yaml", "configs/prompts/train.txt"):  # fmt: skip
+    for file in ("quickstart/config.yaml", "quickstart/preference.pt", "scenes/prompts_heldout.txt",
+                 "report/page.html.j2", "report/page.css", "configs/flux_hps.yaml",
+                 "configs/prompts/train.txt"):  # fmt: skip
         assert f"g2rpo_ray/{file}" in names
     assert {"actors/system.py", "learner/engine.py"} < names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]

@@ -15,10 +15,11 @@ from g2rpo_ray.quickstart import (
     ROOT,
     TRAIN_PROMPTS,
 )
-from g2rpo_ray.quickstart.preference import quality
-from g2rpo_ray.quickstart.pretrain import CAPTIONS, rendered_dataset, sample
+from g2rpo_ray.quickstart.quality import quality
 from g2rpo_ray.quickstart.shapes import COLOURS, SHAPES, caption, parse, render
+from g2rpo_ray.quickstart.world import CAPTIONS, rendered_dataset
 from g2rpo_ray.rewards import build_reward
+from g2rpo_ray.worlds.pipeline import sample
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""Pre-trains a world's pipeline: autoencoder first, then transformer and text encoders jointly.
+
+Legend: N images, B batch, S packed image tokens, D channels of a packed token.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from g2rpo_ray.worlds.pipeline import GUIDANCE, SHIFT, to_pixels
+from g2rpo_ray.worlds.world import Pictures, World
+
+
+def train_autoencoder(vae: AutoencoderKL, images: Pictures, steps: int, kl: float, batch: int = 32) -> Tensor:
+    """Reconstruction with a light KL; afterwards scaling and shift give latents zero mean and unit deviation.
+
+    Returns the latents of `images`, packed, [N, S, D].
+    """
+    pixels = to_pixels(images)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        target = pixels[torch.randint(len(pixels), (batch,))]
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast, where the processor knows it
+            posterior = vae.encode(target).latent_dist
+            difference = vae.decode(posterior.sample()).sample.float() - target
+        loss = difference.square().mean() + 0.1 * difference.abs().mean() + kl * posterior.kl().float().mean()
+        _descend(loss, optimizer, vae.parameters())
+        schedule.step()
+        if step % 100 == 0:
+            print(f"autoencoder {step}/{steps} loss {loss.item():.4f}", flush=True)
+    latents = _encode(vae, pixels)
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    vae.requires_grad_(False).eval()
+    latents = (_encode(vae, pixels) - shift) * scale  # other last bits than with gradients
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def train_transformer(
+    world: World,
+    pipeline: FluxPipeline,
+    latents: Tensor,
+    caption_index: Tensor,
+    on_step: Callable[[int, FluxPipeline], None] | None = None,
+) -> None:
+    """Flow matching on packed latents [N, S, D]: the velocity noise - latents at sigmas spread as the sampler's.
+
+    Leaves the averaged weights. The learning rate is constant, so that fewer steps are exactly a shorter training: how
+    finished the model is, and so how much is left for RL to improve, is one number. `on_step(step, pipeline)` sees the
+    averaged weights.
+    """
+    side, batch, steps = math.isqrt(latents.shape[1]), world.transformer_batch, world.transformer_steps
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
+    averaged = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    for step in range(steps):
+        chosen = torch.randint(len(latents), (batch,))
+        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:])
+        uniform = torch.rand(batch)
+        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        captions, rows = _captions(world, caption_index[chosen])
+        with torch.autocast("cpu", torch.bfloat16, enabled=world.mixed_precision):
+            tokens, pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=world.tokens)
+            velocity = pipeline.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                guidance=torch.full((batch,), GUIDANCE),
+                encoder_hidden_states=tokens[rows],
+                pooled_projections=pooled[rows],
+                txt_ids=text_ids,
+                img_ids=image_ids,
+            ).sample
+        loss = F.mse_loss(velocity.float(), noise - clean)
+        _descend(loss, optimizer, trained.parameters())
+        schedule.step()
+        averaged.update_parameters(trained)
+        if step % 100 == 0:
+            print(f"transformer {step}/{steps} loss {loss.item():.4f}", flush=True)
+        if on_step is not None:
+            on_step(step + 1, _with_weights(pipeline, averaged.module.children()))
+    trained.load_state_dict(averaged.module.state_dict())
+    trained.requires_grad_(False).eval()
+
+
+def _captions(world: World, caption_index: Tensor) -> tuple[list[str], Tensor]:
+    """The captions to encode for a batch and each picture's row among them: all of a world that has few."""
+    if len(world.captions) <= len(caption_index):
+        return list(world.captions), caption_index
+    return [world.captions[at] for at in caption_index], torch.arange(len(caption_index))
+
+
+def _with_weights(pipeline: FluxPipeline, weights: Iterable[nn.Module]) -> FluxPipeline:
+    transformer, text_encoder, text_encoder_2 = weights
+    parts = dict(pipeline.components) | {
+        "transformer": transformer,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    return FluxPipeline(**parts)
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(256)])
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
