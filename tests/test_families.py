@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -370,25 +372,30 @@ def address() -> Iterator[str]:
             kill_all(head)
 
 
+def run_settings(family: str, folder: Path) -> dict[str, Any]:
+    """Of a run on the family's tiny pipeline, with prompts of unlike length in `folder`."""
+    config = settings(family)
+    negative = "null" if config.negative_prompt is None else f"'{config.negative_prompt}'"
+    texts = {"train": ["a red cat", "two blue dogs on a green sofa"], "heldout": ["7"]}
+    for name, prompts in texts.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+    given = RUN | {
+        "model.path": config.path, "model.height": config.height, "model.width": config.width,
+        "model.negative_prompt": negative, "data.train_prompts": folder / "train.txt",
+        "data.heldout_prompts": folder / "heldout.txt", "rewards.preference.kind": "jpeg_compressibility",
+        "rewards.preference.options": "{}", "data.embeddings": folder / "embeddings",
+    }  # fmt: skip
+    return {key.replace(".", "__"): value for key, value in given.items()}
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 @families
 def test_a_whole_run_has_the_same_bits_with_one_actor_and_two(family: str, address: str, tmp_path: Path) -> None:
     """On Ray and DeepSpeed; prompts of unlike length meet in the learner's batches."""
-    config = settings(family)
-    negative = "null" if config.negative_prompt is None else f"'{config.negative_prompt}'"
-    texts = {"train": ["a red cat", "two blue dogs on a green sofa"], "heldout": ["7"]}
-    for name, prompts in texts.items():
-        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
-    given = RUN | {
-        "model.path": config.path, "model.height": config.height, "model.width": config.width,
-        "model.negative_prompt": negative, "data.train_prompts": tmp_path / "train.txt",
-        "data.heldout_prompts": tmp_path / "heldout.txt", "rewards.preference.kind": "jpeg_compressibility",
-        "rewards.preference.options": "{}", "data.embeddings": tmp_path / "embeddings",
-    }  # fmt: skip
+    config, dotted = settings(family), run_settings(family, tmp_path)
     adapters = []
     for actors, name in ((1, "one"), (2, "two")):
-        dotted = {key.replace(".", "__"): value for key, value in given.items()}
         run(tmp_path, name, "--address", address, rollout__min_actors=actors, rollout__max_actors=actors, **dotted)
         adapters.append(lora(tmp_path, name))
         lines = metrics(tmp_path, name)
@@ -398,3 +405,29 @@ def test_a_whole_run_has_the_same_bits_with_one_actor_and_two(family: str, addre
         assert [line["rollout/evaluations"] for line in lines[1:]] == [cost * 2 * tree.evaluations] * 2
     same_lora(*adapters)
     assert any(np.abs(array).max() > 0 for name, array in adapters[0].items() if "lora_B" in name)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen_image"])
+def test_a_run_goes_on_from_an_adapter_that_evaluate_judges_alike(family: str, address: str, tmp_path: Path) -> None:
+    """`lora.initial` before its first step, and `evaluate` on its file: the same images, so the same score."""
+    model, adapter = load(family), LoraConfig(rank=4)
+    add_lora(model.transformer, adapter, seed=0)
+    export_lora(tmp_path / "adapter", random_state(model), adapter, model.pipeline_class)
+    dotted = run_settings(family, tmp_path) | {
+        "iterations": 1,
+        "lora__initial": tmp_path / "adapter",
+        "lora__alpha": adapter.alpha,
+    }
+    run(tmp_path, "from", "--address", address, **dotted)
+    arguments = ["--config", tmp_path / "from" / "config.yaml", "--adapter", f"new={tmp_path / 'adapter'}"]
+    judged = subprocess.run(
+        [sys.executable, "-m", "g2rpo_ray.evaluate", *map(str, arguments), "--address", address, "--seeds", "1",
+         "--output", str(tmp_path / "judged"), "--set", "lora.initial=null"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not judged.returncode, judged.stdout + judged.stderr
+    base, new = json.loads((tmp_path / "judged" / "table.json").read_text())["rows"]
+    assert (base["adapter"], new["adapter"]) == ("base", "new")
+    assert base["mean"] != new["mean"] == metrics(tmp_path, "from")[0]["heldout/preference/mean"]
