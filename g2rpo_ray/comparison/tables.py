@@ -5,16 +5,17 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 from g2rpo_ray.comparison.statistics import Row
 from g2rpo_ray.words import margin, number
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """A line a row; a number that is not there is left empty."""
+def to_csv(rows: Sequence[Any], kind: type = Row) -> str:
+    """A line for each row, of this dataclass; a number that is not there is left empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Row))
+    writer.writerow(field.name for field in fields(kind))
     writer.writerows([_cell(value) for value in asdict(row).values()] for row in rows)
     return text.getvalue()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from g2rpo_ray.comparison.tables import to_csv
 from g2rpo_ray.launch.command import FAILED, INTERRUPTED, INVALID
 from g2rpo_ray.record.storage import replace_text
 from g2rpo_ray.record.tracking import to_json
@@ -16,10 +17,10 @@ from g2rpo_ray.study.check import describe
 from g2rpo_ray.study.figures import curves, pictures
 from g2rpo_ray.study.plan import Case, Plan
 from g2rpo_ray.study.record import Line, Record
-from g2rpo_ray.study.rows import Results
+from g2rpo_ray.study.rows import Results, Row
 from g2rpo_ray.study.runner import doing, workers
 from g2rpo_ray.study.schema import read_study
-from g2rpo_ray.study.tables import to_csv, to_json_table, to_markdown
+from g2rpo_ray.study.tables import to_json_table, to_markdown
 from g2rpo_ray.words import one_line
 
 
@@ -63,7 +64,7 @@ def write(plan: Plan, record: Record) -> str:
     markdown = to_markdown(results, rows)
     record.folder.mkdir(parents=True, exist_ok=True)
     replace_text(record.folder / "table.md", markdown)
-    replace_text(record.folder / "table.csv", to_csv(rows))
+    replace_text(record.folder / "table.csv", to_csv(rows, Row))
     replace_text(record.folder / "table.json", to_json(to_json_table(results, rows), indent=1) + "\n")
     curves(results, record.folder)
     pictures(plan, results, record.folder)

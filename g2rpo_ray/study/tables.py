@@ -1,23 +1,11 @@
-"""The rows of a study as Markdown, CSV and JSON."""
+"""The rows of a study as Markdown and JSON."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from g2rpo_ray.study.rows import Results, Row, about
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """A line a row; a number that is not there is left empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Row))
-    for row in rows:
-        writer.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in asdict(row).values())
-    return text.getvalue()
 
 
 def to_markdown(results: Results, rows: Sequence[Row]) -> str:
