@@ -275,7 +275,7 @@ def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
     lines = {}
     for runner in ("process", "ray"):
         with workers(runner, 1) as pool:
-            found = pool.submit(doing(runner, tmp_path / runner, None, 2), case).result()
+            found = pool.submit(doing(runner, tmp_path / runner, None), case).result()
         lines[runner] = {line["kind"]: line for line in found}
     (here,), on_ray = lines["process"].values(), lines["ray"]
     assert here.keys() == on_ray["run"].keys()

@@ -35,7 +35,7 @@ def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
 
 def run(plan: Plan, record: Record, jobs: int, address: str | None) -> None:
     """Do all runs that the record lacks; after each wave the tables are written anew."""
-    do = doing(plan.study.runner, record.folder, address, plan.study.looks)
+    do = doing(plan.study.runner, record.folder, address)
     with workers(plan.study.runner, jobs) as pool:
         for wave in waves(plan, Results(plan, record.lines)):
             missing = {case.key: case for case in wave if case.key not in record.lines}

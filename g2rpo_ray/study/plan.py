@@ -29,6 +29,7 @@ class Case:
     variant: str
     config: Config  # with the iterations that the budget has for it
     budget: float
+    looks: int  # held-out evaluations, the last one at the end
     key: str
     base: str  # key of the base that it is compared with
     shown: bool = False  # whether pictures of it are kept
@@ -41,7 +42,7 @@ class Case:
 
     def of_base(self) -> "Case":
         """The judgement of the model without adapter that this run is compared with."""
-        return Case("base", self.table, BASE, self.config, 0, self.base, self.base, shown=True)
+        return Case("base", self.table, BASE, self.config, 0, 1, self.base, self.base, shown=True)
 
 
 class Plan:
@@ -88,8 +89,8 @@ class Plan:
     def base(self, table: str) -> Case:
         """The judgement of the model without adapter."""
         first = next(iter(self.study.tables[table].variants))
-        key = self._key(self.config(table, first), self.prompts(table, first), 0, trained=False)
-        return Case("base", table, BASE, self.config(table, first), 0, key, key, shown=True)
+        key = self._key(self.config(table, first), self.prompts(table, first))
+        return Case("base", table, BASE, self.config(table, first), 0, 1, key, key, shown=True)
 
     def tuning(self, table: str, variant: str) -> list[Case]:
         """Runs of the grid; none where the learning rate is given, or is another variant's."""
@@ -122,19 +123,20 @@ class Plan:
         config = self._configs[table, variant]
         learner = config.learner if lr is None else config.learner.model_copy(update={"lr": lr})
         config = config.model_copy(update={"seed": seed, "learner": learner})
+        looks = self.study.looks if kind == "run" else 1
         place = (table, variant, seed, budget)
         if place not in self._iterations:
             self._iterations[place] = self._count(config, table, variant, budget)
         iterations = self._iterations[place]
-        judged = config.evaluation.model_copy(update={"every": math.ceil(iterations / self.study.looks)})
-        key = self._key(config, self.prompts(table, variant), budget)
+        judged = config.evaluation.model_copy(update={"every": math.ceil(iterations / looks)})
+        key = self._key(config, self.prompts(table, variant), budget, looks)
         config = config.model_copy(update={"iterations": iterations, "evaluation": judged, "name": key})
         shown = kind == "run" and seed == self.study.tables[table].seeds[0]
-        base = self._key(config, self.prompts(table, variant), 0, trained=False)
+        base = self._key(config, self.prompts(table, variant))
         if base != self.base(table).key:
             alike = "rewards, prompts, steps and how they are sampled must be those of the table's first variant"
             raise ValueError(f"tables.{table}.variants.{variant}: {alike}, or scores cannot be compared")
-        return Case(kind, table, variant, config, budget, key, base, shown)
+        return Case(kind, table, variant, config, budget, looks, key, base, shown)
 
     def _count(self, config: Config, table: str, variant: str, budget: float) -> int:
         """As many as the budget has; of `auto`, at most."""
@@ -154,17 +156,22 @@ class Plan:
             self._prompts[table, variant] = read_run_prompts(self._configs[table, variant])
         return self._prompts[table, variant]
 
-    def _key(self, config: Config, prompts: Prompts, budget: float, trained: bool = True) -> str:
-        """A digest of all that the result depends on: settings other than the default, prompts, embedded files."""
-        values = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
+    def _key(self, config: Config, prompts: Prompts, budget: float = 0, looks: int = 0) -> str:
+        """A digest of all that the result depends on: settings other than the default, prompts, embedded files.
+
+        Without a budget nothing is trained, and settings of training count for nothing.
+        """
+        given = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
         data = settings(config, prompts.train, prompts.heldout, prompts.metadata)["data"]
-        values |= {f"data.{name}": data[name] for name in ("train_prompts", "heldout_prompts")}
-        of_training = lambda key: matches(key, TRAINING) and key not in SAMPLING  # noqa: E731
-        values = {key: value for key, value in values.items() if counts(key) and (trained or not of_training(key))}
-        if not trained:
-            values.pop("seed", None)
+        given |= {f"data.{name}": data[name] for name in ("train_prompts", "heldout_prompts")}
+        untrained = () if budget else ("seed", *TRAINING)
+        values = {
+            key: value
+            for key, value in given.items()
+            if counts(key) and (key in SAMPLING or not matches(key, untrained))
+        }
         files = [_content(value) for value in values.values() if isinstance(value, str) and value.startswith(EMBEDDED)]
-        text = json.dumps([values, files, budget, self.study.looks if trained else 0], sort_keys=True)
+        text = json.dumps([values, files, budget, looks], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -44,9 +44,9 @@ def workers(on: str, jobs: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
-def doing(on: str, folder: Path, address: str | None, looks: int) -> Callable[[Case], list[Line]]:
+def doing(on: str, folder: Path, address: str | None) -> Callable[[Case], list[Line]]:
     """A function from a case to the lines of the record that it gives."""
-    return partial(_on_ray, folder, address) if on == "ray" else partial(_here, folder, looks)
+    return partial(_on_ray, folder, address) if on == "ray" else partial(_here, folder)
 
 
 def _end_with_the_parent() -> None:
@@ -62,7 +62,7 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _here(folder: Path, looks: int, case: Case) -> list[Line]:
+def _here(folder: Path, case: Case) -> list[Line]:
     from g2rpo_ray.models import describe
     from g2rpo_ray.study.single import Single
 
@@ -74,7 +74,7 @@ def _here(folder: Path, looks: int, case: Case) -> list[Line]:
         return [curve.line()]
     ratio = 0.0
     try:
-        for done, metrics, found in run.run(case.budget, looks):
+        for done, metrics, found in run.run(case.budget, case.looks):
             curve.iteration(metrics)
             ratio = max(ratio, metrics.get("actor/ratio_initial_max_dev", 0.0))
             if found:

@@ -71,7 +71,7 @@ class Study(Section):
     budget: int = Field(gt=0, le=10**15)
     """Most that a run may cost: velocity evaluations of rollouts, and what its learner's states count in these."""
     looks: int = Field(8, ge=1, le=1000)
-    """Held-out evaluations of a run after the one of the base, evenly over its iterations."""
+    """Held-out evaluations of a run after the one of the base, evenly over its cost; a run of the grid has its last."""
     reach: tuple[Annotated[float, Field(allow_inf_nan=False)] | Name, ...] = ()
     """Scores of the first trained reward whose cost is told; the name of a variant is its mean at the end."""
     tflop: float | None = Field(None, gt=0, le=1e9)
