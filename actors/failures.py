@@ -55,8 +55,9 @@ def exit_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """Of an error's message; of what a call raised, the last: the first ones say where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[-1 if isinstance(error, RayTaskError) else 0] if lines else type(error).__name__
 
 
 def in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":

@@ -143,26 +143,41 @@ def announce(cluster, node):
     return subprocess.Popen([ray, "drain-node", *which, *why], stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("graceful", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in order", "killed"])
-def test_nodes_that_go_change_no_bit(graceful, cluster, long_reference, tmp_path):
+WAYS = ["in order", pytest.param("killed", marks=pytest.mark.slow), pytest.param("stopped", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_nodes_that_go_change_no_bit(how, cluster, long_reference, tmp_path):
     """With the learner's go the optimizer, the published weights and all that was kept for the update.
 
     In order: its raylet gets SIGTERM, as from `ray stop` or at a pod's end. Other errors come of that than of a crash.
+    Stopped: the raylet stands still, until the head gives the node up.
     """
     learner, rollout = add_node(cluster, learner=1), add_node(cluster, rollout=1)
     add_node(cluster, rollout=1)
     pinned = PINNED | {"learner__resources": "{learner: 1}"}
     process = start(tmp_path, "moved", "--address", cluster.address, **pinned, iterations=20)
     wait_for_iteration(process, tmp_path, "moved", 1)
-    cluster.remove_node(learner, allow_graceful=graceful)
+    go(cluster, learner, how)
     add_node(cluster, learner=1)
     wait_for(process, lambda: "the learner is ready again" in (tmp_path / "moved" / "run.log").read_text())
-    cluster.remove_node(rollout, allow_graceful=graceful)
+    go(cluster, rollout, how)
     finish(process)
+    if how == "stopped":
+        for node in (learner, rollout):
+            cluster.remove_node(node, allow_graceful=False)
     assert recovery(tmp_path, "moved", "learner lost", "the learner is ready again") < RECOVERED_S
     same_lora(lora(tmp_path, "moved"), long_reference())
     assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "moved")) == 1
     assert sum(line.get("perf/lost_s", 0) for line in metrics(tmp_path, "moved")) > 0
+
+
+def go(cluster, node, how):
+    if how == "stopped":
+        (raylet,) = node.all_processes["raylet"]
+        raylet.process.send_signal(signal.SIGSTOP)
+    else:
+        cluster.remove_node(node, allow_graceful=how == "in order")
 
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "terminated": signal.SIGTERM}
