@@ -129,6 +129,15 @@ def test_the_same_settings_in_two_tables_are_one_run_and_others_are_not(tmp_path
     assert plan.base("one").key == plan.base("ablation").key == plan.runs("one", "tree", 1e-4)[0].base
 
 
+def test_the_check_tells_the_hours_of_all_runs(tmp_path, capsys):
+    file = study_file(tmp_path, tflop=3600.0)
+    assert main([str(file), "--check", "--tflops", "1", "--output", str(tmp_path / "out")]) == 0
+    # four runs of 120 and two of the grid of 60; two looks and one, at 12 prompts by 4 steps each
+    assert "1,080 device hours at 1 TFLOP/s (68 hours of 16 devices)" in capsys.readouterr().out
+    assert main([str(study_file(tmp_path)), "--check", "--tflops", "1", "--output", str(tmp_path / "out")]) == 0
+    assert "An evaluation is 3.08e-05 TFLOP" in capsys.readouterr().out  # counted from the quickstart's files
+
+
 def line_of(case, scores, costs=(50.0, 100.0), **more):
     """A finished run's line, its curve ending at the mean of the scores, after half of the way from .4."""
     means = {name: float(np.mean(of)) for name, of in scores.items()}
