@@ -15,6 +15,7 @@ from g2rpo_ray.data import Prompts
 from g2rpo_ray.files import EMBEDDED, resolve
 from g2rpo_ray.launch.plan import affordable, iteration_cost
 from g2rpo_ray.launch.preflight import read_run_prompts
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.study.schema import BASE, Settings, Study, flat, overrides
 
 RATE = "learner.lr"
@@ -69,7 +70,8 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"tables.{table}.variants.{variant}: {error}") from None
         output = f"{config.output}/{study.name}"
-        data = config.data.model_copy(update={"embeddings": config.data.embeddings or f"{output}/embeddings"})
+        shared = config.data.embeddings or str(Folder(output) / "embeddings")
+        data = config.data.model_copy(update={"embeddings": shared})
         return config.model_copy(update={"output": output, "data": data})
 
     def _layers(self, table: str, variant: str) -> list[Settings]:
