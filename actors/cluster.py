@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 
 from g2rpo_ray.config import Config, Resources
+from g2rpo_ray.rewards import serving
+from g2rpo_ray.words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +138,11 @@ def demands(config: Config) -> list[tuple[str, int, Resources]]:
         ("rollout.resources", config.rollout.min_actors, config.rollout.resources),
         ("learner.resources", config.learner.ranks, config.learner.resources),
     ]
+    served = serving(config.all_rewards)
     for section in ("rewards", "eval_rewards"):
         for name, reward in getattr(config, section).items():
-            sections.append((f"{section}.{name}.resources", reward.replicas, reward.resources))
+            if served[name] == name:
+                sections.append((f"{section}.{name}.resources", reward.replicas, reward.resources))
     return sections
 
 
@@ -149,11 +153,30 @@ def this_machine() -> dict[str, float]:
     return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
 
 
+def _check_environments(config: Config) -> None:
+    """Raise ValueError, in one line, for a reward's runtime_env that Ray does not take."""
+    from ray.runtime_env import RuntimeEnv
+
+    for section in ("rewards", "eval_rewards"):
+        for name, reward in getattr(config, section).items():
+            key, given = f"{section}.{name}.runtime_env", reward.runtime_env
+            for field in given:
+                if field not in RuntimeEnv.known_fields:
+                    allowed = ", ".join(sorted(RuntimeEnv.known_fields))
+                    raise ValueError(f"{key}.{field}: Ray has no such field; allowed are {allowed}")
+            try:
+                RuntimeEnv(**given)
+            except Exception as error:  # Ray raises a class of its own for each field
+                raise ValueError(f"{key}: Ray does not take it: {one_line(error)}") from None
+
+
 def check_resources(config: Config, machine: Mapping[str, float] | None = None) -> None:
-    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once.
+    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once, or Ray does not
+    take an environment that it asks for.
 
     `machine`: what there would be, where there is no cluster yet.
     """
+    _check_environments(config)
     if machine is None:
         import ray
 

@@ -22,14 +22,15 @@ from actors.failures import is_lost_object
 from actors.pool import Pool
 from actors.reward import Scorer
 from actors.weights import PublishedWeights
-from g2rpo_ray.algo import Choice, Tree
+from g2rpo_ray.algo import Choice, Tree, compared_leaves
 from g2rpo_ray.config import Config
 from g2rpo_ray.record.panel import image_traces
-from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, put_scores, trunk_part
+from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, put_scores, put_win_rates, trunk_part
 from g2rpo_ray.types import (
     BranchUnit,
     FloatArray,
     Images,
+    Ints,
     PromptRollout,
     Rollout,
     Samples,
@@ -160,24 +161,48 @@ class Collector:
             *(self._branch(job, branch, tree, trunk) for branch in branch_units(self._config, tree, unit)),
         )
         scores = np.full((len(self._config.rewards), len(tree.leaf)), np.nan, np.float32)
-        for below, found in [(part, anchors), *((below, found) for _, below, found in branches)]:
+        for below, found in [(part, anchors), *((below, found) for _, below, found, _ in branches)]:
             put_scores(scores, tree, below, [found[name] for name in self._config.rewards if found])
-        refs = tuple(ref for ref, _, _ in branches)
+        await self._compare(unit, tree, scores, [(below, kept) for _, below, _, kept in branches])
+        refs = tuple(ref for ref, _, _, _ in branches)
         place = (unit.iteration, unit.slot, unit.prompt)
         return PromptRollout(*place, tree, scores, job.embedding, trunk, refs), anchors
 
     @_again_if_lost
     async def _branch(
         self, job: "_Job", unit: BranchUnit, tree: Tree, trunk: ray.ObjectRef
-    ) -> tuple[ray.ObjectRef, Part, dict[str, FloatArray]]:
-        """The stochastic edges, what of the tree they are, and the scores [I] of the images by trained reward."""
+    ) -> tuple[ray.ObjectRef, Part, dict[str, FloatArray], ray.ObjectRef | None]:
+        """The stochastic edges, what of the tree they are, the scores [I] of the images by trained reward, and the
+        images where a reward needs those of other units, too.
+        """
         part = branch_part(tree, unit)
         branches, images = await self._compute(job, unit, trunk, cost=self._config.velocity_cost * part.evaluations)
         scores, _ = await asyncio.gather(
             self._score(unit, images, len(part.images), list(self._config.rewards)),
             self._keep(branches, self._computing == 0),
         )
-        return branches, part, scores
+        together = any(self._scorers[name].takes_groups for name in self._config.rewards)
+        return branches, part, scores, images if together else None
+
+    async def _compare(
+        self, unit: TrunkUnit, tree: Tree, scores: FloatArray, parts: Sequence[tuple[Part, ray.ObjectRef | None]]
+    ) -> None:
+        """Put into scores [R, Q] what is told from whole groups, whatever units their images came in."""
+        place = {int(node): (at, row) for at, (part, _) in enumerate(parts) for row, node in enumerate(part.images)}
+
+        async def ask(row: int, scorer: Scorer, number: int, leaves: Ints) -> None:
+            picks = [place[int(node)] for node in tree.leaf[leaves]]
+            needed = sorted({at for at, _ in picks})
+            images = [ref for ref in (parts[at][1] for at in needed) if ref is not None]
+            picks = [(needed.index(at), of_unit) for at, of_unit in picks]
+            what = f"group/{unit.iteration}/{unit.slot}/{number}"
+            scores[row, leaves] = await scorer.score(images, len(leaves), unit.prompt, what, picks)
+
+        scorers = [self._scorers[name] for name in self._config.rewards]
+        takers = [(row, scorer) for row, scorer in enumerate(scorers) if scorer.takes_groups]
+        together = compared_leaves(tree, self._config.credit.group) if takers else []
+        await asyncio.gather(*(ask(*taker, *part) for taker in takers for part in enumerate(together)))
+        put_win_rates(scores, tree, self._config)
 
     @_again_if_lost
     async def _sample(self, job: "_Job", unit: SampleUnit) -> tuple[ray.ObjectRef, dict[str, FloatArray]]:
@@ -205,13 +230,17 @@ class Collector:
         return refs
 
     async def _score(self, unit: Unit, images: ray.ObjectRef, count: int, names: list[str]) -> dict[str, FloatArray]:
-        """Scores [count] by reward, nothing where there is no image; with them the images are used up."""
+        """Scores [count] by reward, nothing where there is no image; with them the images are used up.
+
+        Those of rewards that take whole groups are NaN: a share of a group says nothing of the group.
+        """
         try:
             if not count:
                 return {}
+            alone = [name for name in names if not self._scorers[name].takes_groups]
             scores = await asyncio.gather(
-                *(self._scorers[name].score(images, count, unit.prompt, unit.name) for name in names)
+                *(self._scorers[name].score([images], count, unit.prompt, unit.name) for name in alone)
             )
         finally:
             self._rollout.used()
-        return dict(zip(names, scores, strict=True))
+        return {name: np.full(count, np.nan, np.float32) for name in names} | dict(zip(alone, scores, strict=True))

@@ -9,10 +9,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RuntimeEnvSetupError
 
 from actors.failures import exit_reason, in_thread, is_death
 from actors.members import Member, Members
 from g2rpo_ray.config import Resources
+from g2rpo_ray.types import Place
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,11 @@ class Crew:
         """Process id of each actor that is ready, by name."""
         return {member.name: member.place.pid for member in self._members if member.place}
 
+    @property
+    def places(self) -> list[Place]:
+        """Of the actors that are ready."""
+        return [member.place for member in self._members if member.place]
+
     async def wait_ready(self) -> None:
         """Return as soon as `minimum` actors are ready to work."""
         async with self._changed:
@@ -217,7 +224,8 @@ class Crew:
         """Stop the pool where another start would fail as this one did."""
         if "node has died" in str(error) or getattr(error, "preempted", False):
             return
-        by_itself = getattr(error, "actor_init_failed", False) or "exit code" in reason  # nobody killed it
+        failed = getattr(error, "actor_init_failed", False) or isinstance(error, RuntimeEnvSetupError)
+        by_itself = failed or "exit code" in reason  # nobody killed it
         again = by_itself and reason in self._failed_starts
         self._failed_starts.append(reason)
         if again or len(self._failed_starts) == MOST_STARTS * min(self.size, STARTING):

@@ -33,7 +33,7 @@ class Evaluator(System):
         self._start_pools()
         for version, state in states.items():
             self._weights[version] = PublishedWeights(describe(state, version), ray.put(dict(state)))
-        await asyncio.gather(*(pool.wait_ready() for pool in self._pools.values()))
+        await self._ready()
         return True
 
     async def score(self, cells: Sequence[Cell], keep: Keep) -> Literal[True]:

@@ -1,6 +1,7 @@
 """What Ray's errors mean here: who died, what was lost; and what takes so long that it is taken for hung."""
 
 import asyncio
+import re
 import statistics
 import threading
 from collections import deque
@@ -15,6 +16,7 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
+    RuntimeEnvSetupError,
     WorkerCrashedError,
 )
 
@@ -22,8 +24,11 @@ from g2rpo_ray.words import one_line
 
 T = TypeVar("T")
 
-# An actor killed for memory, or whose node left in good order, is no RayActorError.
-DEATHS = (RayActorError, ActorUnschedulableError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+# An actor killed for memory, whose node left in good order, or whose environment can't be made, is no RayActorError.
+DEATHS = (
+    *(RayActorError, ActorUnschedulableError, OutOfMemoryError, NodeDiedError, WorkerCrashedError),
+    RuntimeEnvSetupError,
+)
 
 FLOOR_S = 60.0  # below this nothing is taken for hung because of its peers
 TIMES = 10.0  # as long as its peers take
@@ -48,10 +53,17 @@ def is_death(error: BaseException) -> bool:
 def exit_reason(error: BaseException) -> str:
     """Why an actor died: what its constructor raised, or how its process ended; one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RuntimeEnvSetupError):
+        return f"its runtime_env can't be made: {one_line(next(filter(_says_why, reversed(lines)), lines[-1]), 400)}"
     if getattr(error, "actor_init_failed", False):
         return one_line(lines[-1])
     why = next((line for line in lines if "Worker exit detail: " in line), first_line(error))
     return one_line(why.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0])
+
+
+def _says_why(line: str) -> bool:
+    """Whether a line of a runtime environment's failure is an exception or an installer's error."""
+    return bool(re.match(r"(\w+\.)*\w*(Error|Exception): |ERROR: |error: |× ", line))
 
 
 def first_line(error: BaseException) -> str:

@@ -12,10 +12,10 @@ from actors.encoder import Embeddings, Say
 from actors.failures import is_death
 from actors.learner import LearnerGroup
 from actors.pool import Pool
-from actors.reward import RewardActor, Scorer
+from actors.reward import make_scorers
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
-from g2rpo_ray.config import Config, RewardConfig, ray_options
+from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.record.checkpoint import Checkpoint
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import Metadata, Span
@@ -32,11 +32,9 @@ class System:
         self._embeddings = Embeddings(config, config.data.embeddings or str(run / "embeddings"))
         self._rollout = _rollout_pool(config)
         self._timeline: list[Span] = []
-        self._scorers = {
-            name: Scorer(name, reward, _reward_pool(name, reward, config), self._timeline, metadata)
-            for name, reward in config.all_rewards.items()
-        }
-        self._pools = {"rollout": self._rollout, **{name: scorer.pool for name, scorer in self._scorers.items()}}
+        self._scorers = make_scorers(config, self._timeline, metadata)
+        own = {name: scorer.pool for name, scorer in self._scorers.items() if scorer.pool.name == f"reward {name}"}
+        self._pools = {"rollout": self._rollout, **own}
         self.learner = LearnerGroup(config, group)
         self.collector = Collector(
             config, self._embeddings, self._rollout, self._scorers, self.learner.keep, self._timeline
@@ -47,8 +45,17 @@ class System:
         await self._embeddings.encode(prompts, say)  # first: it may need the GPU of an actor
         self._start_pools()
         self.watch(follow_requests(self._config.name, self._pools, say))
-        await asyncio.gather(self.start_learner(checkpoint), *(pool.wait_ready() for pool in self._pools.values()))
+        await asyncio.gather(self.start_learner(checkpoint), self._ready())
         return True
+
+    async def _ready(self) -> None:
+        """Wait for enough of each kind. ValueError, in one line, where no reward can judge a held-out image."""
+        await asyncio.gather(self._rollout.wait_ready(), *(scorer.wait_ready() for scorer in self._scorers.values()))
+        if all(scorer.takes_groups for scorer in self._scorers.values()):
+            raise ValueError(
+                f"eval_rewards: {', '.join(self._scorers)} compares images of a group, which tells nothing of "
+                "held-out images; add a reward that scores images"
+            )
 
     def _start_pools(self) -> None:
         for pool in self._pools.values():
@@ -147,17 +154,4 @@ def _rollout_pool(config: Config) -> Pool:
         copies=True,
         max_unused=max(rollout.max_unscored_units, 2 * rollout.max_actors),
         resources=rollout.resources,
-    )
-
-
-def _reward_pool(name: str, reward: RewardConfig, config: Config) -> Pool:
-    actor = RewardActor.options(**ray_options(reward.resources))  # type: ignore[attr-defined]
-    return Pool(
-        f"reward {name}",
-        lambda actor_name: actor.remote(actor_name, reward),
-        reward.replicas,
-        max_restarts=reward.max_restarts,
-        patience_s=config.startup_timeout_s,
-        hung_after_s=config.hung_after_s,
-        resources=reward.resources,
     )

@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": ("g2rpo_ray.evaluate", "compare the base and adapters by every reward"),
     "study": ("g2rpo_ray.study.__main__", "compare methods at equal cost, by tables with intervals"),
     "scale": ("g2rpo_ray.scale", "change the number of actors of a run that is going on"),
+    "rewards": ("g2rpo_ray.rewards.check", "try every reward of a configuration on pictures"),
     "report": ("g2rpo_ray.report.__main__", "write an HTML file about a run, or several"),
     "demo": ("g2rpo_ray.demo", "try adapters in the browser"),
 }

@@ -133,7 +133,10 @@ def _settings(config: Config, seeds: int) -> dict[str, Any]:
         "pipeline": _stamp(config.model.path),
         "rollout": [rollout.device, rollout.threads, rollout.micro_batch, rollout.decode_batch, rollout.compile],
         "rewards": {
-            name: [reward.kind, reward.options, reward.batch_size, [_stamp(value) for value in reward.options.values()]]
+            name: [
+                *(reward.kind, reward.options, reward.batch_size, [_stamp(value) for value in reward.options.values()]),
+                *([reward.runtime_env] if reward.runtime_env else []),  # other packages may give other scores
+            ]
             for name, reward in config.all_rewards.items()
         },
     }

@@ -125,6 +125,7 @@ class Place:
     pid: int
     node: str  # Ray's id
     address: str
+    takes_groups: bool = False  # of a reward's server: it needs all images at once that credit compares
 
 
 @dataclass(frozen=True, slots=True)

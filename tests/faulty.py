@@ -41,6 +41,30 @@ def build_told():
     return Told()
 
 
+class Rank:
+    """A picture's place by brightness among all that it is given, whose number is in `sizes`."""
+
+    scope = "group"
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3)).argsort().argsort().astype(np.float32) + 100 * len(images)
+
+
+def build_rank():
+    return Rank()
+
+
+class Drifting:
+    """Other scores at every call, as of a model that draws something."""
+
+    def score(self, images, prompts):
+        return np.random.default_rng().normal(size=len(images)).astype(np.float32)
+
+
+def build_drifting():
+    return Drifting()
+
+
 def broken():
     raise ValueError("taste: no such thing")
 

@@ -1,11 +1,14 @@
 """Pools, reward servers and rollout actors on Ray: priorities, deaths, retries, refused weights."""
 
 import asyncio
+import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
 from functools import partial
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -17,13 +20,14 @@ from actors.failures import is_lost_object
 from actors.keeper import PAUSE_S, Keeper
 from actors.members import AHEAD, here
 from actors.pool import Pool
-from actors.reward import RewardActor, Scorer
+from actors.reward import RewardActor, Scorer, make_scorers
 from actors.rollout import RolloutActor
 from actors.weights import PublishedWeights
 from g2rpo_ray.config import RewardConfig, load_config
 from g2rpo_ray.models import FlowModel, add_lora, describe, lora_state
 from g2rpo_ray.rewards import NotScores
 from g2rpo_ray.types import BranchUnit
+from tests.test_unified_reward import chat_server
 
 pytestmark = pytest.mark.cluster
 
@@ -255,7 +259,7 @@ def test_an_object_lost_with_its_owner_is_told_and_not_taken_for_a_failed_score(
     while psutil.pid_exists(pid):
         time.sleep(0.05)
     with pytest.raises(ray.exceptions.RayError) as lost:
-        use(subject.pool, lambda: subject.score(images, 10, "x"))
+        use(subject.pool, lambda: subject.score([images], 10, "x"))
     assert is_lost_object(lost.value)
     assert subject.missing.total == 0
 
@@ -305,7 +309,7 @@ IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 
 
 def test_scores_come_in_the_order_of_the_images_whatever_the_chunks():
     subject = scorer()
-    scores = use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
+    scores = use(subject.pool, lambda: subject.score([ray.put(IMAGES)], 10, "x"))
     assert np.array_equal(scores, np.arange(10))
 
 
@@ -315,7 +319,9 @@ def test_metadata_of_a_prompt_reaches_a_reward_that_asks_for_it_whatever_the_chu
     subject = Scorer("told", config, pool, [], {"three": {"count": 3}, "five": {"count": 5}})
 
     async def scores():
-        return await asyncio.gather(*(subject.score(ray.put(IMAGES), 10, prompt) for prompt in ("three", "five", "x")))
+        return await asyncio.gather(
+            *(subject.score([ray.put(IMAGES)], 10, prompt) for prompt in ("three", "five", "x"))
+        )
 
     three, five, without = use(pool, scores)
     assert three.tolist() == [3] * 10
@@ -323,20 +329,71 @@ def test_metadata_of_a_prompt_reaches_a_reward_that_asks_for_it_whatever_the_chu
     assert np.isnan(without).all()
 
 
+def test_a_reward_of_groups_gets_the_picked_images_of_all_units_at_once():
+    config = RewardConfig(kind="tests.faulty:build_rank", batch_size=2)
+    pool = Pool("reward rank", lambda name: RewardActor.remote(name, config), 1)
+    subject = Scorer("rank", config, pool, [], {})
+    picks = [(1, 0), (0, 3), (1, 2), (0, 1)]
+
+    async def scores():
+        await subject.wait_ready()
+        return await subject.score([ray.put(IMAGES[:5]), ray.put(IMAGES[5:])], 4, "x", "group/0/0/0", picks)
+
+    assert use(pool, scores).tolist() == [402, 401, 403, 400]
+    assert subject.takes_groups
+
+
+def test_parts_of_one_answer_come_from_one_request():
+    """Three rewards of UnifiedReward 2.0, one actor, and one request for each picture."""
+    with chat_server(module="tests.test_judges") as url:
+        parts = ("alignment", "coherence", "style")
+        options = {"base_urls": url, "timeout": 20.0}
+        rewards = {
+            part: {"kind": "unified_reward_2", "resources": {}, "options": {**options, "part": part}} for part in parts
+        }
+        config = load_config(None, [f"rewards={json.dumps(rewards)}", "eval_rewards={}", "rewards.preference=null"])
+        scorers = make_scorers(config, [], {})
+        assert len({id(subject.pool) for subject in scorers.values()}) == 1
+        images = np.zeros((3, 4, 4, 3), np.uint8)
+        images[..., 1] = 51
+
+        async def scores():
+            ref = ray.put(images)
+            return await asyncio.gather(*(subject.score([ref], 3, "a lawn") for subject in scorers.values()))
+
+        found = use(scorers["style"].pool, scores)
+        with urlopen(f"{url}/log") as answer:
+            assert len(json.load(answer)["requests"]) == 3
+    np.testing.assert_allclose(found, [[1] * 3, [1.8] * 3, [1] * 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("environment", "reason"), [("conda: none", "conda"), ("image_uri: localhost/none", "podman")])
+def test_an_environment_that_can_not_be_made_ends_the_start(environment, reason):
+    """There is neither conda nor podman on the machines that test this."""
+    if shutil.which(reason):
+        pytest.skip(f"{reason} is here")
+    config = load_config(None, [f"rewards.preference.runtime_env={{{environment}}}"])
+    pool = make_scorers(config, [], {})["preference"].pool
+    said = f"reward preference-1 failed to start, 2 times in a row: its runtime_env can't be made: .*{reason}"
+    with pytest.raises(PoolStopped, match=said) as caught:
+        use(pool, pool.wait_ready)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_failed_score_is_asked_for_again():
     subject = scorer(errors=2)
-    assert np.isfinite(use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))).all()
+    assert np.isfinite(use(subject.pool, lambda: subject.score([ray.put(IMAGES)], 10, "x"))).all()
     assert subject.missing.total == 0
 
 
 def test_what_stays_failed_is_missing_and_counted_and_never_0():
     subject = scorer(missing=1)
-    scores = use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
+    scores = use(subject.pool, lambda: subject.score([ray.put(IMAGES)], 10, "x"))
     assert np.isnan(scores[[1, 5, 9]]).all()
     assert np.isfinite(scores).sum() == 7
     assert subject.missing.total == 3
     subject = scorer(errors=100, retries=1)
-    assert np.isnan(use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))).all()
+    assert np.isnan(use(subject.pool, lambda: subject.score([ray.put(IMAGES)], 10, "x"))).all()
     assert subject.missing.total == 10
 
 
@@ -353,7 +410,7 @@ def test_what_stays_failed_is_missing_and_counted_and_never_0():
 def test_a_reward_that_returns_no_scores_is_told_what_was_expected(value, given):
     subject = scorer(returns=value)
     with pytest.raises(NotScores, match=f"reward faulty: score.. returned {given}; expected a numpy array of float32"):
-        use(subject.pool, lambda: subject.score(ray.put(IMAGES), 10, "x"))
+        use(subject.pool, lambda: subject.score([ray.put(IMAGES)], 10, "x"))
 
 
 def test_weights_that_are_not_what_was_published_are_refused():

@@ -81,7 +81,7 @@ def test_what_hangs_everywhere_ends_in_a_line_and_a_score_in_a_missing_one():
     servers = Pool("reward", lambda name: RewardActor.remote(name, config), 1, max_restarts=9, hung_after_s=0.5)
     scorer = Scorer("sleeper", config, servers, [], {})
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    assert np.isnan(use(servers, lambda: scorer.score(ray.put(images), 2, "x"))).all()
+    assert np.isnan(use(servers, lambda: scorer.score([ray.put(images)], 2, "x"))).all()
     assert scorer.missing.total == 2
 
 

@@ -55,8 +55,8 @@ class Seer(Handler):
             self.chat("\n".join(lines))
 
     def compare(self, question: str, first: NDArray[np.float64], second: NDArray[np.float64]) -> None:
-        """The redder one; any blue in either, and it talks."""
-        if first[2] + second[2] > 0.1:
+        """The redder one; of pictures that are blue, and of some others, it talks."""
+        if any(picture[2] > 0.6 or int(1e4 * picture.sum()) % 7 == 5 for picture in (first, second)):
             return self.chat("<think>hard</think> Both have their charms.")
         which = (
             "Both images are equally good" if first[0] == second[0] else f"Image {1 + (second[0] > first[0])} is better"
@@ -132,7 +132,8 @@ def test_a_judge_that_answers_prose_gives_no_score(kind: str, url: str, caplog: 
 
 def test_an_answer_that_lacks_one_of_three_grades_is_not_used(url: str) -> None:
     parts = build("unified_reward_2", url, part="style").score_parts(flat((9, 9, 9)), ["two of three"])
-    assert np.isnan(parts["style"]).all()
+    assert list(parts) == ["alignment", "coherence", "style"]
+    assert all(np.isnan(scores).all() for scores in parts.values())
 
 
 def test_template_of_ones_own_is_read_strictly(url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from g2rpo_ray.algo import (
     ANCHOR,
     Shape,
     batch_std,
+    compared_leaves,
     completion_path,
     edge_advantages,
     edge_losses,
@@ -435,3 +436,30 @@ def test_subtrees_are_ranges_that_make_up_the_tree():
         start = tree.trunk.stop if kind == "nodes" else 0
         assert list(itertools.chain.from_iterable(ranges)) == list(range(start, size))
     assert [(s.root, s.branch_step, s.child) for s in tree.members(2, 1, 2)] == [(0, 2, 1), (1, 2, 0)]
+
+
+COMPARED = {  # leaves that are compared, by what stands in them: (root, branch step, child, granularity)
+    "g2rpo": (Shape(6, branch_steps=(0, 2), children=3, strides=(1, 2), anchors=True), "siblings", 4, 3),
+    "step": (Shape(6, roots=2, branch_steps=(0, 2), children=3), "step", 2, 6),
+    "chain": (Shape(5, roots=4, stochastic_edges=3), "step", 1, 4),
+    "branching": (Shape(5, children=2, stochastic_edges=4, splits=(1, 3)), "siblings", 1, 8),
+}
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_compared_leaves_are_those_that_an_advantage_depends_on(case):
+    """Brute force: change one leaf's score, and see whose edges' advantages move."""
+    shape, group, parts, size = COMPARED[case]
+    tree = plan_tree(shape)
+    found = compared_leaves(tree, group)
+    assert (len(found), {len(leaves) for leaves in found}) == (parts, {size})
+    assert sorted(np.concatenate(found)) == np.flatnonzero(tree.tag != ANCHOR).tolist()
+    scores = torch.rand(1, len(tree.leaf), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = edge_advantages(tree, scores, group=group, spread="group")
+    for leaf in np.flatnonzero(tree.tag != ANCHOR):
+        changed = scores.clone()
+        changed[0, leaf] += 3.0
+        moved = (edge_advantages(tree, changed, group=group, spread="group") != before).nonzero().flatten().tolist()
+        mine = next(set(leaves.tolist()) for leaves in found if leaf in leaves)
+        assert moved
+        assert {at for edge in moved for at in tree.below(edge) if tree.tag[at] == tree.tag[leaf]} <= mine

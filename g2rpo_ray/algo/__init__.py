@@ -3,6 +3,7 @@
 from g2rpo_ray.algo.budget import Choice, Measured, agreeing, ladder, mattering, measure, pooled
 from g2rpo_ray.algo.credit import (
     batch_std,
+    compared_leaves,
     edge_advantages,
     edge_values,
     groups,
@@ -45,6 +46,7 @@ __all__ = [
     "agreement",
     "awm_log_probs",
     "batch_std",
+    "compared_leaves",
     "completion_path",
     "edge_advantages",
     "edge_losses",

@@ -125,6 +125,22 @@ def groups(tree: Tree, group: str) -> Ints:
     return np.unique(key, return_inverse=True)[1]
 
 
+def compared_leaves(tree: Tree, group: str) -> list[Ints]:
+    """Which leaves [Q] are compared with each other: a part of them a group and granularity, parts that overlap joined.
+
+    The edges of a chain have the same leaves below them, those of siblings lie inside their parents': what is left is
+    the widest group of each leaf. Anchors are in none.
+    """
+    number, part = groups(tree, group), np.arange(len(tree.leaf))
+    for of_group in range(int(number.max()) + 1):
+        below = np.concatenate([tree.below(edge) for edge in np.flatnonzero(number == of_group).tolist()])
+        for tag in np.unique(tree.tag[below]):
+            parts = np.unique(part[below[tree.tag[below] == tag]])
+            part[np.isin(part, parts)] = parts[0]
+    compared = tree.tag != ANCHOR
+    return [np.flatnonzero((part == one) & compared) for one in np.unique(part[compared])]
+
+
 def batch_std(trees: Sequence[Tree], scores: Sequence[Tensor]) -> Tensor:
     """[R] float64: the population std of each reward over all leaves but anchors' of an iteration, [R, Q] a prompt.
 

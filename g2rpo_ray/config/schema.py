@@ -106,6 +106,11 @@ class RewardConfig(Section):
     """Ray resources of one server."""
     max_restarts: int = Field(100, ge=0, le=1_000_000)
     """Deaths of servers (all together) that the run survives."""
+    win_rate: bool = False
+    """Train on the share of its group that an image beats by this reward, a tie being half (Pref-GRPO), in place of its
+    score. Held-out scores stay what they are."""
+    runtime_env: dict[str, Any] = {}
+    """Ray runtime environment of the servers, handed on as it is: pip, uv, conda, image_uri ...; docs/rewards.md."""
 
 
 class DataConfig(Section):

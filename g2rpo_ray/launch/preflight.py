@@ -113,7 +113,7 @@ def check_models(config: Config) -> list[str]:
     unchecked = _check_model(config)
     for section in ("rewards", "eval_rewards"):
         for name, reward in getattr(config, section).items():
-            unchecked += check_reward(f"{section}.{name}", reward.kind, reward.options)
+            unchecked += check_reward(f"{section}.{name}", reward.kind, reward.options, bool(reward.runtime_env))
     return unchecked
 
 

@@ -129,7 +129,9 @@ class Journal:
             picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
         replace_text(scores_file(self._run, done), to_json(record) + "\n")
         means = {name: mean_of_present(scores) for name, scores in samples.scores.items()}
-        self.say(f"held-out after {done} iterations: " + ", ".join(f"{name} {means[name]:.4f}" for name in means))
+        self.say(
+            f"held-out after {done} iterations: " + ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
+        )
         panels = {f"panel/{name}": value for name, value in values.items()}
         of_scores = {f"heldout/{name}/mean": mean for name, mean in means.items()}
         of_scores |= {f"heldout_ema/{name}/mean": mean_of_present(scores) for name, scores in averaged.items()}
@@ -145,7 +147,9 @@ class Journal:
         self.stopped_by = sorted(passed.keys() & set(self._config.evaluation.stop_on))
         if self.stopped_by:
             return None
-        return sum(reward.weight * means[name] for name, reward in self._config.rewards.items())
+        known = {name: mean for name, mean in means.items() if math.isfinite(mean)}  # not those that compare in groups
+        judges = known.keys() & self._config.rewards.keys() or known
+        return sum(self._config.all_rewards[name].weight * known[name] for name in sorted(judges))
 
     def report(self) -> None:
         """Write report.html about the run so far. What goes wrong there is logged, and ends no run."""

@@ -65,9 +65,9 @@ class Template:
     """A question about each picture, and numbers that stand in the answer: its parts, one of which is the score."""
 
     def __init__(
-        self, name: str, judge: Judge, instruction: str, read: Callable[[str], Mapping[str, float]], part: str = "score"
+        self, name: str, judge: Judge, instruction: str, read: Mapping[str, Callable[[str], float]], part: str = ""
     ):
-        """`read` makes the numbers of an answer, or raises Unparsed."""
+        """`read` makes each part of an answer, or raises Unparsed: then none of it is used."""
         if "{prompt}" not in instruction:
             raise ValueError("instruction: has no {prompt}; expected a text with that where the prompt belongs")
         self._name, self._judge, self._instruction, self._read, self._part = name, judge, instruction, read, part
@@ -80,11 +80,13 @@ class Template:
         """All parts [N] of the answers, by name, from one request a picture."""
         check_images(self._name, images, prompts)
         found = self._judge.each(self._name, prompts, self._ask, images)
-        names = {self._part, *(name for answer in found for name in answer or ())}
-        return {name: np.array([(answer or {}).get(name, np.nan) for answer in found], np.float32) for name in names}
+        return {
+            name: np.array([(answer or {}).get(name, np.nan) for answer in found], np.float32) for name in self._read
+        }
 
-    def _ask(self, prompt: str, image: Image) -> Mapping[str, float]:
-        return self._read(self._judge.ask([image], self._instruction.replace("{prompt}", prompt), read_text))
+    def _ask(self, prompt: str, image: Image) -> dict[str, float]:
+        answer = self._judge.ask([image], self._instruction.replace("{prompt}", prompt), read_text)
+        return {part: read(answer) for part, read in self._read.items()}
 
 
 def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: str) -> Callable[[str], float]:
@@ -165,7 +167,7 @@ def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, hig
     if not lowest < highest:
         raise ValueError(f"lowest: {lowest:g} given; expected less than highest={highest:g}")
     read = number(compiled, lowest, highest, f"match of {pattern!r} from {lowest:g} to {highest:g}")
-    return Template("judge", judge, instruction, lambda answer: {"score": read(answer)})
+    return Template("judge", judge, instruction, {"": read})
 
 
 def _key(variable: str) -> str:

@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from g2rpo_ray.files import resolve
 from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
-from g2rpo_ray.rewards.registry import KINDS
+from g2rpo_ray.rewards.registry import KINDS, PARTS
+
+if TYPE_CHECKING:
+    from g2rpo_ray.config import RewardConfig
 
 REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
@@ -28,8 +31,10 @@ PROMPT_CHECKS = {
 """By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
 
 
-def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
+def check_reward(key: str, kind: str, options: Mapping[str, Any], elsewhere: bool = False) -> list[str]:
     """Check kind, option names and files; a line for each file that could not be looked at.
+
+    `elsewhere`: its packages are those of an environment of its own.
 
     Raises:
         ValueError: one line that names the key in the configuration, what was given and what is allowed.
@@ -39,7 +44,7 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any]) -> list[str]:
     if kind not in KINDS:
         return []
     package, remedy = PACKAGES.get(kind, ("", ""))
-    if package and find_spec(package) is None:
+    if package and not elsewhere and find_spec(package) is None:
         raise ValueError(f"{key}.kind: {kind} needs the package {package}{remedy}")
     known = option_defaults(kind)
     for name in options:
@@ -61,6 +66,20 @@ def prompt_check(kind: str) -> Callable[[str, Mapping[str, Any]], None]:
     module_name, _, name = PROMPT_CHECKS[kind].partition(":")
     check: Callable[[str, Mapping[str, Any]], None] = getattr(import_module(module_name), name)
     return check
+
+
+def serving(rewards: "Mapping[str, RewardConfig]") -> dict[str, str]:
+    """By reward, the one whose servers it asks: its own, or an earlier one's that differs in nothing but its part."""
+    found: dict[str, str] = {}
+    for name, reward in rewards.items():
+        same = (other for other in found.values() if reward.kind in PARTS and _whole(rewards[other]) == _whole(reward))
+        found[name] = next(same, name)
+    return found
+
+
+def _whole(reward: "RewardConfig") -> "RewardConfig":
+    options = {name: given for name, given in reward.options.items() if name != "part"}
+    return reward.model_copy(update={"options": options, "weight": 1.0, "win_rate": False})
 
 
 def option_defaults(kind: str) -> dict[str, Any]:

@@ -24,11 +24,14 @@ class Reward(Protocol):
         """Scores float32 [N], higher is better, of images uint8 [N, H, W, 3], each with its own prompt.
 
         NaN where one picture could not be scored: a missing score is never 0. A reward that has a third argument
-        `metadata` is given a mapping for each prompt, what its file says of it: see `data.read_records`.
+        `metadata` is given a mapping for each prompt, what its file says of it: see `data.read_records`. One whose
+        `scope` is "group" is given all pictures at once that credit compares, of one prompt; without it, any of them.
         """
         ...
 
 
+PARTS = ("unified_reward_2", "soft_tifa")
+"""Kinds with an option `part` whose `score_parts` gives the scores of all parts, by name, for the price of one."""
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
     "hpsv3": "g2rpo_ray.rewards.hpsv3:build",
@@ -106,12 +109,32 @@ def ask(
     Raises:
         NotScores: what it returned is no float32 array of that length.
     """
-    more = {"metadata": metadata or [{}] * len(prompts)} if "metadata" in signature(reward.score).parameters else {}
-    scores = reward.score(images, prompts, **more)
+    return _checked(reward.score(images, prompts, **_told(reward.score, prompts, metadata)), len(images))
+
+
+def ask_parts(
+    reward: Reward,
+    images: NDArray[np.uint8],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """The same of all parts that the reward has, by name; of one without parts under ""."""
+    all_parts = getattr(reward, "score_parts", None)
+    if all_parts is None:
+        return {"": ask(reward, images, prompts, metadata)}
+    found = all_parts(images, prompts, **_told(all_parts, prompts, metadata))
+    return {part: _checked(scores, len(images)) for part, scores in found.items()}
+
+
+def _told(method: Callable[..., Any], prompts: Sequence[str], metadata: Any) -> dict[str, Any]:
+    return {"metadata": metadata or [{}] * len(prompts)} if "metadata" in signature(method).parameters else {}
+
+
+def _checked(scores: Any, count: int) -> NDArray[np.float32]:
     if not isinstance(scores, np.ndarray):
         given = f"a {type(scores).__name__}"
-    elif scores.dtype != np.float32 or scores.shape != (len(images),):
+    elif scores.dtype != np.float32 or scores.shape != (count,):
         given = f"an array of {scores.dtype} and shape {scores.shape}"
     else:
         return scores
-    raise NotScores(f"score() returned {given}; expected a numpy array of float32 and shape ({len(images)},)")
+    raise NotScores(f"score() returned {given}; expected a numpy array of float32 and shape ({count},)")

@@ -63,19 +63,21 @@ def _try(
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
     for config in rewards.values():
         try:
-            answers.send(("", _untried(config, image, prompt, metadata)))
+            answers.send(("", _untried(config, images, prompt, metadata)))
         except (Exception, SystemExit) as error:
             reason = one_line(error)
             answers.send((reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}", ""))
 
 
-def _untried(config: RewardConfig, image: np.ndarray, prompt: str, metadata: Mapping[str, Any]) -> str:
+def _untried(config: RewardConfig, images: np.ndarray, prompt: str, metadata: Mapping[str, Any]) -> str:
     if str(config.options.get("device")).startswith("cuda") and not _has_gpu():
         return "not tried, it needs a GPU and there is none here"
-    score = ask(build_reward(config.kind, **config.options), image, [prompt], [metadata])
+    if config.runtime_env:
+        return "not tried, it has an environment of its own, which Ray makes"
+    score = ask(build_reward(config.kind, **config.options), images, [prompt] * 2, [metadata] * 2)
     return "" if np.isfinite(score).all() else f"gave no score for a picture of noise and the prompt {prompt!r}"
 
 

@@ -24,4 +24,4 @@ read_grade = number(FINAL_SCORE, 1, 5, "'Final Score: 1…5'")
 @judged
 def build(judge: Judge, instruction: str = INSTRUCTION) -> Template:
     """The reward by a judge; an `instruction` of one's own must ask for the same `Final Score:`."""
-    return Template("unified_reward", judge, instruction, lambda answer: {"score": read_grade(answer)})
+    return Template("unified_reward", judge, instruction, {"": read_grade})

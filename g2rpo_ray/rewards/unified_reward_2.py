@@ -34,9 +34,4 @@ def build(judge: Judge, part: Part) -> Template:
     """The part of the answer that is this reward."""
     if part not in GRADES:
         raise ValueError(f"part: {part!r} is not one of {', '.join(GRADES)}")
-    return Template("unified_reward_2", judge, INSTRUCTION, read_grades, part)
-
-
-def read_grades(answer: str) -> dict[str, float]:
-    """All three; an answer that lacks one is not in the model's format, and none of it is used."""
-    return {part: read(answer) for part, read in GRADES.items()}
+    return Template("unified_reward_2", judge, INSTRUCTION, GRADES, part)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import Choice, Subtree, Tree, plan_tree, resolution_shift, shifted_sigmas
+from g2rpo_ray.algo import Choice, Subtree, Tree, compared_leaves, plan_tree, resolution_shift, shifted_sigmas
 from g2rpo_ray.config import Config, SamplerConfig
+from g2rpo_ray.rewards.win_rate import win_rates
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.types import BranchUnit, FloatArray, TrunkUnit
 
@@ -166,3 +167,11 @@ def put_scores(scores: FloatArray, tree: Tree, part: Part, found: Sequence[Float
     if found:
         place = {node: number for number, node in enumerate(part.images)}
         scores[:, part.leaves] = np.stack(found)[:, [place[int(node)] for node in tree.leaf[part.leaves]]]
+
+
+def put_win_rates(scores: FloatArray, tree: Tree, config: Config) -> None:
+    """Put win rates in place of scores [R, Q] of all of a tree's leaves, by rewards that are trained on so."""
+    rows = [row for row, reward in enumerate(config.rewards.values()) if reward.win_rate]
+    for leaves in compared_leaves(tree, config.credit.group) if rows else []:
+        for row in rows:
+            scores[row, leaves] = win_rates(scores[row, leaves])

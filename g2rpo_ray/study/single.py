@@ -17,7 +17,7 @@ from g2rpo_ray.data import EmbeddingStore, drawn_prompts, encode_missing, finger
 from g2rpo_ray.launch.plan import iteration_cost, learner_states, state_cost
 from g2rpo_ray.launch.preflight import read_run_prompts
 from g2rpo_ray.rollout.budget import Budget
-from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, put_scores
+from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, put_scores, put_win_rates
 from g2rpo_ray.types import FloatArray, Images, PromptEmbedding, PromptRollout, SampleUnit, TrunkUnit
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class Single:
         used = drawn_prompts(self.prompts.train, per_iteration, config.seed, config.iterations)
         self._embeddings = _embeddings(config, [*used, *self.prompts.heldout], FlowModel)
         self._rewards = {name: build_reward(r.kind, **r.options) for name, r in config.all_rewards.items()}
+        for name, reward in self._rewards.items():
+            if config.all_rewards[name].runtime_env or getattr(reward, "scope", "image") == "group":
+                raise ValueError(f"rewards, eval_rewards: {name} compares groups or has a runtime_env: that takes Ray")
         self.sampler, self.engine = Sampler(config), LearnerEngine(config, 0, 1)
         self.states = 0
         """Learner states since the start, each forward and backward."""
@@ -127,6 +130,7 @@ class Single:
             found = [self._score(name, images, unit.prompt) for name in self.config.rewards]
             put_scores(scores, tree, branch_part(tree, part), found)
             branches.append(made)
+        put_win_rates(scores, tree, self.config)
         return PromptRollout(*place, tree, scores, embedding, trunk, tuple(branches))
 
     def _score(self, name: str, images: Images, prompt: str) -> FloatArray:
