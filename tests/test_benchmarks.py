@@ -63,6 +63,14 @@ def test_rewards(tmp_path):
     assert [row["batch"] for row in quick(tmp_path, "rewards")] == [1, 4]
 
 
+def test_completions(tmp_path):
+    fine, coarse = quick(tmp_path, "completions")
+    assert (fine["evaluations a member"], coarse["evaluations a member"]) == (9 + 8 + 7 + 6 + 5, 3 + 3 + 3 + 3 + 2)
+    assert fine["euler"] == pytest.approx(1)
+    assert 0.5 < coarse["euler"] < 1
+    assert coarse["dpmpp_2m"] not in (coarse["euler"], fine["dpmpp_2m"])
+
+
 def test_learner(tmp_path):
     (row,) = quick(tmp_path, "learner")
     assert row["states"] == 4 * 5  # prompts, branch steps

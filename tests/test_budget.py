@@ -15,7 +15,7 @@ from g2rpo_ray.rollout.plan import prompt_tree
 from g2rpo_ray.types import Branches, PromptRollout, Trunk
 from learner.batch import BatchShape, RankMetrics
 from learner.loss import states_of
-from tests.runs import finish, lora, metrics, run, same_lora, start, wait_for_iteration
+from tests.runs import finish, kill_at_work, lora, metrics, run, same_lora, start, wait_for_iteration
 
 AUTO = ("sampler.strides=auto", "sampler.branch_steps=auto")
 
@@ -241,7 +241,7 @@ CHOOSING = {
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_run_picks_what_its_record_says_on_any_number_of_actors_and_after_a_stop(tmp_path):
+def test_a_run_picks_what_its_record_says_on_any_number_of_actors_after_a_stop_and_a_loss(tmp_path):
     run(tmp_path, "two", rollout__max_actors=2, **CHOOSING)
     lines = metrics(tmp_path, "two")[1:]
     step = "choice/step/"
@@ -263,7 +263,10 @@ def test_a_run_picks_what_its_record_says_on_any_number_of_actors_and_after_a_st
     process.send_signal(signal.SIGTERM)
     finish(process, status=130)
     assert len(metrics(tmp_path, "one")) < 6
-    run(tmp_path, "one", **CHOOSING)
+    process = start(tmp_path, "one", **CHOOSING)
+    wait_for_iteration(process, tmp_path, "one", 3)
+    kill_at_work(process, "LearnerRank.update")
+    assert "learner lost" in finish(process)
     same_lora(lora(tmp_path, "one"), lora(tmp_path, "two"))
     chosen = [
         [{k: v for k, v in line.items() if k.startswith("choice/")} for line in metrics(tmp_path, n)]

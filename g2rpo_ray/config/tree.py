@@ -13,7 +13,7 @@ Auto = Literal["auto"]
 class AutoConfig(Section):
     """What `auto` is bound to, in sampler.strides and sampler.branch_steps: see docs/methods.md."""
 
-    every: int = Field(5, ge=1, le=1_000_000)
+    every: int = Field(10, ge=1, le=1_000_000)
     """Iterations between probes, the first one being a probe."""
     prompts: int = Field(2, ge=1, le=1024)
     """Prompts of such an iteration that probe: they have every granularity of the ladder, from every step."""

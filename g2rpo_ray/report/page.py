@@ -155,7 +155,8 @@ def _signal(runs: Sequence[Run]) -> list[Figure]:
     names = dict.fromkeys(name for run in runs for name in run.names if name.startswith("signal/agreement/"))
     agreements = {name: f"λ = {name.rsplit('/', 1)[1]}" for name in names}
     words = "agreement of coarse with finest completions"
-    return made + _drawn(runs, [(words, agreements, "rank correlation", False)])
+    chosen = ("granularity that `auto` chose", {"choice/stride": "λ"}, "λ", False)
+    return made + _drawn(runs, [(words, agreements, "correlation", False), chosen])
 
 
 def _drawn(runs: Sequence[Run], wanted: Sequence[tuple[str, dict[str, str], str, bool]]) -> list[Figure]:

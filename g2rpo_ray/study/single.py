@@ -100,7 +100,8 @@ class Single:
         last = False
         while not last:
             metrics, done = self.iterate(done), done + 1
-            last = done == self.config.iterations or self.cost + iteration_cost(self.config, train, done) > budget
+            following = iteration_cost(self.config, train, done, self._budget.choice(done))
+            last = done == self.config.iterations or self.cost + following > budget
             due = last or self.cost >= look * budget / looks
             look = int(self.cost * looks / budget) + 1
             yield done, metrics, self.judge() if due else None
