@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from g2rpo_ray.config import load_config
 from g2rpo_ray.rewards import build_reward
 from g2rpo_ray.scenes.draw import COLOURS, RELATIONS, SHAPES, Kind, Scene, all_scenes, caption, parse, render
 from g2rpo_ray.scenes.quality import encode, quality, seen_in
@@ -87,6 +88,15 @@ def test_quality_by_hand():
     )
     expected = [1, (2 * 0.8 + 1) / 3, (2 + 0.6) / 3, (2 * 0.6 + 1) / 3, 3 / 4, 0.9]
     torch.testing.assert_close(quality(seen_in(images), said)[0], torch.tensor(expected))
+    np.testing.assert_allclose(WORLD.grade(images, [caption(SCENE._replace(number=3))]), [3 / 4])
+
+
+def test_its_configuration_is_read_and_names_rewards_of_its_own():
+    config = load_config(WORLD.config)
+    assert config.name == "scenes"
+    assert list(config.rewards) == ["preference"]
+    kinds = {reward.kind for reward in config.eval_rewards.values()}
+    assert kinds == {f"scenes_{name}" for name in (*RULES, "quality", "background")}
 
 
 def test_fidelity_tells_spoilt_objects_from_a_spoilt_background():

@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from g2rpo_ray.quickstart import ROOT
@@ -59,6 +60,10 @@ def _judge(images: Pictures) -> Judge:
     return lambda chosen: (everything, targets[chosen])
 
 
+def _grade(images: Pictures, prompts: Sequence[str]) -> NDArray[np.float32]:
+    return quality(images).numpy()[np.arange(len(prompts)), [CAPTIONS.index(prompt) for prompt in prompts]]
+
+
 WORLD = World(
     root=ROOT,
     image_size=IMAGE_SIZE,
@@ -87,5 +92,7 @@ WORLD = World(
     preference_steps=3000,
     lesson=_lesson,
     judge=_judge,
+    grade=_grade,
     rules=("colour_accuracy", "shape_accuracy"),
+    config="embedded:config.yaml",
 )

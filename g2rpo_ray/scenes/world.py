@@ -46,6 +46,13 @@ def _sampled(number: int, seed: int) -> tuple[str, ...]:
     return tuple(draw.caption(SCENES[at]) for at in index)
 
 
+def _grade(images: Pictures, prompts: Sequence[str]) -> NDArray[np.float32]:
+    said = encode([draw.parse(prompt) for prompt in prompts])
+    return np.array(
+        [quality(one[None], its[None]).item() for one, its in zip(seen_in(images), said, strict=True)], np.float32
+    )
+
+
 def _judge(images: Pictures) -> Judge:
     """Each picture against captions that are nearly true of those of its batch, and each one against all others'."""
     seen, said, rng = seen_in(images), encode(SCENES), np.random.default_rng(3)
@@ -125,5 +132,7 @@ WORLD = World(
     preference_steps=1200,
     lesson=_lesson,
     judge=_judge,
+    grade=_grade,
     rules=("scenes_attributes", "scenes_relation", "scenes_count"),
+    config="embedded:scenes/config.yaml",
 )

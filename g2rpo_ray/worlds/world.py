@@ -48,7 +48,9 @@ class World:
     preference_steps: int
     lesson: Callable[[], tuple[Pictures, Tensor]]  # true pictures for it, and each one's partner to be mixed with [N]
     judge: Callable[[Pictures], Judge]
+    grade: Callable[[Pictures, Sequence[str]], NDArray[np.float32]]  # how true pictures are to their own captions [N]
     rules: tuple[str, ...]  # kinds of rewards; a picture is right if all say 1
+    config: str  # of a run on it
 
 
 def find_world(name: str) -> World:
