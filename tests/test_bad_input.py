@@ -131,7 +131,7 @@ TRIED = {
     "cannot score": ("class build:\n def score(self, images, prompts): raise KeyError('x')", "KeyError: 'x'"),
     "gives no scores": (
         "class build:\n def score(self, images, prompts): return [1.0]",
-        r"score\(\) returned a list; expected a numpy array of float32 and shape \(1,\)",
+        r"score\(\) returned a list; expected a numpy array of float32 and shape \(2,\)",
     ),
 }
 

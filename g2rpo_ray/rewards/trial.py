@@ -1,4 +1,4 @@
-"""Rewards tried before a run: built, in a process of their own, and asked for one score."""
+"""Rewards tried before a run: built, in a process of their own, and asked for scores: of two pictures, a group."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from g2rpo_ray.words import one_line
 def trial(
     rewards: Mapping[str, RewardConfig], size: tuple[int, int], prompt: str, metadata: Mapping[str, Any], limit_s: float
 ) -> Iterator[Callable[[], list[str]]]:
-    """Begin to build the rewards, given by their keys, and to score one picture of [height, width] with each.
+    """Begin to build the rewards, given by their keys, and to score two pictures of [height, width] with each.
 
     What it yields waits for them: a line for each that could not be tried here; ValueError, in one line, for one that
     cannot be built, gives no scores, ends its process, or needs more than `limit_s` seconds.
