@@ -19,7 +19,7 @@ from g2rpo_ray.record.tracking import parse_lines
 
 
 def settings_of(*overrides):
-    return settings(load_config(None, overrides), ["a", "b"], ["c"])
+    return settings(load_config(None, overrides), ["a", "b"], ["c"], {})
 
 
 def write_run(folder, iterations=4, lr="1e-4"):
@@ -214,7 +214,7 @@ def die_before_change(number):
 def test_what_may_change_freely_exists():
     """Each entry of the two lists is a setting, so that a new name cannot make an old one count, or not."""
     config = load_config(None, ["eval_rewards.judge={kind: jpeg_compressibility}"])
-    keys = [key for key, *_ in leaves(settings(config, ["a"], ["b"]))]
+    keys = [key for key, *_ in leaves(settings(config, ["a"], ["b"], {}))]
     for pattern in (*FREE, *TRAINING):
         assert any(fnmatchcase(key, pattern) for key in keys), pattern
 
@@ -244,5 +244,5 @@ def test_which_settings_count(override, counts, alike):
     changed = differences(settings_of(), settings_of(override))
     assert bool(changed) == counts
     assert judged_alike(changed) == alike
-    other = settings(load_config(), ["a", "x"], ["c"])
+    other = settings(load_config(), ["a", "x"], ["c"], {})
     assert list(differences(settings_of(), other)) == ["data.train_prompts"]  # the prompts count, not their file
