@@ -73,7 +73,9 @@ def on_paper(work: Work, prompts: int, actors: int) -> float:
 class _Scores:
     """A reward whose servers are never the bound."""
 
-    async def score(self, images: Any, count: int, prompt: str, what: str) -> np.ndarray:
+    takes_groups = False
+
+    async def score(self, images: list[Any], count: int, prompt: str, what: str) -> np.ndarray:
         return np.zeros(count, np.float32)
 
 
