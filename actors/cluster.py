@@ -32,7 +32,7 @@ def cluster(address: str | None) -> Iterator[None]:
     this before anything imports Ray.
 
     Raises:
-        ValueError: no cluster answers at the address.
+        ValueError: no cluster answers at the address, or none can be started here.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -50,7 +50,11 @@ def cluster(address: str | None) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(_refusal(address, error)) from None
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        try:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        except Exception as error:  # Ray has no class for it
+            why = one_line(error)
+            raise ValueError(f"Ray does not start on this machine ({why}); is it too busy? try again") from None
     try:
         yield
     finally:
