@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from g2rpo_ray.models import verify
 from g2rpo_ray.types import WeightsManifest
 
 
@@ -22,6 +21,8 @@ class PublishedWeights:
         Raises:
             WeightsMismatch: another number of tensors, or another checksum, than the manifest says.
         """
+        from g2rpo_ray.models import verify  # the driver, which hands weights on, needs no model
+
         state = ray.get(self.ref)
         verify(state, self.manifest)
         return state

@@ -11,10 +11,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,7 +48,7 @@ def fingerprint(config: ModelConfig) -> str:
     A local pipeline counts by the content of its files, so that it may move and may not change; one on the hub by its
     id and revision.
     """
-    version = diffusers.__version__.rpartition(".")[0]
+    version = metadata.version("diffusers").rpartition(".")[0]  # importing it takes seconds
     digest = hashlib.sha256(f"{LAYOUT}\0{version}\0{config.dtype}\0{config.max_sequence_length}\0".encode())
     root = Path(resolve(config.path))
     if not root.is_dir():
