@@ -1,4 +1,3 @@
-import functools
 import os
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from tests.runs import finish, free_port, kill_all, listens, lora, run, start, wait_for
+from tests.runs import PREFERENCE, free_port, kill_all, listens, run, wait_for
 
 
 def pytest_configure():
@@ -43,25 +42,33 @@ def browser():
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """A small run that nothing disturbs, with two rollout actors: its output folder and what it printed."""
+    """A small run that nothing disturbs, with two rollout actors and the quickstart's reward.
+
+    Its output folder and what it printed.
+    """
     output = tmp_path_factory.mktemp("reference")
-    return output, run(output, "reference", rollout__max_actors=2)
+    return output, run(output, "reference", rollout__max_actors=2, **PREFERENCE)
 
 
 @pytest.fixture(scope="session")
-def long_reference(tmp_path_factory):
-    """The tensors of 20 iterations, for nodes to come and go in; it runs beside the first test that asks."""
-    output = tmp_path_factory.mktemp("long")
-    process = start(output, "long", iterations=20)
+def alone():
+    """Small runs in one process without Ray; see tests/alone.py."""
+    from tests.alone import one_process  # loads diffusers, which few tests need
 
-    @functools.cache
-    def tensors():
-        finish(process)
-        return lora(output, "long")
+    with one_process() as run_alone:
+        yield run_alone
 
-    yield tensors
-    if process.poll() is None:
-        kill_all(process)
+
+@pytest.fixture(scope="session")
+def bits(alone):
+    """The adapter of a small run that nothing disturbs."""
+    return alone().result().lora
+
+
+@pytest.fixture(scope="session")
+def long_bits(alone):
+    """The same of 20 iterations, for nodes to come and go in; done beside the first test that asks."""
+    return alone(iterations=20)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ SMALL = {
     "sampler.branch_steps": "[0, 2]",
     "sampler.group_size": 4,
     "data.prompts_per_iteration": 2,
+    "rewards.preference.kind": "jpeg_compressibility",  # which loads no network
+    "rewards.preference.options": "{}",
     "eval_rewards": "{}",
     "evaluation.every": 0,
     "evaluation.seeds": 1,
@@ -35,6 +37,10 @@ SMALL = {
     "rollout.max_actors": 1,
     "data.embeddings": EMBEDDINGS.name,
 }
+PREFERENCE = {  # the quickstart's own reward
+    "rewards__preference__kind": "hpsv2",
+    "rewards__preference__options": "{checkpoint: embedded:preference.pt, architecture: embedded:preference.json}",
+}
 PATIENCE = 240  # seconds, for two slow and busy cores
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gives away, and no other worker's
@@ -42,9 +48,14 @@ PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gi
 
 def command(output: Path, name: str, *arguments: str, **settings) -> list[str]:
     """The command line of a small run; `settings` are keys with __ for a dot."""
-    values = {**SMALL, "output": output, **{key.replace("__", "."): value for key, value in settings.items()}}
+    values = {**dotted(settings), "output": output}
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     return [sys.executable, "-m", "g2rpo_ray.run", "--name", name, *sets, *arguments]
+
+
+def dotted(settings) -> dict:
+    """The settings of a small run with these; their keys have __ for a dot."""
+    return {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
 
 
 def head_command(port: int, *options: str) -> list[str]:
@@ -98,7 +109,12 @@ def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -
 
 def lora(output: Path, name: str, kind: str = "lora"):
     """The final adapter's tensors, or its average's."""
-    return load_file(output / name / kind / "pytorch_lora_weights.safetensors")
+    return tensors(output / name / kind)
+
+
+def tensors(adapter: Path):
+    """By name, of an adapter's folder."""
+    return load_file(adapter / "pytorch_lora_weights.safetensors")
 
 
 def same_lora(a, b) -> None:

@@ -127,7 +127,7 @@ def cluster(scaling, tmp_path, monkeypatch):
     found.end()
 
 
-def test_rollout_nodes_come_up_for_a_run_and_go_down_after_it(manifests, cluster, reference, tmp_path):
+def test_rollout_nodes_come_up_for_a_run_and_go_down_after_it(manifests, cluster, bits, tmp_path):
     """The actors keep to their groups, a group to its bounds, and the LoRA to its bits."""
     (rollout,) = [
         group for group in manifests["RayCluster"]["spec"]["workerGroupSpecs"] if group["groupName"] == "rollout"
@@ -152,7 +152,7 @@ def test_rollout_nodes_come_up_for_a_run_and_go_down_after_it(manifests, cluster
     time.sleep(5 * TICK_S)  # more than the group has: one actor waits
     learner.resume()
     finish(process)
-    same_lora(lora(tmp_path, "scaled"), lora(reference[0], "reference"))
+    same_lora(lora(tmp_path, "scaled"), bits)
     assert [line["rollout/actors"] for line in metrics(tmp_path, "scaled")[1:]] == [most] * 3
 
     wait_for(cluster.head, lambda: cluster.sizes() == idle)

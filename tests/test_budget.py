@@ -15,7 +15,7 @@ from g2rpo_ray.rollout.plan import prompt_tree
 from g2rpo_ray.types import Branches, PromptRollout, Trunk
 from learner.batch import BatchShape, RankMetrics
 from learner.loss import states_of
-from tests.runs import finish, kill_at_work, lora, metrics, run, same_lora, start, wait_for_iteration
+from tests.runs import finish, kill_at_work, lora, metrics, same_lora, start, wait_for_iteration
 
 AUTO = ("sampler.strides=auto", "sampler.branch_steps=auto")
 
@@ -241,8 +241,18 @@ CHOOSING = {
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_run_picks_what_its_record_says_on_any_number_of_actors_after_a_stop_and_a_loss(tmp_path):
-    run(tmp_path, "two", rollout__max_actors=2, **CHOOSING)
+def test_a_run_picks_what_its_record_says_on_any_number_of_actors_after_a_stop_and_a_loss(alone, tmp_path):
+    whole, settings = alone(**CHOOSING), {"rollout__max_actors": 2, **CHOOSING}
+    process = start(tmp_path, "two", **settings)
+    wait_for_iteration(process, tmp_path, "two", 2)
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=130)
+    assert len(metrics(tmp_path, "two")) < 6
+    process = start(tmp_path, "two", **settings)
+    wait_for_iteration(process, tmp_path, "two", 3)
+    kill_at_work(process, "LearnerRank.update")
+    assert "learner lost" in finish(process)
+    same_lora(lora(tmp_path, "two"), whole.result().lora)
     lines = metrics(tmp_path, "two")[1:]
     step = "choice/step/"
     for before, line, after in zip([{}, *lines], lines, [*lines[1:], {}], strict=False):
@@ -258,18 +268,6 @@ def test_a_run_picks_what_its_record_says_on_any_number_of_actors_after_a_stop_a
             assert after["choice/stride"] == line["choice/stride"]
     assert len({(line["choice/stride"], line[f"{step}0"], line[f"{step}1"]) for line in lines}) > 1
     assert "auto, from iteration 2 on: λ=" in (tmp_path / "two" / "run.log").read_text()
-    process = start(tmp_path, "one", **CHOOSING)
-    wait_for_iteration(process, tmp_path, "one", 2)
-    process.send_signal(signal.SIGTERM)
-    finish(process, status=130)
-    assert len(metrics(tmp_path, "one")) < 6
-    process = start(tmp_path, "one", **CHOOSING)
-    wait_for_iteration(process, tmp_path, "one", 3)
-    kill_at_work(process, "LearnerRank.update")
-    assert "learner lost" in finish(process)
-    same_lora(lora(tmp_path, "one"), lora(tmp_path, "two"))
-    chosen = [
-        [{k: v for k, v in line.items() if k.startswith("choice/")} for line in metrics(tmp_path, n)]
-        for n in ("one", "two")
-    ]
-    assert chosen[0] == chosen[1]
+    for line, alike in zip(lines, whole.result().lines, strict=True):
+        chosen, alone_chosen = ({k: v for k, v in of.items() if k.startswith("choice/")} for of in (line, alike))
+        assert chosen == alone_chosen

@@ -13,8 +13,6 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from g2rpo_ray.record.checkpoint import find_checkpoint
-from g2rpo_ray.record.storage import Folder
 from tests.runs import (
     actors_of,
     descendants,
@@ -40,7 +38,7 @@ PINNED = {
 }  # fmt: skip
 
 
-def test_a_killed_learner_and_reward_server_change_no_bit(reference, tmp_path):
+def test_a_killed_learner_and_reward_server_change_no_bit(bits, tmp_path):
     process = start(tmp_path, "faulty")
     wait_for_iteration(process, tmp_path, "faulty", 1)
     for title in ("RewardActor", "LearnerRank"):
@@ -49,20 +47,8 @@ def test_a_killed_learner_and_reward_server_change_no_bit(reference, tmp_path):
     assert recovery(tmp_path, "faulty", "learner lost", "the learner is ready again") < RECOVERED_S
     assert recovery(tmp_path, "faulty", " died: ", "reward preference-1 on") < RECOVERED_S
     assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "faulty")) == 1
-    same_lora(lora(tmp_path, "faulty"), lora(reference[0], "reference"))
+    same_lora(lora(tmp_path, "faulty"), bits)
     assert [line["iteration"] for line in metrics(tmp_path, "faulty")] == [0, 1, 2, 3]
-
-
-def test_sigterm_saves_and_ends(reference, tmp_path):
-    """What `ray job stop` and a drained node send."""
-    process = start(tmp_path, "stopped", checkpoint__every=100)
-    wait_for_iteration(process, tmp_path, "stopped", 1)
-    process.send_signal(signal.SIGTERM)
-    assert "is saved" in finish(process, status=130)
-    done = int((tmp_path / "stopped" / "checkpoints" / "LATEST").read_text())
-    assert find_checkpoint(Folder(tmp_path / "stopped")).iteration == done >= 1
-    run(tmp_path, "stopped", "--resume", "auto")
-    same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
 
 
 @pytest.mark.slow
@@ -97,7 +83,7 @@ def add_node(cluster, **resources):
     return cluster.add_node(num_cpus=1, object_store_memory=100_000_000, resources=resources)
 
 
-def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_reference, tmp_path):
+def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_bits, tmp_path):
     """Actors on two nodes; one goes, with its actor and what it left in memory; then a third is asked for."""
     nodes = [add_node(cluster, rollout=1) for _ in range(2)]
     process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=20)
@@ -109,10 +95,10 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_reference, tmp
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
     finish(process)
     assert recovery(tmp_path, "nodes", " died: ", "rollout-2 on") < RECOVERED_S
-    same_lora(lora(tmp_path, "nodes"), long_reference())
+    same_lora(lora(tmp_path, "nodes"), long_bits.result().lora)
 
 
-def test_a_node_that_is_about_to_go_is_left_at_once(cluster, long_reference, tmp_path):
+def test_a_node_that_is_about_to_go_is_left_at_once(cluster, long_bits, tmp_path):
     """Preemptions told 300 s ahead, of a rollout node and the learner's: all is elsewhere, and at work, long before."""
     nodes = [add_node(cluster, learner=1), add_node(cluster, rollout=1), add_node(cluster, rollout=1)]
     pinned = PINNED | {"learner__resources": "{learner: 1}"}
@@ -132,7 +118,7 @@ def test_a_node_that_is_about_to_go_is_left_at_once(cluster, long_reference, tmp
     assert recovery(tmp_path, "drained", "moves, its node is about to go", "rollout-2 on") < RECOVERED_S
     assert recovery(tmp_path, "drained", "learner lost (its node is about to go)", "is ready again") < RECOVERED_S
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "drained")) == 0
-    same_lora(lora(tmp_path, "drained"), long_reference())
+    same_lora(lora(tmp_path, "drained"), long_bits.result().lora)
 
 
 def announce(cluster, node):
@@ -147,7 +133,7 @@ WAYS = ["in order", pytest.param("killed", marks=pytest.mark.slow), pytest.param
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_nodes_that_go_change_no_bit(how, cluster, long_reference, tmp_path):
+def test_nodes_that_go_change_no_bit(how, cluster, long_bits, tmp_path):
     """With the learner's go the optimizer, the published weights and all that was kept for the update.
 
     In order: its raylet gets SIGTERM, as from `ray stop` or at a pod's end. Other errors come of that than of a crash.
@@ -167,7 +153,7 @@ def test_nodes_that_go_change_no_bit(how, cluster, long_reference, tmp_path):
         for node in (learner, rollout):
             cluster.remove_node(node, allow_graceful=False)
     assert recovery(tmp_path, "moved", "learner lost", "the learner is ready again") < RECOVERED_S
-    same_lora(lora(tmp_path, "moved"), long_reference())
+    same_lora(lora(tmp_path, "moved"), long_bits.result().lora)
     assert sum(line.get("learner/restarts", 0) for line in metrics(tmp_path, "moved")) == 1
     assert sum(line.get("perf/lost_s", 0) for line in metrics(tmp_path, "moved")) > 0
 
@@ -188,7 +174,7 @@ HARM += [("killed", "driver")]
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_chaos(cluster, tmp_path):
+def test_chaos(cluster, alone, tmp_path):
     """In 30 iterations actors of each kind are killed, stopped and terminated, nodes leave in order, the driver dies.
 
     In a drawn order, at drawn moments, each after two iterations more.
@@ -197,7 +183,7 @@ def test_chaos(cluster, tmp_path):
         ["rollout__max_restarts", "rewards__preference__max_restarts", "learner__max_restarts"], 1000
     )
     settings |= {"rollout__max_actors": 2, "iterations": 30, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
-    run(tmp_path, "calm", **settings)
+    calm = alone(**settings)
     settings |= PINNED | {"learner__resources": "{learner: 1}", "hung_after_s": 15}
     nodes = {kind: [add_node(cluster, **{kind: 2})] for kind in ("rollout", "learner")}
     chaos = partial(start, tmp_path, "chaos", "--address", cluster.address, **settings)
@@ -210,7 +196,7 @@ def test_chaos(cluster, tmp_path):
         if who == "driver":
             process = chaos()
     finish(process)
-    same_lora(lora(tmp_path, "chaos"), lora(tmp_path, "calm"))
+    same_lora(lora(tmp_path, "chaos"), calm.result().lora)
 
 
 def hurt(process, cluster, nodes, how, who) -> bool:

@@ -190,7 +190,7 @@ def start_driver(home: Path, *run: str) -> subprocess.Popen:
     return ray_node(home, "sh", "-c", f"{node} && exec {shlex.join(run)}", RAY_gcs_rpc_server_reconnect_timeout_s="600")
 
 
-def test_a_run_goes_on_when_its_head_is_lost_and_another_starts_from_redis(tmp_path, redis, long_reference):
+def test_a_run_goes_on_when_its_head_is_lost_and_another_starts_from_redis(tmp_path, redis, long_bits):
     """An actor that is killed afterwards needs the new head: it knows where the learner and the weights are."""
     head = start_head(tmp_path)
     settings = {"iterations": 20, "learner__resources": "{CPU: 1, learner: 1}"}
@@ -204,7 +204,7 @@ def test_a_run_goes_on_when_its_head_is_lost_and_another_starts_from_redis(tmp_p
         assert run.wait(PATIENCE) == 0, (tmp_path / "nodes.log").read_text()
         assert not any(line.get("learner/restarts") for line in metrics(tmp_path, "headless"))
         recovery(tmp_path, "headless", "rollout-0 on 127.0.0.1", "rollout-1 on 127.0.0.1")
-        same_lora(lora(tmp_path, "headless"), long_reference())
+        same_lora(lora(tmp_path, "headless"), long_bits.result().lora)
     finally:
         for node in (head, run):
             if node.poll() is None:

@@ -50,24 +50,22 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "method", [pytest.param(method, marks=[] if method == "flow_grpo" else pytest.mark.slow) for method in SMALL]
 )
-def test_the_number_of_actors_and_a_kill_change_no_bit(method, tmp_path):
+def test_two_actors_one_of_them_killed_give_the_bits_of_none(method, alone, tmp_path):
     settings = {f"sampler__{key}": value for key, value in SMALL[method].items()}
     settings |= {"method": method, "iterations": 2, "learner__updates_per_rollout": 2, "rollout__members_per_unit": 1}
-    two = start(tmp_path, "two", rollout__max_actors=2, **settings)
-    one = start(tmp_path, "one", **settings)
-    wait_for_iteration(one, tmp_path, "one", 1)
-    kill_at_work(one, "RolloutActor.compute")
-    for process in (two, one):
-        finish(process)
+    whole, process = alone(**settings), start(tmp_path, "two", rollout__max_actors=2, **settings)
+    wait_for_iteration(process, tmp_path, "two", 1)
+    kill_at_work(process, "RolloutActor.compute")
+    finish(process)
     lines = metrics(tmp_path, "two")[1:]
-    assert [line["rollout/evaluations"] for line in lines] == EVALUATIONS[method]
+    assert [line["rollout/evaluations"] for line in whole.result().lines] == EVALUATIONS[method]
     if method == "diffusion_nft":  # it has no ratio
         assert all(line["actor/old_shift"] > 0 and "actor/ratio_max_dev" not in line for line in lines)
     else:
         assert all(line["actor/ratio_initial_max_dev"] <= 1e-6 for line in lines)
         assert any(line["actor/ratio_max_dev"] > 1e-6 for line in lines)  # the second update of an iteration leaves 1
-    assert sum(line["rollout/restarts"] for line in metrics(tmp_path, "one")[1:]) == 1
-    same_lora(lora(tmp_path, "one"), lora(tmp_path, "two"))
+    assert sum(line["rollout/restarts"] for line in lines) == 1
+    same_lora(lora(tmp_path, "two"), whole.result().lora)
 
 
 @pytest.mark.cluster

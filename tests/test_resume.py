@@ -10,7 +10,7 @@ from g2rpo_ray.record.lease import LEASE
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import read_lines
 from g2rpo_ray.run import main
-from tests.runs import command, finish, lora, metrics, run, same_lora, start, wait_for, wait_for_iteration
+from tests.runs import PREFERENCE, command, finish, lora, metrics, run, same_lora, start, wait_for, wait_for_iteration
 
 pytestmark = pytest.mark.cluster
 
@@ -23,13 +23,14 @@ def done(reference, tmp_path):
 
 
 def refused(capsys, done, *arguments, **settings):
-    settings = {"rollout__max_actors": 2, **settings}
+    settings = {"rollout__max_actors": 2, **PREFERENCE, **settings}
     assert main(command(done.parent, done.name, *arguments, **settings)[3:]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     return printed
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_name(done, capsys):
     before = {path: path.stat().st_mtime for path in done.rglob("*")}
     printed = refused(capsys, done, seed=1, learner__lr=0.5, iterations=9)
@@ -64,7 +65,7 @@ def test_going_back_with_other_settings_and_back_again(reference, done):
     original = reference[0] / "reference"
     assert all((original / path).read_bytes() == (aside / path).read_bytes() for path in kept)
     assert {path.name for path in aside.iterdir()} == {path.name for path in original.iterdir()} - {"embeddings"}
-    run(done.parent, "run", "--resume", str(aside / "checkpoints" / "000001"))
+    run(done.parent, "run", "--resume", str(aside / "checkpoints" / "000001"), **PREFERENCE)
     same_lora(lora(done.parent, "run"), lora(reference[0], "reference"))
     assert not [path for path in (done / "set_aside" / "2").iterdir() if path.name == LEASE]
 

@@ -30,7 +30,7 @@ def ray_process(process, what) -> psutil.Process:
 
 
 @pytest.mark.timeout(900)
-def test_stopped_processes_change_no_bit(long_reference, tmp_path):
+def test_stopped_processes_change_no_bit(long_bits, tmp_path):
     process = start(tmp_path, "stopped", **LIMIT, iterations=20, rollout__max_actors=2)
     for iteration, title in ((1, "RolloutActor"), (4, "RewardActor"), (7, "LearnerRank"), (10, "_Fetcher")):
         wait_for_iteration(process, tmp_path, "stopped", iteration)
@@ -41,7 +41,7 @@ def test_stopped_processes_change_no_bit(long_reference, tmp_path):
     recovery(tmp_path, "stopped", "whose ranks are taken for hung", "the learner is ready again")
     assert "the process that fetches results is taken for hung" in (tmp_path / "stopped" / LOG).read_text()
     assert sum(line.get("rollout/hung", 0) for line in metrics(tmp_path, "stopped")) == 2
-    same_lora(lora(tmp_path, "stopped"), long_reference())
+    same_lora(lora(tmp_path, "stopped"), long_bits.result().lora)
 
 
 def test_ctrl_c_ends_a_run_whose_learner_stands_still(tmp_path):
@@ -75,9 +75,10 @@ def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, lines, tmp_path, m
     assert len(told) == 1
     assert told[0].startswith(lines)
     assert (tmp_path / "lost" / "error.log").exists()
-    done = int(latest.read_text())
-    run(tmp_path, "lost", iterations=done + 1)
-    assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
+    if what == "gcs_server":
+        done = int(latest.read_text())
+        run(tmp_path, "lost", iterations=done + 1)
+        assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
 
 
 def test_ctrl_c_ends_a_run_whose_head_is_gone(tmp_path):

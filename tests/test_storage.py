@@ -108,7 +108,7 @@ def test_storage_that_cannot_be_used_is_refused_in_one_line(output, reason, buck
 
 
 @pytest.mark.cluster
-def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(reference, bucket, tmp_path):
+def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(bits, bucket, tmp_path):
     """Driver, cluster and every local file are lost; the same command anywhere ends with the same bits."""
     process = start(bucket, "cloud", data__embeddings="null")
     wait_for(process, lambda: (Folder(bucket) / "cloud" / "checkpoints").exists("LATEST"))
@@ -118,13 +118,13 @@ def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(refere
     assert {"config.yaml", "metrics.jsonl", "run.log", "samples", "summary.json"} <= set(kept.names())
     with (kept / "lora").reading() as path:
         shutil.copytree(path, tmp_path / "cloud" / "lora")
-    same_lora(lora(tmp_path, "cloud"), lora(reference[0], "reference"))
+    same_lora(lora(tmp_path, "cloud"), bits)
     everything = b"".join(kept.read(name) for name in kept.digests())
     assert b"s3cr3t" not in everything
 
 
 @pytest.mark.cluster
-def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(reference, tmp_path):
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(bits, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True, check=False)
@@ -142,7 +142,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(reference
         (disk / "filler").unlink()
         assert find_checkpoint(Folder(disk / "full")).iteration >= 1
         run(disk, "full")
-        same_lora(lora(disk, "full"), lora(reference[0], "reference"))
+        same_lora(lora(disk, "full"), bits)
     finally:
         subprocess.run(["umount", disk], check=True)
 

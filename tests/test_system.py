@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from g2rpo_ray.record.checkpoint import find_checkpoint
+from g2rpo_ray.record.storage import Folder
 from tests.runs import (
     PATIENCE,
+    PREFERENCE,
     command,
     descendants,
     finish,
@@ -61,38 +64,37 @@ def test_a_run_leaves_what_the_documentation_promises(reference):
     assert any(np.abs(tensor).max() > 0 for name, tensor in lora(output, "reference").items() if "lora_B" in name)
 
 
-def test_the_number_of_actors_changes_no_bit(reference, tmp_path):
-    run(tmp_path, "one", rewards__preference__replicas=2, data__embeddings="null")
+def test_two_actors_one_and_none_give_the_same_bits(reference, alone, tmp_path):
+    run(tmp_path, "one", rewards__preference__replicas=2, data__embeddings="null", **PREFERENCE)
     assert (tmp_path / "one" / "embeddings").exists()
     same_lora(lora(tmp_path, "one"), lora(reference[0], "reference"))
+    same_lora(lora(tmp_path, "one"), alone(**PREFERENCE).result().lora)
 
 
-def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(reference, tmp_path):
+def test_a_rollout_actor_killed_in_mid_iteration_changes_no_bit(bits, tmp_path):
     process = start(tmp_path, "killed")
     wait_for_iteration(process, tmp_path, "killed", 1)
     kill_at_work(process, "RolloutActor.compute")
     finish(process)
     assert recovery(tmp_path, "killed", " died: ", "rollout-1 on") < PATIENCE
-    same_lora(lora(tmp_path, "killed"), lora(reference[0], "reference"))
+    same_lora(lora(tmp_path, "killed"), bits)
     assert sum(line.get("rollout/restarts", 0) for line in metrics(tmp_path, "killed")) == 1
     assert sum(line.get("rollout/units_retried", 0) for line in metrics(tmp_path, "killed")) == 1
 
 
-def test_a_killed_driver_goes_on_from_its_checkpoint_to_the_same_bits(reference, tmp_path):
-    process = start(tmp_path, "resumed")
-    wait_for(process, lambda: (tmp_path / "resumed" / "checkpoints" / "LATEST").exists())
+@pytest.mark.timeout(900)  # Ray starts four times
+def test_a_run_that_is_killed_interrupted_and_told_to_end_goes_on_to_the_same_bits(alone, tmp_path):
+    """The same command each time; in the middle of an iteration, and with and without a checkpoint there."""
+    whole, often, never = alone(iterations=12), {"iterations": 12}, {"iterations": 12, "checkpoint__every": 100}
+    process = start(tmp_path, "again", **often)
+    wait_for_iteration(process, tmp_path, "again", 2)
     kill_all(process)
-    run(tmp_path, "resumed")
-    assert recovery(tmp_path, "resumed", "resumed: starting the actors", "resumed: actors are ready") < PATIENCE
-    same_lora(lora(tmp_path, "resumed"), lora(reference[0], "reference"))
-    assert [line["iteration"] for line in metrics(tmp_path, "resumed")] == [0, 1, 2, 3]
-    expected = [line["reward/preference/mean"] for line in metrics(reference[0], "reference")[1:]]
-    assert [line["reward/preference/mean"] for line in metrics(tmp_path, "resumed")[1:]] == expected
+    kept = latest(tmp_path)
+    assert kept >= 1
 
-
-def test_ctrl_c_saves_and_leaves_nothing_running_and_the_same_command_goes_on(reference, tmp_path):
-    process = start(tmp_path, "stopped", checkpoint__every=100)
-    wait_for_iteration(process, tmp_path, "stopped", 1)
+    process = start(tmp_path, "again", **never)
+    wait_for(process, lambda: "actors are ready" in resumed(tmp_path))
+    wait_for_iteration(process, tmp_path, "again", metrics(tmp_path, "again")[-1]["iteration"] + 1)
     children = descendants(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes, too
     printed = finish(process, status=130)
@@ -100,12 +102,34 @@ def test_ctrl_c_saves_and_leaves_nothing_running_and_the_same_command_goes_on(re
     assert "is saved: the same command goes on from there" in printed
     psutil.wait_procs(children, timeout=20)
     assert not [child for child in children if child.is_running()]
-    run(tmp_path, "stopped", checkpoint__every=100)
-    same_lora(lora(tmp_path, "stopped"), lora(reference[0], "reference"))
+    assert latest(tmp_path) > kept
+
+    process, kept = start(tmp_path, "again", **never), latest(tmp_path)
+    wait_for_iteration(process, tmp_path, "again", kept + 1)
+    process.send_signal(signal.SIGTERM)  # what `ray job stop` and a drained node send
+    assert "is saved" in finish(process, status=130)
+    assert find_checkpoint(Folder(tmp_path / "again")).iteration == latest(tmp_path) > kept
+
+    run(tmp_path, "again", "--resume", "auto", **never)
+    assert recovery(tmp_path, "again", "again: starting the actors", "again: actors are ready") < PATIENCE
+    same_lora(lora(tmp_path, "again"), whole.result().lora)
+    lines = metrics(tmp_path, "again")
+    assert [line["iteration"] for line in lines] == list(range(13))
+    for key in ("actor/loss", "actor/grad_norm"):
+        assert [line[key] for line in lines[1:]] == [line[key] for line in whole.result().lines]
     # a finished run is not run again
     before = time.time()
-    assert "| preference (trained) |" in run(tmp_path, "stopped", checkpoint__every=100)
-    assert (tmp_path / "stopped" / "checkpoints" / "LATEST").stat().st_mtime < before
+    assert "| preference (trained) |" in run(tmp_path, "again", **never)
+    assert (tmp_path / "again" / "checkpoints" / "LATEST").stat().st_mtime < before
+
+
+def latest(output):
+    return int((output / "again" / "checkpoints" / "LATEST").read_text())
+
+
+def resumed(output):
+    """What the run's log has of its last start."""
+    return (output / "again" / "run.log").read_text().rpartition("again: starting the actors")[2]
 
 
 def test_scores_that_fail_are_left_out_and_counted(tmp_path):
@@ -119,21 +143,19 @@ def test_scores_that_fail_are_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.slow
-def test_metadata_of_a_prompt_file_reaches_a_reward_whatever_the_slices(tmp_path):
+def test_metadata_of_a_prompt_file_reaches_a_reward(tmp_path):
     """The reward is the `count` beside each prompt: all images of a prompt score that, and the held-out ones, too."""
     table = {"prompt": ["a red circle", "a blue square"], "metadata": ['{"count": 3}', '{"count": 5}']}
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a green star", "metadata": {"count": 7}}\n')
-    for members in (1, 4):
-        run(
-            tmp_path, f"told-{members}", iterations=1, rollout__members_per_unit=members,
-            data__train_prompts=tmp_path / "train.parquet", data__heldout_prompts=tmp_path / "heldout.jsonl",
-            rewards__preference__kind="tests.faulty:build_told", rewards__preference__options="{}",
-        )  # fmt: skip
-        start, line = metrics(tmp_path, f"told-{members}")
-        assert line["reward/preference/mean"] == 4
-        assert line["reward/preference/missing"] == 0
-        assert start["heldout/preference/mean"] == line["heldout/preference/mean"] == 7
+    run(
+        tmp_path, "told", iterations=1, rollout__members_per_unit=1, data__train_prompts=tmp_path / "train.parquet",
+        data__heldout_prompts=tmp_path / "heldout.jsonl", rewards__preference__kind="tests.faulty:build_told",
+    )  # fmt: skip
+    start, line = metrics(tmp_path, "told")
+    assert line["reward/preference/mean"] == 4
+    assert line["reward/preference/missing"] == 0
+    assert start["heldout/preference/mean"] == line["heldout/preference/mean"] == 7
 
 
 def test_a_reward_that_cannot_start_ends_the_run_in_one_line(tmp_path):
@@ -154,7 +176,7 @@ def test_only_the_loopback_interface_is_needed():
         socket.create_connection(("192.0.2.1", 80), timeout=5)
 
 
-def test_ray_job_submit_does_the_same(reference, tmp_path):
+def test_ray_job_submit_does_the_same(bits, tmp_path):
     """On a cluster that is there, with the checkout as working directory."""
     binaries = Path(sys.executable).parent  # on the path, as in an activated environment
     environment = {
@@ -174,7 +196,7 @@ def test_ray_job_submit_does_the_same(reference, tmp_path):
             [*submit, *entry], env=environment, text=True, capture_output=True, timeout=PATIENCE, check=False
         )
         assert "succeeded" in done.stdout, done.stdout + done.stderr
-        same_lora(lora(tmp_path / "runs", "submitted"), lora(reference[0], "reference"))
+        same_lora(lora(tmp_path / "runs", "submitted"), bits)
     finally:
         kill_all(head)
 
