@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from g2rpo_ray.config import load_config
+from g2rpo_ray.record.lease import Lease
+from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import read_lines, to_json
 from g2rpo_ray.study.__main__ import main, waves, write
 from g2rpo_ray.study.plan import Plan
@@ -136,6 +138,17 @@ def test_the_check_tells_the_hours_of_all_runs(tmp_path, capsys):
     assert "1,080 device hours at 1 TFLOP/s (68 hours of 16 devices)" in capsys.readouterr().out
     assert main([str(study_file(tmp_path)), "--check", "--tflops", "1", "--output", str(tmp_path / "out")]) == 0
     assert "An evaluation is 3.08e-05 TFLOP" in capsys.readouterr().out  # counted from the quickstart's files
+
+
+def test_a_second_process_on_the_same_record_is_refused_and_may_read_it(tmp_path, capsys):
+    given = [str(study_file(tmp_path)), "--output", str(tmp_path / "out")]
+    with Lease(Folder(tmp_path / "out")):
+        assert main(given) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / 'out'} is in use by process ")
+        assert said.count("\n") == 1
+        assert main([*given, "--table"]) == main([*given, "--check"]) == 0
+    assert not (tmp_path / "out" / "lease.json").exists()
 
 
 def line_of(case, scores, costs=(50.0, 100.0), **more):

@@ -138,8 +138,8 @@ def _wait_until_free(run: Folder) -> Holder | None:
 
 def _refusal(run: Folder, holder: Holder) -> str:
     return (
-        f"{run} is in use by {_name(holder)}: one process writes a run at a time; wait for that one, end it, or give "
-        "this run another --name"
+        f"{run} is in use by {_name(holder)}: one process writes there at a time; wait for that one, end it, or give "
+        "another --name for a run, another --output for a study"
     )
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from g2rpo_ray.comparison.tables import to_csv
 from g2rpo_ray.launch.command import FAILED, INTERRUPTED, INVALID
-from g2rpo_ray.record.storage import replace_text
+from g2rpo_ray.record.lease import Lease
+from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.tracking import to_json
 from g2rpo_ray.study.check import describe
 from g2rpo_ray.study.figures import curves, pictures
@@ -33,7 +34,7 @@ def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
         yield [case for of_seed in zip(*runs, strict=True) for case in of_seed]
 
 
-def run(plan: Plan, record: Record, jobs: int, address: str | None) -> None:
+def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None) -> None:
     """Do all runs that the record lacks; after each wave the tables are written anew."""
     do = doing(plan.study.runner, record.folder, address)
     with workers(plan.study.runner, jobs) as pool:
@@ -41,6 +42,7 @@ def run(plan: Plan, record: Record, jobs: int, address: str | None) -> None:
             missing = {case.key: case for case in wave if case.key not in record.lines}
             with tqdm(total=len(missing), unit="run", desc=plan.study.name, disable=None if missing else True) as bar:
                 for case, lines in _each(pool, do, list(missing.values())):
+                    lease.check()
                     for line in lines:
                         if line["key"] not in record.lines:
                             record.add(line)
@@ -95,16 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study, file = read_study(options.study)
         plan = Plan(study, file, options.set)
-        record = Record(Path(options.output or f"studies/{study.name}"))
+        folder = Path(options.output or f"studies/{study.name}")
         jobs = options.jobs or (1 if study.runner == "ray" else len(os.sched_getaffinity(0)))
         if not 1 <= jobs <= 1000:
             raise ValueError(f"--jobs: {jobs} given; must be from 1 to 1000")
         if options.check:
-            print(describe(plan, record.lines, options.tflops))
+            print(describe(plan, Record(folder).lines, options.tflops))
             return 0
         if not options.table:
-            run(plan, record, jobs, options.address)
-        print(write(plan, record))
+            with Lease(Folder(folder)) as lease:
+                run(plan, Record(folder), lease, jobs, options.address)
+        print(write(plan, Record(folder)))
     except ValueError as error:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return INVALID
@@ -114,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError, BrokenExecutor) as error:
         print(f"error: {one_line(error, 500)}; the same command goes on from the record", file=sys.stderr)
         return FAILED
-    print(f"written to {record.folder}: table.md, table.csv, table.json, curves and pictures")
+    print(f"written to {folder}: table.md, table.csv, table.json, curves and pictures")
     return 0
 
 
