@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 from g2rpo_ray.config import load_config
 from g2rpo_ray.rewards import build_reward
@@ -14,6 +17,8 @@ from g2rpo_ray.scenes.draw import COLOURS, RELATIONS, SHAPES, Kind, Scene, all_s
 from g2rpo_ray.scenes.quality import encode, quality, seen_in
 from g2rpo_ray.scenes.world import WORLD, drawn
 from g2rpo_ray.worlds.build import build
+from g2rpo_ray.worlds.pipeline import sample
+from tests.runs import PATIENCE, metrics
 
 RULES = ("attributes", "relation", "count", "correct")
 SCENE = Scene(2, Kind("small", "red", "circle"), "left of", Kind("large", "blue", "square"))
@@ -89,6 +94,50 @@ def test_quality_by_hand():
     expected = [1, (2 * 0.8 + 1) / 3, (2 + 0.6) / 3, (2 * 0.6 + 1) / 3, 3 / 4, 0.9]
     torch.testing.assert_close(quality(seen_in(images), said)[0], torch.tensor(expected))
     np.testing.assert_allclose(WORLD.grade(images, [caption(SCENE._replace(number=3))]), [3 / 4])
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[np.ndarray, list[str]]:
+    """Pictures by the committed pipeline of the held-out prompts, two of each."""
+    pipeline = FluxPipeline.from_pretrained(WORLD.root / "pipeline", torch_dtype=torch.float32, local_files_only=True)
+    prompts = WORLD.prompts()[1] * 2
+    return sample(pipeline, prompts, seed=0), prompts
+
+
+def test_the_base_draws_some_held_out_prompts_right_and_leaves_room_for_rl(base):
+    right = {rule: float(build_reward(f"scenes_{rule}").score(*base).mean()) for rule in RULES}
+    assert 0.25 < right["correct"] < 0.5
+    assert right["attributes"] > right["count"] > right["correct"]  # every picture with a wrong thing has a wrong count
+
+
+def test_the_preference_model_puts_what_is_nearer_to_the_prompt_first(base):
+    settings = load_config(WORLD.config).rewards["preference"]
+    preference, (images, prompts) = build_reward(settings.kind, **settings.options), base
+    scores, grades = preference.score(images, prompts), WORLD.grade(images, prompts)
+    truth = preference.score(render([parse(prompt) for prompt in prompts], np.random.default_rng(0)), prompts)
+    assert truth.mean() > scores.mean() + 0.07
+    assert np.corrcoef(scores, grades)[0, 1] > 0.65
+    other = preference.score(images, prompts[1:] + prompts[:1])
+    assert scores.mean() > other.mean() + 0.2
+
+
+def test_committed_files_are_small():
+    assert sum(path.stat().st_size for path in WORLD.root.rglob("*") if path.is_file()) < 16e6
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_short_run_begins_where_the_base_is(tmp_path):
+    sets = {"output": tmp_path, "iterations": 2, "data.prompts_per_iteration": 3, "evaluation.seeds": 1}
+    given = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "g2rpo_ray.run", "--config", WORLD.config, *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert not done.returncode, done.stdout + done.stderr
+    start, *lines = metrics(tmp_path, "scenes")
+    assert 0.2 < start["heldout/correct/mean"] < 0.55
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(line["reward/preference/std"] > 0 and line["actor/ratio_initial_max_dev"] <= 1e-6 for line in lines)
+    assert all(line["signal/agreement/3"] < 0.99 for line in lines)
 
 
 def test_its_configuration_is_read_and_names_rewards_of_its_own():

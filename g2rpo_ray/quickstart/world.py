@@ -80,6 +80,7 @@ WORLD = World(
     autoencoder_kl=1e-5,
     transformer_steps=800,
     transformer_batch=64,
+    muon=False,
     mixed_precision=False,
     saved=torch.float32,
     watched=dict.fromkeys((250, 350, 450, 550), CAPTIONS * 8),

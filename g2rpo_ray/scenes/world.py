@@ -37,7 +37,7 @@ def _render(prompts: Sequence[str], rng: np.random.Generator) -> Pictures:
 
 
 def _lesson() -> tuple[Pictures, Tensor]:
-    true, _ = drawn(2_500, seed=1)
+    true, _ = drawn(8_000, seed=1)
     return true, torch.randperm(len(true))
 
 
@@ -113,23 +113,24 @@ WORLD = World(
     text={"width": 128, "layers": 2, "heads": 4},
     transformer={"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4},
     prompts=_prompts,
-    pictures=lambda: drawn(12_000, seed=0),
+    pictures=lambda: drawn(24_000, seed=0),
     mislabel=lambda caption_index: caption_index,
     render=_render,
     autoencoder_steps=800,
     autoencoder_kl=1e-6,
-    transformer_steps=3000,
+    transformer_steps=3500,
     transformer_batch=64,
+    muon=True,
     mixed_precision=True,
     saved=torch.float16,
     watched={step: _sampled(256, seed=step) for step in (500, 1000)},
-    finished=_sampled(384, seed=2),
+    finished=_sampled(1024, seed=2),
     preference={
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": draw.IMAGE_SIZE, "layers": 3, "width": 128, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2},
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": draw.IMAGE_SIZE, "layers": 4, "width": 160, "head_width": 32, "patch_size": 6},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 96, "heads": 4, "layers": 3},
     },
-    preference_steps=1200,
+    preference_steps=2500,
     lesson=_lesson,
     judge=_judge,
     grade=_grade,

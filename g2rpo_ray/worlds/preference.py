@@ -6,6 +6,8 @@ for many captions: a reward that has only seen true pictures is easily hacked.
 """
 
 import json
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from g2rpo_ray.rewards.hpsv2 import new_network, preprocess
 from g2rpo_ray.worlds.pipeline import to_images, to_pixels
+from g2rpo_ray.worlds.pretrain import descend, faster, new_optimizers
 from g2rpo_ray.worlds.world import Pictures, World
 
 
@@ -47,21 +51,20 @@ def train_preference(world: World, images: Pictures, batch: int = 128) -> Any:
     network = new_network(world.preference)
     _forget_unused_tokens(network, tokens)
     steps = world.preference_steps
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    optimizers = new_optimizers(network, world.muon, lr=2e-3)
+    cycle = partial(OneCycleLR, max_lr=2e-3, total_steps=steps, pct_start=0.1, cycle_momentum=not world.muon)
+    schedules = [cycle(optimizer) for optimizer in optimizers]
     for step in range(steps):
         chosen = torch.randint(len(pixels), (batch,))
         captions, targets = judge(chosen)
-        with torch.autocast("cpu", torch.bfloat16, enabled=world.mixed_precision):
+        with faster(world.mixed_precision):
             image_features, text_features, _ = network(pixels[chosen], tokens[captions])  # normalised
         error = image_features.float() @ text_features.float().T - targets
         # Most captions are wrong for most pictures: the few that are nearly right are the ones RL asks about.
         loss = ((0.2 + 4 * targets**3) * error.square()).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, optimizers, network.parameters())
+        for schedule in schedules:
+            schedule.step()
         if step % 100 == 0:
             print(f"preference {step}/{steps} loss {loss.item():.4f}", flush=True)
     network.eval()
@@ -72,7 +75,17 @@ def save_preference(world: World, network: Any, directory: Path) -> None:
     """Half-precision weights under `state_dict`, as HPSv2 publishes them, and the description in open_clip's format."""
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
     torch.save({"state_dict": weights}, directory / "preference.pt")
+    _compress(directory / "preference.pt")
     (directory / "preference.json").write_text(json.dumps(world.preference, indent=2) + "\n")
+
+
+def _compress(file: Path) -> None:
+    """Deflate what torch.save stores as it is, and torch.load reads either way: most of the tokens' table is zeros."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():  # of no date, so that equal weights are equal files
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
 
 
 def _forget_unused_tokens(network: Any, tokens: Tensor) -> None:

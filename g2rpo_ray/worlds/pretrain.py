@@ -4,17 +4,23 @@ Legend: N images, B batch, S packed image tokens, D channels of a packed token.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from g2rpo_ray.worlds.pipeline import GUIDANCE, SHIFT, to_pixels
 from g2rpo_ray.worlds.world import Pictures, World
+
+EMBEDDING = re.compile("embed|shared")  # of tokens, pixels and time: no matrices between features
 
 
 def train_autoencoder(vae: AutoencoderKL, images: Pictures, steps: int, kl: float, batch: int = 32) -> Tensor:
@@ -31,7 +37,7 @@ def train_autoencoder(vae: AutoencoderKL, images: Pictures, steps: int, kl: floa
             posterior = vae.encode(target).latent_dist
             difference = vae.decode(posterior.sample()).sample.float() - target
         loss = difference.square().mean() + 0.1 * difference.abs().mean() + kl * posterior.kl().float().mean()
-        _descend(loss, optimizer, vae.parameters())
+        descend(loss, [optimizer], vae.parameters())
         schedule.step()
         if step % 100 == 0:
             print(f"autoencoder {step}/{steps} loss {loss.item():.4f}", flush=True)
@@ -60,8 +66,8 @@ def train_transformer(
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
     trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
     averaged = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    optimizers = new_optimizers(trained, world.muon, lr=1e-3)
+    schedules = [LambdaLR(one, lambda step: min(1.0, (step + 1) / 100)) for one in optimizers]
     for step in range(steps):
         chosen = torch.randint(len(latents), (batch,))
         clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:])
@@ -69,7 +75,7 @@ def train_transformer(
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         captions, rows = _captions(world, caption_index[chosen])
-        with torch.autocast("cpu", torch.bfloat16, enabled=world.mixed_precision):
+        with faster(world.mixed_precision):
             tokens, pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=world.tokens)
             velocity = pipeline.transformer(
                 hidden_states=noisy,
@@ -81,8 +87,9 @@ def train_transformer(
                 img_ids=image_ids,
             ).sample
         loss = F.mse_loss(velocity.float(), noise - clean)
-        _descend(loss, optimizer, trained.parameters())
-        schedule.step()
+        descend(loss, optimizers, trained.parameters())
+        for schedule in schedules:
+            schedule.step()
         averaged.update_parameters(trained)
         if step % 100 == 0:
             print(f"transformer {step}/{steps} loss {loss.item():.4f}", flush=True)
@@ -114,8 +121,32 @@ def _encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(256)])
 
 
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    optimizer.zero_grad()
+def new_optimizers(trained: nn.Module, muon: bool, lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for matrices within layers, and AdamW for what remains: a lower loss after as many steps."""
+    parameters = {name: one for name, one in trained.named_parameters() if one.requires_grad}
+    matrices = [name for name, one in parameters.items() if muon and one.ndim == 2 and not EMBEDDING.search(name)]
+    within = [parameters.pop(name) for name in matrices]
+    others = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=1e-3)
+    if not within:
+        return [others]
+    return [torch.optim.Muon(within, lr=lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"), others]
+
+
+@contextmanager
+def faster(mixed: bool) -> Iterator[None]:
+    """Matrix products in bfloat16, and attention by them: the gradient of the fused one takes a third of a step."""
+    if not mixed:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def descend(loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Tensor]) -> None:
+    """A step of each optimizer, gradients of at most norm 1."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()

@@ -37,6 +37,7 @@ class World:
     autoencoder_kl: float  # weight of the divergence from normal latents, summed over a picture's
     transformer_steps: int
     transformer_batch: int
+    muon: bool  # for matrices of the transformer and the preference model, in place of AdamW
     mixed_precision: bool  # of training: matrix products in bfloat16, faster where the processor knows it
     saved: torch.dtype  # of the pipeline's weights
     watched: Mapping[
