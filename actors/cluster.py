@@ -54,7 +54,8 @@ def cluster(address: str | None) -> Iterator[None]:
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
         except Exception as error:  # Ray has no class for it
             why = one_line(error)
-            raise ValueError(f"Ray does not start on this machine ({why}); is it too busy? try again") from None
+            hint = "is it too busy? try again; are paths the reason? give a short RAY_TMPDIR"
+            raise ValueError(f"Ray does not start on this machine ({why}); {hint}") from None
     try:
         yield
     finally:

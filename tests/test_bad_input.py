@@ -167,6 +167,15 @@ def test_a_cluster_that_cannot_do_it_is_one_line_and_status_2(arguments, parts, 
     refused(arguments, parts, tmp_path)
 
 
+@pytest.mark.cluster
+def test_a_private_ray_that_does_not_start_is_one_line_and_status_2(tmp_path, monkeypatch):
+    """Its sockets are below RAY_TMPDIR, and a socket's path has 107 bytes at most."""
+    long = tmp_path.parent / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    refused([], ["Ray does not start on this machine (", "107 bytes", "RAY_TMPDIR"], tmp_path)
+
+
 def refused(arguments, parts, tmp_path):
     command = [sys.executable, "-m", "g2rpo_ray.run", "--set", f"output={tmp_path}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
