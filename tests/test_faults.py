@@ -191,7 +191,7 @@ def test_chaos(cluster, alone, tmp_path):
     for number, (how, who) in enumerate(dice.sample(HARM, len(HARM)), 1):
         wait_for_iteration(process, tmp_path, "chaos", 2 * number)
         time.sleep(dice.uniform(0, 1))
-        wait_for(process, partial(hurt, process, cluster, nodes, how, who))
+        wait_for(process, partial(hurt, process, cluster, nodes, how, who, tmp_path / "chaos" / "run.log"))
         print(f"{who} {how} after iteration {metrics(tmp_path, 'chaos')[-1]['iteration']}")
         if who == "driver":
             process = chaos()
@@ -199,7 +199,14 @@ def test_chaos(cluster, alone, tmp_path):
     same_lora(lora(tmp_path, "chaos"), calm.result().lora)
 
 
-def hurt(process, cluster, nodes, how, who) -> bool:
+def learner_is_there(log) -> bool:
+    """Whether it has started since it was last lost, by the run's log: what is found before that is starting."""
+    text = log.read_text()
+    lost, ready = ("learner lost", "starting the actors"), ("the learner is ready again", "actors are ready")
+    return max(map(text.rfind, lost)) < max(map(text.rfind, ready))
+
+
+def hurt(process, cluster, nodes, how, who, log) -> bool:
     """Do it to the driver, to a node, or to an actor; whether there was one."""
     if who == "driver":
         kill_all(process)
@@ -208,6 +215,8 @@ def hurt(process, cluster, nodes, how, who) -> bool:
         nodes[who].append(add_node(cluster, **{who: 2}))
         cluster.remove_node(nodes[who].pop(0), allow_graceful=True)
         return True
+    if who == "LearnerRank" and not learner_is_there(log):
+        return False  # a rank that is stopped in its start may stand still for startup_timeout_s, 600 s
     found = [child for child in descendants() if f"ray::{who}" in title_of(child)]
     with suppress(psutil.NoSuchProcess):
         if found:
