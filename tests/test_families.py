@@ -391,19 +391,21 @@ def run_settings(family: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.cluster
 @pytest.mark.slow
 @families
-def test_a_whole_run_has_the_same_bits_with_two_actors_and_none(
+def test_a_whole_run_has_the_same_bits_with_one_actor_two_and_none(
     family: str, address: str, alone: Any, tmp_path: Path
 ) -> None:
     """On Ray and DeepSpeed, and in one process; prompts of unlike length meet in the learner's batches."""
     config, given = settings(family), run_settings(family, tmp_path)
     whole = alone(**given)
-    run(tmp_path, "two", "--address", address, rollout__min_actors=2, rollout__max_actors=2, **given)
+    for actors, name in ((1, "one"), (2, "two")):
+        run(tmp_path, name, "--address", address, rollout__min_actors=actors, rollout__max_actors=actors, **given)
     (tree,) = possible_trees(load_config(str(tmp_path / "two" / "config.yaml")))
     cost = 1 if config.negative_prompt is None else 2
-    for lines in (metrics(tmp_path, "two")[1:], whole.result().lines):
+    for lines in (metrics(tmp_path, "one")[1:], metrics(tmp_path, "two")[1:], whole.result().lines):
         assert max(line["actor/ratio_initial_max_dev"] for line in lines) <= 1e-6
         assert [line["rollout/evaluations"] for line in lines] == [cost * 2 * tree.evaluations] * 2
     adapter = lora(tmp_path, "two")
+    same_lora(adapter, lora(tmp_path, "one"))
     same_lora(adapter, whole.result().lora)
     assert any(np.abs(array).max() > 0 for name, array in adapter.items() if "lora_B" in name)
 

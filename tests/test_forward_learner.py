@@ -43,7 +43,6 @@ CASES = {
     ),
 }
 NAMES = [(name, stage) for name in CASES for stage in (STAGES if name in ("nft", "awm") else STAGES[:1])]
-RESUMED = [("nft", 1), ("awm", 2), ("nft", 3), ("stale nft", 1)]
 UPDATES = 3
 
 
@@ -87,16 +86,15 @@ def jobs(pipeline):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def results(jobs, tmp_path_factory):
-    """By number of ranks; some jobs also as one that stops after an update and goes on."""
+    """By number of ranks; every job also as one that stops after an update and goes on."""
     directory, found = tmp_path_factory.mktemp("forward"), {}
     for ranks in WORLDS:
         todo = {}
         for name, job in jobs.items():
             job, file = replace(job, config=with_ranks(job.config, ranks)), str(directory / f"{ranks} {name}")
             todo[name] = job
-            if name in RESUMED:
-                todo["first", name] = replace(job, updates=1, save=file)
-                todo["second", name] = replace(job, updates=UPDATES - 1, load=file, first=1)
+            todo["first", name] = replace(job, updates=1, save=file)
+            todo["second", name] = replace(job, updates=UPDATES - 1, load=file, first=1)
         found[ranks] = run_jobs(ranks, todo, directory / f"ranks-{ranks}")
     return found
 
@@ -114,8 +112,8 @@ def test_update_is_that_of_a_plain_program(name, ranks, jobs, reference, results
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
-def test_resume_is_exact(ranks, results):
-    for name in RESUMED:
+def test_resume_is_exact(ranks, jobs, results):
+    for name in jobs:
         whole, metrics, _ = results[ranks][name]
         resumed, again, _ = results[ranks]["second", name]
         last = {key: array for key, array in whole.items() if key[0] not in "0123"}

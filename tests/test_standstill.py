@@ -75,10 +75,9 @@ def test_a_private_ray_that_dies_ends_the_run_in_a_line(what, lines, tmp_path, m
     assert len(told) == 1
     assert told[0].startswith(lines)
     assert (tmp_path / "lost" / "error.log").exists()
-    if what == "gcs_server":
-        done = int(latest.read_text())
-        run(tmp_path, "lost", iterations=done + 1)
-        assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
+    done = int(latest.read_text())
+    run(tmp_path, "lost", iterations=done + 1)
+    assert [line["iteration"] for line in metrics(tmp_path, "lost")] == list(range(done + 2))
 
 
 def test_ctrl_c_ends_a_run_whose_head_is_gone(tmp_path):

@@ -143,19 +143,21 @@ def test_scores_that_fail_are_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.slow
-def test_metadata_of_a_prompt_file_reaches_a_reward(tmp_path):
+def test_metadata_of_a_prompt_file_reaches_a_reward_whatever_the_slices(tmp_path):
     """The reward is the `count` beside each prompt: all images of a prompt score that, and the held-out ones, too."""
     table = {"prompt": ["a red circle", "a blue square"], "metadata": ['{"count": 3}', '{"count": 5}']}
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a green star", "metadata": {"count": 7}}\n')
-    run(
-        tmp_path, "told", iterations=1, rollout__members_per_unit=1, data__train_prompts=tmp_path / "train.parquet",
-        data__heldout_prompts=tmp_path / "heldout.jsonl", rewards__preference__kind="tests.faulty:build_told",
-    )  # fmt: skip
-    start, line = metrics(tmp_path, "told")
-    assert line["reward/preference/mean"] == 4
-    assert line["reward/preference/missing"] == 0
-    assert start["heldout/preference/mean"] == line["heldout/preference/mean"] == 7
+    for members in (1, 4):
+        run(
+            tmp_path, f"told-{members}", iterations=1, rollout__members_per_unit=members,
+            data__train_prompts=tmp_path / "train.parquet", data__heldout_prompts=tmp_path / "heldout.jsonl",
+            rewards__preference__kind="tests.faulty:build_told",
+        )  # fmt: skip
+        start, line = metrics(tmp_path, f"told-{members}")
+        assert line["reward/preference/mean"] == 4
+        assert line["reward/preference/missing"] == 0
+        assert start["heldout/preference/mean"] == line["heldout/preference/mean"] == 7
 
 
 def test_a_reward_that_cannot_start_ends_the_run_in_one_line(tmp_path):
