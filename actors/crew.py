@@ -13,6 +13,8 @@ from ray.exceptions import RuntimeEnvSetupError
 
 from actors.failures import exit_reason, in_thread, is_death
 from actors.members import Member, Members
+from actors.starts import LOOK_EVERY_S as LOOK_AT_STARTS_S
+from actors.starts import Start, Starts
 from g2rpo_ray.config import Resources
 from g2rpo_ray.types import Place
 
@@ -70,6 +72,7 @@ class Crew:
         """
         self.name = name
         self.restarts = Counter()
+        self.hung = Counter()
         self.lost_seconds = Counter()  # of actors, in calls that are done again
         self.size = size
         """Actors asked for."""
@@ -78,6 +81,7 @@ class Crew:
         self._max_restarts = max_restarts
         self._patience_s = patience_s
         self._resources = resources or {}
+        self._starts = Starts(patience_s)
         self._failed_starts: list[str] = []  # why, since one was ready
         self._names = (f"{name}-{number}" for number in itertools.count())
         self._members = Members()
@@ -89,6 +93,7 @@ class Crew:
         """Start the actors. A pool that can't go on raises PoolStopped in the group, which cancels who waits for it."""
         self._group = group
         self._task(self._watch())
+        self._task(self._watch_starts())
         self.resize(self.size)
 
     def resize(self, size: int) -> None:
@@ -140,13 +145,15 @@ class Crew:
         starting = sum(member.place is None for member in staying)
         for _ in range(min(self.size - len(staying), STARTING - starting)):
             name = next(self._names)
-            member = Member(name, self._spawn(name))
+            handle = self._spawn(name)
+            member = Member(name, handle, Start([handle]))
             self._members.add(member)
             self._task(self._await_ready(member))
 
     async def _await_ready(self, member: Member) -> None:
         try:
             member.place = await member.handle.ready.remote()
+            self._starts.took(member.start)
             self._members.shelve(member)
             self._failed_starts.clear()
             logger.info("%s is ready", member)
@@ -177,6 +184,22 @@ class Crew:
                 if late:
                     raise PoolStopped(f"{self.name}: {state}, longer than startup_timeout_s; {wanted}")
                 logger.warning("%s: %s; %s", self.name, state, wanted)
+
+    async def _watch_starts(self) -> None:
+        """Replace the actors whose start stands still."""
+        while True:
+            await asyncio.sleep(LOOK_AT_STARTS_S)
+            for member in [member for member in self._members if member.place is None]:
+                await member.start.look()
+                if member.place is None and (reason := self._starts.hung(member.start)):
+                    self._replace_hung(member, reason)
+
+    def _replace_hung(self, member: Member, reason: str) -> None:
+        self.hung.add()
+        logger.warning("%s is taken for hung: %s", member, reason)
+        self._end(member)  # its calls report a death now
+        self._count_restart(reason)
+        self._fill()
 
     def _wanted(self) -> str:
         """What an actor needs beside what there is; blocks."""

@@ -112,8 +112,8 @@ class Patience:
     A cost is what the time of a call grows with: evaluations, images, states.
     """
 
-    def __init__(self, limit_s: float):
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float, floor_s: float | None = None):
+        self._limit_s, self._floor_s = limit_s, floor_s
         self._paces: deque[float] = deque(maxlen=KEPT)
 
     def took(self, seconds: float, cost: float) -> None:
@@ -125,8 +125,8 @@ class Patience:
 
     def limit(self, cost: float) -> float:
         """Seconds after which such a call is taken for hung."""
-        usual = self.usual(cost)
-        return self._limit_s if usual is None else min(self._limit_s, max(FLOOR_S, TIMES * usual))
+        usual, floor = self.usual(cost), FLOOR_S if self._floor_s is None else self._floor_s
+        return self._limit_s if usual is None else min(self._limit_s, max(floor, TIMES * usual))
 
     def ending(self, cost: float) -> float:
         """Seconds that such a call gets once somebody asked to end."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from actors.failures import Hung, Patience, first_line, is_death, is_lost_object, within
 from actors.keeper import Keeper
+from actors.starts import LOOK_EVERY_S, Start, Starts
 from g2rpo_ray.config import Config, ray_options
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.types import FloatArray, PromptRollout, WeightsManifest
@@ -102,6 +103,7 @@ class LearnerGroup:
     def __init__(self, config: Config, group: asyncio.TaskGroup) -> None:
         self._config, self._group = config, group
         self._patience: dict[str, Patience] = {}
+        self._starts = Starts(config.startup_timeout_s)
         self._ranks: list[Any] = []
         self._keeper: Keeper | None = None
         self.node = ""
@@ -114,6 +116,7 @@ class LearnerGroup:
 
         Raises:
             TimeoutError: not all did within `timeout` seconds.
+            LearnerLost: they take many times what they took before.
             Exception: what a rank failed with.
         """
         self.shutdown()
@@ -124,7 +127,7 @@ class LearnerGroup:
         endpoint = self._ranks[0].endpoint.remote()
         folder = None if checkpoint is None else str(checkpoint)
         try:
-            await asyncio.wait_for(_all(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
+            await asyncio.wait_for(self._started(rank.start.remote(endpoint, folder) for rank in self._ranks), timeout)
             (self.node,) = await self._ask("node", [self._ranks[0].node.remote()])
             self._keeper = Keeper(self.node, self._group, self._config.hung_after_s)
         except TimeoutError:
@@ -132,6 +135,18 @@ class LearnerGroup:
                 f"learner: not all {learner.ranks} ranks started within {timeout:g} s; does the cluster have the "
                 "resources that learner.ranks and learner.resources ask for? `ray status` shows what is waiting"
             ) from None
+
+    async def _started(self, calls: "Iterable[ray.ObjectRef[Any]]") -> None:
+        ready, start = asyncio.ensure_future(_all(calls)), Start(self._ranks)
+        try:
+            while not (await asyncio.wait([ready], timeout=LOOK_EVERY_S))[0]:
+                await start.look()
+                if reason := self._starts.hung(start):
+                    raise LearnerLost(f"its ranks are taken for hung: {reason}")
+            await ready
+            self._starts.took(start)
+        finally:
+            ready.cancel()
 
     async def update(self, rollouts: Sequence[PromptRollout], on_policy: bool = True) -> dict[str, float]:
         """One iteration's update; the metrics, by name, over all ranks.

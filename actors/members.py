@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.starts import Start
 from g2rpo_ray.types import Place
 
 AHEAD = 8  # calls that wait for each actor, above which it gets a second one
@@ -39,6 +40,7 @@ class Call:
 class Member:
     name: str
     handle: ActorHandle
+    start: Start
     place: Place | None = None  # once it is ready
     calls: list[Call] = field(default_factory=list)  # in flight
     since: float = 0.0  # when it began with the first of them

@@ -51,7 +51,6 @@ class Pool(Crew):
         """
         super().__init__(name, spawn, size, **supervision)
         self.retried = Counter()
-        self.hung = Counter()
         self.copied = Counter()
         self._hung_after_s, self._peers, self._copies = hung_after_s, peers, copies
         self._patience = Patience(hung_after_s)
@@ -168,20 +167,17 @@ class Pool(Crew):
             by_peers = self._peers and member.pace is not None
             limit = (self._patience.limit(call.cost) if by_peers else self._hung_after_s) * 2**call.hung
             if spent > limit:
-                self._replace_hung(member, call, f"no answer for {spent:.0f} s to {call.what}")
+                self._hung_over(call)
+                self._replace_hung(member, f"no answer for {spent:.0f} s to {call.what}")
             elif spent > limit / 2 and not member.told:
                 member.told = True
                 usual = self._patience.usual(call.cost)
                 others = f"others take {usual:.1f} s" if usual else "nobody has done one yet"
                 logger.warning("%s: %s for %.0f s, %s; hung after %.0f s", member, call.what, spent, others, limit)
 
-    def _replace_hung(self, member: Member, call: Call, reason: str) -> None:
-        self.hung.add()
-        logger.warning("%s is taken for hung: %s", member, reason)
+    def _hung_over(self, call: Call) -> None:
+        """Count an actor that hung over a call; nobody else is asked for one that several hung over."""
         call.hung += 1
         if call.hung == HUNG_CALLS and not call.done.done():
             self._unused -= 1
             call.done.set_exception(Hung(f"{call.what}: {HUNG_CALLS} actors hung over it, one after the other"))
-        self._end(member)  # its calls report a death now
-        self._count_restart(reason)
-        self._fill()

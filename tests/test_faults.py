@@ -216,7 +216,7 @@ def hurt(process, cluster, nodes, how, who, log) -> bool:
         cluster.remove_node(nodes[who].pop(0), allow_graceful=True)
         return True
     if who == "LearnerRank" and not learner_is_there(log):
-        return False  # a rank that is stopped in its start may stand still for startup_timeout_s, 600 s
+        return False  # a rank that is stopped in its start stands still for half of startup_timeout_s, 300 s
     found = [child for child in descendants() if f"ray::{who}" in title_of(child)]
     with suppress(psutil.NoSuchProcess):
         if found:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 
@@ -44,6 +45,12 @@ class Worker:
         time.sleep(1000)
 
 
+@ray.remote(num_cpus=0, max_restarts=0)
+class Stuck(Worker.__ray_metadata__.modified_class):
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def pool(size=1, spawn=lambda name: Worker.remote(), **options):
     return Pool("worker", spawn, size, minimum=size, max_restarts=20, **options)
 
@@ -71,6 +78,24 @@ def test_a_stopped_process_is_found_by_what_its_peers_take(monkeypatch):
 
     assert use(workers, body) < 30
     assert workers.hung.total == 1
+
+
+def test_an_actor_that_stands_still_in_its_start_is_replaced(tmp_path, caplog):
+    """The first of all had time; what waits for resources has, too: they may be those of a machine to come."""
+    kinds = {"worker-1": Stuck, "worker-2": Worker.options(resources={"nowhere": 1})}
+    workers = pool(size=3, spawn=lambda name: kinds.get(name, Worker).remote(), patience_s=8)
+    workers._minimum = 1
+
+    async def body():
+        while "worker-3" not in workers.pids:
+            await asyncio.sleep(0.5)
+        return {member.name for member in workers._members}
+
+    assert use(workers, body) == {"worker-0", "worker-2", "worker-3"}
+    assert (workers.hung.total, workers.restarts.total) == (1, 1)
+    (line,) = [record.message for record in caplog.records if "hung" in record.message]
+    late = r"not ready \d+ s after its process was there; others took 5 s"
+    assert re.fullmatch(f"worker-1 is taken for hung: {late}", line)
 
 
 def test_what_hangs_everywhere_ends_in_a_line_and_a_score_in_a_missing_one():

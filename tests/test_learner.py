@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, sigma_grid, trunk_part
 from g2rpo_ray.types import Branches, PromptEmbedding, PromptRollout, StoredTensor, Trunk, TrunkUnit
 from learner.batch import BatchShape, reduce_metrics, spread
-from tests.runs import free_port
+from tests.runs import descendants, free_port, title_of
 from tests.tiny_flux import POOLED_DIM, TEXT_DIM, write_tiny_flux
 
 STAGES, SCHEDULES, WORLDS = (1, 2, 3), ("per_step", "accumulate"), (1, 2)
@@ -745,3 +746,27 @@ def test_death_of_a_rank(cluster, pipeline, rollouts):
     manifest, ref = with_group(settings(pipeline, ranks=2, lora_rank=128), die)
     assert manifest.bytes > 100 * 1024
     verify(ray.get(ref), manifest)  # what was published outlives the learner
+
+
+@pytest.mark.cluster
+def test_a_rank_that_stands_still_in_its_start_is_lost_and_starts_again(cluster, pipeline):
+    """Once it is known what a start takes: the first one has `startup_timeout_s`."""
+
+    async def stop_a_rank():
+        while not (found := [child for child in descendants() if "ray::LearnerRank" in title_of(child)]):
+            await asyncio.sleep(0.05)
+        found[0].suspend()
+
+    async def body(group):
+        await group.start(120)
+        group.shutdown()
+        while any("ray::LearnerRank" in title_of(child) for child in descendants()):
+            await asyncio.sleep(0.1)
+        _, failed = await asyncio.gather(stop_a_rank(), group.start(120), return_exceptions=True)
+        await group.start(120)
+        return failed, (await group.publish(0))[0].version
+
+    failed, version = with_group(settings(pipeline).model_copy(update={"startup_timeout_s": 20}), body)
+    assert isinstance(failed, LearnerLost)
+    assert version == 0
+    assert re.fullmatch(r"its ranks are taken for hung: not ready 2\d s after .*; others took \d+ s", str(failed))

@@ -176,7 +176,8 @@ class Config(Section):
     iterations: int = Field(300, ge=1, le=1_000_000)
     """Iterations of the run: a rollout and an update each."""
     startup_timeout_s: float = Field(600, gt=0, le=604_800)
-    """How long the run waits for its actors to start."""
+    """How long the run waits for its actors to start. Once some have, one that takes ten times as long as they did from
+    when it has a process, and at least half of this, is taken for hung and started again."""
     hung_after_s: float = Field(1800, gt=0, le=86400)
     """Seconds after which a unit, a score, an update or whatever else an actor does is taken for hung, and the actor
     for dead. Less, but a minute at least, once it is known what such calls usually take: ten times that."""
