@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from safetensors.numpy import load_file
 
 from g2rpo_ray.record.tracking import read_lines
@@ -147,6 +149,32 @@ def wait_for(process: subprocess.Popen, condition) -> None:
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of that size; the test is skipped without the right to mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk: see tests/isolated")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(file: Path) -> None:
+    """Take all that is left of the disk."""
+    with file.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(1 << 16))
+        except OSError:
+            os.fsync(stream.fileno())
 
 
 def descendants(process: subprocess.Popen | None = None) -> list[psutil.Process]:

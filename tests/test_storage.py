@@ -1,9 +1,7 @@
 """Where runs are kept: paths, an S3 server on this machine, fsspec; and a disk that is full."""
 
-import os
 import re
 import shutil
-import subprocess
 
 import fsspec
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from g2rpo_ray.data import EmbeddingStore
 from g2rpo_ray.record.checkpoint import find_checkpoint, finish_checkpoint, new_checkpoint
 from g2rpo_ray.record.storage import Folder
-from tests.runs import kill_all, lora, run, same_lora, start, wait_for, wait_for_iteration
+from tests.runs import fill, kill_all, lora, run, same_lora, small_disk, start, wait_for, wait_for_iteration
 from tests.test_data import embedding
 
 
@@ -125,12 +123,7 @@ def test_when_all_machines_are_gone_a_new_cluster_goes_on_from_the_bucket(bits, 
 
 @pytest.mark.cluster
 def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(bits, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("no right to mount a small disk: see tests/isolated")
-    try:
+    with small_disk(tmp_path, "24m") as disk:
         process = start(disk, "full")
         wait_for_iteration(process, disk, "full", 1)
         wait_for(process, lambda: (disk / "full" / "checkpoints" / "LATEST").exists())
@@ -143,14 +136,3 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint_intact(bits, tmp
         assert find_checkpoint(Folder(disk / "full")).iteration >= 1
         run(disk, "full")
         same_lora(lora(disk, "full"), bits)
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def fill(file):
-    with file.open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(bytes(1 << 16))
-        except OSError:
-            os.fsync(stream.fileno())

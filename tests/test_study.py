@@ -1,14 +1,18 @@
 """Studies: refused in a line, counted by hand, interrupted and gone on with, tables from the record alone."""
 
 import json
+import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -16,6 +20,7 @@ from g2rpo_ray.config import load_config
 from g2rpo_ray.record.lease import Lease
 from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.record.tracking import read_lines, to_json
+from g2rpo_ray.study import runner
 from g2rpo_ray.study.__main__ import main, waves, write
 from g2rpo_ray.study.plan import Plan
 from g2rpo_ray.study.record import FILE, Record
@@ -23,6 +28,7 @@ from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.runner import doing, workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
+from tests.runs import fill, small_disk, wait_for
 
 TREE = {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}}
 STUDY = {
@@ -289,16 +295,59 @@ def test_a_study_that_is_killed_goes_on_and_its_tables_come_from_the_record_alon
         assert (tmp_path / "elsewhere" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_process_that_stands_still_ends_the_study_in_a_line(tmp_path, monkeypatch, capsys):
+    """The first run of all has six hours; then ten times as long as runs took, and ten minutes at least."""
+    monkeypatch.setattr(runner, "SHORTEST_S", 20.0)
+    monkeypatch.setattr(runner, "TIMES", 1.0)
+    file, out = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")}), tmp_path / "out"
+
+    def stop_a_worker():
+        while len(read_lines(out / FILE)) < 2:
+            time.sleep(0.1)
+        psutil.Process(multiprocessing.active_children()[0].pid).suspend()
+
+    thread = threading.Thread(target=stop_a_worker, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    assert main([str(file), "--output", str(out), "--jobs", "1"]) == 1
+    assert time.monotonic() - began < 200
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    told = r"error: no run ended for \d+ s, which is taken for hung; the next ones: one: .*"
+    assert re.fullmatch(f"{told}; the same command goes on from the record", line)
+    assert not multiprocessing.active_children()
+    assert len(read_lines(out / FILE)) >= 2
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_study_in_a_line_and_costs_no_run_that_is_done(tmp_path):
+    with small_disk(tmp_path, "1m") as disk:
+        file = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")})
+        process = subprocess.Popen(command(file, disk), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(process, lambda: len(read_lines(disk / FILE)) >= 2)
+        fill(disk / "filler")
+        _, told = process.communicate(timeout=240)
+        assert process.returncode == 1, told
+        assert re.match(
+            r"error: .*No space left on device.*; the same command goes on from the record", told.splitlines()[-1]
+        )
+        assert "Traceback" not in told
+        kept = read_lines(disk / FILE)
+        (disk / "filler").unlink()
+        done(file, disk)
+        assert read_lines(disk / FILE)[: len(kept)] == kept
+        assert len(read_lines(disk / FILE)) == 1 + 2 + 4
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
     plan = plan_of(tmp_path, budget=70, set={**STUDY["set"], "output": str(tmp_path / "runs")})
     case = plan.runs("one", "tree", 1e-3)[0]
     lines = {}
-    for runner in ("process", "ray"):
-        with workers(runner, 1) as pool:
-            found = pool.submit(doing(runner, tmp_path / runner, None), case).result()
-        lines[runner] = {line["kind"]: line for line in found}
+    for on in ("process", "ray"):
+        with workers(on, 1) as pool:
+            ((_, found),) = pool.each(doing(on, tmp_path / on, None), [case])
+        lines[on] = {line["kind"]: line for line in found}
     (here,), on_ray = lines["process"].values(), lines["ray"]
     assert here.keys() == on_ray["run"].keys()
     for part in ("key", "adapter", "scores", "evaluations", "states", "settings", "budget", "lr"):

@@ -3,8 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from g2rpo_ray.record.tracking import to_json
 from g2rpo_ray.study.check import describe
 from g2rpo_ray.study.figures import curves, pictures
 from g2rpo_ray.study.plan import Case, Plan
-from g2rpo_ray.study.record import Line, Record
+from g2rpo_ray.study.record import Record
 from g2rpo_ray.study.rows import Results, Row
 from g2rpo_ray.study.runner import doing, workers
 from g2rpo_ray.study.schema import read_study
@@ -41,7 +41,7 @@ def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None
         for wave in waves(plan, Results(plan, record.lines)):
             missing = {case.key: case for case in wave if case.key not in record.lines}
             with tqdm(total=len(missing), unit="run", desc=plan.study.name, disable=None if missing else True) as bar:
-                for case, lines in _each(pool, do, list(missing.values())):
+                for case, lines in pool.each(do, list(missing.values())):
                     lease.check()
                     for line in lines:
                         if line["key"] not in record.lines:
@@ -50,13 +50,6 @@ def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None
                     bar.write(f"done: {case.words}" + "".join(f": {one['failed']}" for one in lines if "failed" in one))
             if missing:
                 write(plan, record)
-
-
-def _each(pool: Executor, do: Callable[[Case], list[Line]], cases: Sequence[Case]) -> Iterator[tuple[Case, list[Line]]]:
-    """What is done, as it comes."""
-    going = {pool.submit(do, case): case for case in cases}
-    for future in as_completed(going):
-        yield going[future], future.result()
 
 
 def write(plan: Plan, record: Record) -> str:

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from g2rpo_ray.config import dump_config
 from g2rpo_ray.launch.command import INTERRUPTED
@@ -25,21 +28,59 @@ from g2rpo_ray.study.record import Curve, Line, picture_file, save_pictures
 REFUSED = "learner: the gradient is not finite"  # the learning rate is too high: that is a result
 
 
+FIRST_S = 6 * 3600.0  # until the first run of a study has ended here, before one is taken for hung
+SHORTEST_S = 600.0
+TIMES = 10.0  # as long as nothing ended before
+
+
+class Workers:
+    """Those who do the runs, some at a time."""
+
+    def __init__(self, pool: Executor, bounded: bool):
+        """`bounded`: whether runs have no limits of their own."""
+        self._pool, self._bounded = pool, bounded
+        self._longest: float | None = None  # seconds from one end to the next
+
+    def each(self, do: Callable[[Case], list[Line]], cases: Sequence[Case]) -> Iterator[tuple[Case, list[Line]]]:
+        """What is done, as it comes.
+
+        Raises:
+            RuntimeError: a run failed, or none ended for so long that what is going on is taken for hung.
+        """
+        going, began = {self._pool.submit(do, case): case for case in cases}, time.monotonic()
+        while going:
+            ended, _ = wait(going, self.limit, FIRST_COMPLETED)
+            spent, began = time.monotonic() - began, time.monotonic()
+            if not ended:
+                names = "; ".join(case.words for case in list(going.values())[:4])
+                raise RuntimeError(f"no run ended for {spent:.0f} s, which is taken for hung; the next ones: {names}")
+            self._longest = max(spent, self._longest or 0.0)
+            for future in ended:
+                yield going.pop(future), future.result()
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that no run may end."""
+        if not self._bounded:
+            return None
+        return FIRST_S if self._longest is None else max(SHORTEST_S, TIMES * self._longest)
+
+
 @contextmanager
-def workers(on: str, jobs: int) -> Iterator[Executor]:
+def workers(on: str, jobs: int) -> Iterator[Workers]:
     """Who does the runs, `jobs` at a time; left by an exception, what is going on ends."""
     pool: Executor
     if on == "ray":
         pool = ThreadPoolExecutor(jobs)
     else:
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, spawn, initializer=_end_with_the_parent)
+        pool = ProcessPoolExecutor(jobs, spawn, initializer=_begin)
     try:
-        yield pool
+        yield Workers(pool, bounded=on != "ray")
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()  # it has nothing to save, and may stand still
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -49,9 +90,10 @@ def doing(on: str, folder: Path, address: str | None) -> Callable[[Case], list[L
     return partial(_on_ray, folder, address) if on == "ray" else partial(_here, folder)
 
 
-def _end_with_the_parent() -> None:
-    """A worker is told to end by its parent; where that is gone, it ends itself."""
+def _begin() -> None:
+    """A worker is killed by its parent; where that is gone, it ends itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the machine's, which a kill leaves behind
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
