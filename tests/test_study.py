@@ -41,6 +41,7 @@ STUDY = {
     "budget": 120,
     "looks": 2,
     "reach": [0.5],
+    "early": 0.25,
     "tuning": {"seed": 9, "share": 0.5, "lr": [1e-4, 2e-4]},
     "tables": {
         "one": {
@@ -197,6 +198,11 @@ def test_the_table_is_the_record_s_and_its_numbers_are_those_of_a_calculation_by
     assert (base.mean, base.high - base.mean) == pytest.approx((0.4, 12.7062 * 0.1), rel=1e-4)  # prompts alone
     paired = rows["one", "tree", "difference", "preference", "chains"]
     assert paired.mean == pytest.approx(np.mean([0.1, 0.3, 0.2]))  # without the pair that lacks a score
+    early = rows["one", "tree", "early", "preference", "chains"]
+    # at a cost of 30, tree has come from .4 to .49 and .52; chains end at .5
+    assert early.mean == pytest.approx(0.005)
+    assert early.high - early.mean == pytest.approx(12.7062 * 0.03 / 2, rel=1e-4)
+    assert ("one", "tree", "early", "preference", "base") not in rows
     reach = rows["one", "tree", "cost_to", "0.5", ""]
     # curves .4, .55, .7 and .4, .6, .8 at costs 0, 50, 100
     assert reach.mean == pytest.approx((50 * 0.1 / 0.15 + 50 * 0.1 / 0.2) / 2)
@@ -205,6 +211,7 @@ def test_the_table_is_the_record_s_and_its_numbers_are_those_of_a_calculation_by
     markdown = write(plan, record)
     assert "| tree | 0.0002 (end of the grid) | " in markdown
     assert "| tree | 0.7500 ± 0.6919 |" in markdown
+    assert "| at 25% of the budget, to chains at its end | preference | shape |" in markdown
     assert "Not all seeds" not in markdown
     table = json.loads((record.folder / "table.json").read_text())
     assert table["runs"]["one"]["tree"]["seeds"] == [0, 1]

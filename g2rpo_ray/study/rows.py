@@ -21,9 +21,9 @@ class Row:
 
     table: str
     variant: str
-    measure: str  # score, difference, cost_to, seconds_to, seconds
+    measure: str  # score, difference, early, cost_to, seconds_to, seconds
     of: str  # the reward; of cost_to and seconds_to, the score that is reached
-    against: str  # of a difference, the other variant
+    against: str  # of differences, early ones too, the other variant
     mean: float
     low: float
     high: float
@@ -79,6 +79,7 @@ class Results:
             for variant in self.variants(table):
                 yield from self._scores(table, variant)
                 if variant != BASE:
+                    yield from self._early(table, variant)
                     yield from self._costs(table, variant)
 
     def _scores(self, table: str, variant: str) -> Iterator[Row]:
@@ -98,6 +99,22 @@ class Results:
                 of, than = (_scores([pair[side] for pair in both], reward) for side in (0, 1))
                 found = crossed(of - than)
                 yield _row(table, variant, "difference", reward, other, found, len(both), len(runs))
+
+    def _early(self, table: str, variant: str) -> Iterator[Row]:
+        """At a share of the budget, by straight lines between looks, less the other variant's end, seed by seed."""
+        study, runs = self.plan.study, self.runs(table, variant)
+        if study.early is None:
+            return
+        for other in study.tables[table].against:
+            ends = {line["seed"]: line["curve"][-1]["means"] for line in self.runs(table, other)}
+            both = [line for line in runs if line["seed"] in ends and other != BASE]
+            for reward in self.plan.rewards(table) if both else ():
+                values = []
+                for line in both:
+                    then = np.interp(study.early * study.budget, *self.curve(table, variant, line, "cost", reward))
+                    end = ends[line["seed"]].get(reward)
+                    values.append(math.nan if end is None else float(then) - end)
+                yield _row(table, variant, "early", reward, other, over_seeds(values), len(both), len(runs))
 
     def _costs(self, table: str, variant: str) -> Iterator[Row]:
         runs, first = self.runs(table, variant), self.plan.trained(table)[0]

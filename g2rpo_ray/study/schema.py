@@ -74,6 +74,8 @@ class Study(Section):
     """Held-out evaluations of a run after the one of the base, evenly over its cost; a run of the grid has its last."""
     reach: tuple[Annotated[float, Field(allow_inf_nan=False)] | Name, ...] = ()
     """Scores of the first trained reward whose cost is told; the name of a variant is its mean at the end."""
+    early: float | None = Field(None, gt=0, lt=1)
+    """A share of the budget: what each variant has reached by then is compared with `against` at the end."""
     tflop: float | None = Field(None, gt=0, le=1e9)
     """Of one velocity evaluation, for `--check --tflops`; unset: counted from the model's files."""
     tuning: Tuning | None = None

@@ -22,6 +22,7 @@ def to_markdown(results: Results, rows: Sequence[Row]) -> str:
         note += f" **Not all seeds are there yet** of: {', '.join(waiting)}." if waiting else ""
         parts += [f"## {table.title}", note, _scores(results, key, these)]
         parts += [_differences(results, key, these, other) for other in table.against]
+        parts += [_early(results, key, these, other) for other in table.against]
         parts.append(_costs(told.get(key, {}), these))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -35,6 +36,12 @@ def _scores(results: Results, table: str, rows: Sequence[Row]) -> str:
 def _differences(results: Results, table: str, rows: Sequence[Row], against: str) -> str:
     these = [row for row in rows if row.measure == "difference" and row.against == against]
     return _grid(f"difference to {against}", results.plan.rewards(table), these, _signed)
+
+
+def _early(results: Results, table: str, rows: Sequence[Row], against: str) -> str:
+    these = [row for row in rows if row.measure == "early" and row.against == against]
+    corner = f"at {results.plan.study.early or 0:.0%} of the budget, to {against} at its end"
+    return _grid(corner, results.plan.rewards(table), these, _signed)
 
 
 def _grid(corner: str, titles: Sequence[str], rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
