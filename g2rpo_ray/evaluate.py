@@ -5,164 +5,26 @@ adapters × steps × prompts ─► cells ─► rollout actors ─► images �
 
 import argparse
 import asyncio
-import hashlib
-import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import asdict
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from actors.interrupt import Interrupt
-from g2rpo_ray.comparison.adapters import Adapter, read_adapters
+from g2rpo_ray.comparison.plan import Column, Plan, make_plan
 from g2rpo_ray.comparison.scorebook import Cell, ScoreBook
 from g2rpo_ray.comparison.statistics import Row, row
 from g2rpo_ray.comparison.tables import to_csv, to_markdown
-from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.data import read_records
-from g2rpo_ray.files import resolve
 from g2rpo_ray.launch.command import INTERRUPTED, INVALID, fail
-from g2rpo_ray.launch.preflight import check_models, check_prompts, fit_batches, open_run
 from g2rpo_ray.record.heldout import picture_grid
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.tracking import to_json
-from g2rpo_ray.types import FloatArray, Images, Metadata, SampleUnit
-
-BLOCK = 64  # prompts whose embeddings are in the object store at once: 256 MB for FLUX
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """The base (version 0) or an adapter: a row of the tables, a column of the grids."""
-
-    adapter: Adapter
-    version: int
-    share: float  # of the steps that the adapter makes
-    key: str  # digest of all that its scores depend on, but steps, prompt and its metadata
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is compared, on what, and where it goes."""
-
-    config: Config
-    columns: tuple[Column, ...]
-    prompts: tuple[str, ...]
-    metadata: Mapping[str, Metadata]  # by prompt
-    steps: tuple[int, ...]
-    seeds: int
-    shown: int  # prompts in the grids
-    folder: Path
-
-    def cell(self, column: Column, steps: int, prompt: str) -> Cell:
-        unit = SampleUnit(prompt, tuple(range(self.seeds)), steps, column.share)
-        known = self.metadata[prompt]
-        key = _digest(column.key, known) if known else column.key
-        return Cell(key, column.version, unit, shown=prompt in self.prompts[: self.shown])
-
-    def blocks(self) -> Iterator[list[Cell]]:
-        """All cells, some prompts at a time; within a block those of one adapter and number of steps together."""
-        for at in range(0, len(self.prompts), BLOCK):
-            block = self.prompts[at : at + BLOCK]
-            yield [self.cell(*place, prompt) for place in self.places() for prompt in block]
-
-    def places(self) -> list[tuple[Column, int]]:
-        return [(column, steps) for steps in self.steps for column in self.columns]
-
-
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Read and check everything that the command line names.
-
-    Raises:
-        ValueError: one line that says what was given and what is allowed.
-    """
-    given = load_config(options.config, options.set)
-    config = _without_training(given)
-    check_models(config)
-    config = fit_batches(config)
-    records = read_records(
-        options.prompts or given.data.heldout_prompts, "--prompts" if options.prompts else "data.heldout_prompts"
-    )
-    check_prompts(config, records)
-    steps = tuple(dict.fromkeys(options.steps or [config.sampler.steps]))
-    seeds = config.evaluation.seeds if options.seeds is None else options.seeds
-    shown = config.evaluation.grid_prompts if options.grid is None else options.grid
-    for option, value, least in (("steps", min(steps), 1), ("seeds", seeds, 1), ("grid", shown, 0)):
-        if value < least:
-            raise ValueError(f"--{option}: {value} given; must be a whole number from {least} up")
-    if not 0 <= options.hybrid <= 1:
-        raise ValueError(f"--hybrid: {options.hybrid:g} given; must be a share of the steps, from 0 to 1")
-    settings = _settings(config, seeds)
-    columns = tuple(
-        _column(version, adapter, config, settings, options.hybrid)
-        for version, adapter in enumerate(read_adapters(options.adapter, config))
-    )
-    folder = Path(options.output).expanduser() if options.output else (open_run(given) / "evaluation").path
-    if folder is None:
-        raise ValueError(f"--output: give a folder of this machine; the configuration's output is {given.output}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: {folder} is not a folder; name one, or one that is to be made")
-    return Plan(config, columns, tuple(records), records, steps, seeds, shown, folder)
-
-
-def _without_training(config: Config) -> Config:
-    """The configuration without what an evaluation has no use for, so that nothing of it is asked for."""
-    encoded = open_run(config) / "embeddings"
-    embeddings = str(encoded) if config.data.embeddings is None and encoded.names() else config.data.embeddings
-    changes = {
-        "data": config.data.model_copy(update={"embeddings": embeddings}),  # what a run has encoded already
-        "lora": config.lora.model_copy(update={"initial": None}),
-        "learner": config.learner.model_copy(update={"resources": {}}),
-    }
-    return config.model_copy(update=changes)
-
-
-def _settings(config: Config, seeds: int) -> dict[str, Any]:
-    """What scores depend on, beside the adapter, steps and prompt: settings, and the state of the files they name."""
-    rollout = config.rollout
-    return {
-        "seeds": seeds,
-        "shift": config.sampler.shift,
-        "guidance": config.evaluation.guidance,
-        "model": config.model.model_dump(mode="json"),
-        "pipeline": _stamp(config.model.path),
-        "rollout": [rollout.device, rollout.threads, rollout.micro_batch, rollout.decode_batch, rollout.compile],
-        "rewards": {
-            name: [
-                *(reward.kind, reward.options, reward.batch_size, [_stamp(value) for value in reward.options.values()]),
-                *([reward.runtime_env] if reward.runtime_env else []),  # other packages may give other scores
-            ]
-            for name, reward in config.all_rewards.items()
-        },
-    }
-
-
-def _stamp(value: Any) -> list[Any]:
-    """Size and time of the file, or of all files in the folder, that a setting names."""
-    path = Path(resolve(value)) if isinstance(value, str) and value else None
-    if path is None or not path.exists():
-        return []
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _column(version: int, adapter: Adapter, config: Config, settings: Mapping[str, Any], share: float) -> Column:
-    from g2rpo_ray.models import describe
-
-    own: dict[str, Any] = {}
-    if version:
-        lora = config.lora.model_dump(mode="json")
-        own = {"lora": lora, "share": share, "checksum": describe(adapter.state, 0).checksum}
-    return Column(adapter, version, share if version else 1.0, _digest(settings, own))
-
-
-def _digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+from g2rpo_ray.types import FloatArray, Images
 
 
 async def sample(plan: Plan, book: ScoreBook, missing: Sequence[Sequence[Cell]]) -> int:

@@ -179,8 +179,11 @@ def test_hybrid_sampling_is_the_adapter_then_the_base():
 CASES = {
     "no such option": (["--adaptor", "x=y"], ["unrecognized arguments: --adaptor"]),
     "steps that are no number": (["--steps", "ten"], ["--steps: invalid int value: 'ten'"]),
-    "no step": (["--steps", "10", "0"], ["--steps: 0 given; must be a whole number from 1 up"]),
-    "no seed": (["--seeds", "0"], ["--seeds: 0 given"]),
+    "no step": (["--steps", "10", "0"], ["--steps: 0 given; must be a whole number from 1 to 1000"]),
+    "steps that no machine has time for": (["--steps", "10", "1000000000"], ["--steps: 1000000000 given", "to 1000"]),
+    "more seeds than fit": (["--seeds", "100000000000"], ["--seeds: 100000000000 given", "to 1024"]),
+    "more pictures than fit": (["--grid", "1000000"], ["--grid: 1000000 given", "to 1024"]),
+    "no seed": (["--seeds", "0"], ["--seeds: 0 given; must be a whole number from 1 to 1024"]),
     "hybrid beyond 1": (["--hybrid", "1.5"], ["--hybrid: 1.5 given", "from 0 to 1"]),
     "hybrid not a number": (["--hybrid", "nan"], ["--hybrid: nan given"]),
     "unknown key": (["--set", "lora.rnak=4"], ["lora.rnak: unknown key"]),
