@@ -111,6 +111,15 @@ def test_so_is_a_table(table, line, tmp_path, capsys):
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "given", ["--jobs=0", "--jobs=100000", "--tflops=0", "--tflops=-1", "--tflops=nan", "--tflops=inf"]
+)
+def test_so_is_an_option_s_number(given, tmp_path, capsys):
+    assert main([str(study_file(tmp_path)), "--check", given, "--output", str(tmp_path / "out")]) == 2
+    option, _, value = given.partition("=")
+    assert capsys.readouterr().err.startswith(f"error: {option}: {value} given; must be ")
+
+
 def test_the_budget_decides_the_iterations_by_what_they_will_cost(tmp_path):
     plan = plan_of(tmp_path)
     # a prompt: a trunk's step, two children of three more; the learner's state counts 3

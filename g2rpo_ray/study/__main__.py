@@ -91,9 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study, file = read_study(options.study)
         plan = Plan(study, file, options.set)
         folder = Path(options.output or f"studies/{study.name}")
-        jobs = options.jobs or (1 if study.runner == "ray" else len(os.sched_getaffinity(0)))
+        cores = 1 if study.runner == "ray" else len(os.sched_getaffinity(0))
+        jobs = cores if options.jobs is None else options.jobs
         if not 1 <= jobs <= 1000:
             raise ValueError(f"--jobs: {jobs} given; must be from 1 to 1000")
+        if options.tflops is not None and not 0 < options.tflops < 1e9:
+            raise ValueError(f"--tflops: {options.tflops:g} given; must be a number above 0 and below 1e9")
         if options.check:
             print(describe(plan, Record(folder).lines, options.tflops))
             return 0

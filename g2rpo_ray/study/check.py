@@ -34,7 +34,7 @@ def describe(plan: Plan, lines: Mapping[str, Line], tflops: float | None) -> str
         f"\n{len(planned)} runs, since what several tables have is run once. In velocity evaluations: {cost:.3g} of "
         f"training, {samples:.3g} of held-out samples"
     )
-    if tflops:
+    if tflops is not None:
         said.append(_hours(plan.base(next(iter(plan.study.tables))).config, plan.study.tflop, cost, samples, tflops))
     return "\n".join(said)
 
