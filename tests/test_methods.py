@@ -46,13 +46,20 @@ EVALUATIONS = {  # of the two prompts of each of two iterations, by hand: 5 step
 ROOT = Path(__file__).parent.parent
 
 
+def settings_of(method: str) -> dict[str, object]:
+    """Of a run of two iterations, in units of one child each."""
+    settings = {f"sampler__{key}": value for key, value in SMALL[method].items()}
+    return settings | {
+        "method": method, "iterations": 2, "learner__updates_per_rollout": 2, "rollout__members_per_unit": 1
+    }  # fmt: skip
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     "method", [pytest.param(method, marks=[] if method == "flow_grpo" else pytest.mark.slow) for method in SMALL]
 )
 def test_two_actors_one_of_them_killed_give_the_bits_of_none(method, alone, tmp_path):
-    settings = {f"sampler__{key}": value for key, value in SMALL[method].items()}
-    settings |= {"method": method, "iterations": 2, "learner__updates_per_rollout": 2, "rollout__members_per_unit": 1}
+    settings = settings_of(method)
     whole, process = alone(**settings), start(tmp_path, "two", rollout__max_actors=2, **settings)
     wait_for_iteration(process, tmp_path, "two", 1)
     kill_at_work(process, "RolloutActor.compute")
@@ -66,6 +73,16 @@ def test_two_actors_one_of_them_killed_give_the_bits_of_none(method, alone, tmp_
         assert any(line["actor/ratio_max_dev"] > 1e-6 for line in lines)  # the second update of an iteration leaves 1
     assert sum(line["rollout/restarts"] for line in lines) == 1
     same_lora(lora(tmp_path, "two"), whole.result().lora)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flow_grpo", "mix_grpo", "branch_grpo"])
+def test_one_actor_gives_the_bits_of_none(method, alone, tmp_path):
+    """As do two: so one and two give the same. Of g2rpo: `test_two_actors_one_and_none_give_the_same_bits`."""
+    whole = alone(**settings_of(method))
+    run(tmp_path, "one", **settings_of(method))
+    same_lora(lora(tmp_path, "one"), whole.result().lora)
 
 
 @pytest.mark.cluster
