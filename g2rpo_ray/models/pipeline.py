@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.files import resolve
@@ -68,7 +69,8 @@ def load_parts(kind: Any, config: ModelConfig, description: Description, parts: 
                 raise ValueError(f"it has no folder {part}")
         others = {part: None for part in description.parts if part not in wanted}
         dtype = getattr(torch, config.dtype)
-        disable_progress_bar()  # of parts: it would be between a user and a line that says what is wrong
+        for logging in (diffusers_logging, transformers_logging):
+            logging.disable_progress_bar()  # of parts: it would be between a user and a line that says what is wrong
         pipeline = kind.from_pretrained(path, revision=config.revision, dtype=dtype, **others)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

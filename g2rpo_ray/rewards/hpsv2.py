@@ -6,6 +6,7 @@ Network and checkpoint format are the `hpsv2` package's own; the default archite
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -115,7 +116,9 @@ def _bundled_open_clip() -> ModuleType:
         sys.modules["turtle"] = ModuleType("turtle")
         vars(sys.modules["turtle"])["forward"] = None
     try:
-        return importlib.import_module("hpsv2.src.open_clip")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of timm's layout, which no user can do anything about
+            return importlib.import_module("hpsv2.src.open_clip")
     finally:
         if absent:
             del sys.modules["turtle"]

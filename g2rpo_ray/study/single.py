@@ -44,12 +44,12 @@ class Single:
         """
         if config.learner.ranks > 1 or config.rollout.max_staleness:
             raise ValueError("learner.ranks, rollout.max_staleness: a run in one process has 1 rank and no staleness")
+        _alone(config.learner.device)
         from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import build_reward
         from g2rpo_ray.rollout.sampler import Sampler
-        from learner.engine import LearnerEngine
+        from learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
 
-        _alone(config.learner.device)
         self.config, self.prompts, self._budget = config, read_run_prompts(config), Budget(config)
         per_iteration = config.data.prompts_per_iteration
         used = drawn_prompts(self.prompts.train, per_iteration, config.seed, config.iterations)
