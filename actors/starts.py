@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
-from ray._private.state import actors  # as for drains: there is no public way that does without the dashboard
+from ray._private import state  # as for drains: there is no public way that does without the dashboard
 from ray.actor import ActorHandle
 
-from actors.failures import Patience, in_thread
+from actors.failures import Hung, Patience, in_thread, within
 
 LOOK_EVERY_S = 5.0  # one question to the head for each actor that is starting
 
@@ -22,9 +23,16 @@ class Start:
         self._began: float | None = None
 
     async def look(self) -> None:
-        """Find out whether it has begun; does not come back while the head is gone."""
-        if self._began is None and await in_thread(lambda: all(map(_has_process, self._actors))):
-            self._began = time.monotonic()
+        """Find out whether it has begun."""
+        with suppress(Hung):  # a head that is gone is seen elsewhere
+            if self._began is None and await within(LOOK_EVERY_S, "the head", in_thread(self._has_begun)):
+                self._began = time.monotonic()
+
+    def _has_begun(self) -> bool:
+        try:
+            return all(state.actors(actor._actor_id.hex()).get("Pid") for actor in self._actors)
+        except Exception:  # the head restarts
+            return False
 
     @property
     def seconds(self) -> float:
@@ -49,7 +57,3 @@ class Starts:
         if usual is None or start.seconds <= self._patience.limit(1):
             return None
         return f"not ready {start.seconds:.0f} s after its process was there; others took {usual:.0f} s"
-
-
-def _has_process(actor: ActorHandle) -> bool:
-    return bool(actors(actor._actor_id.hex()).get("Pid"))
