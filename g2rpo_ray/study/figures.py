@@ -15,6 +15,7 @@ from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.schema import BASE
 from g2rpo_ray.study.statistics import over_seeds
 
+MANY = 6  # variants whose bands can be seen apart
 STYLES = list(product(("-", "--", ":"), PALETTE))  # more variants than can be told apart by colour
 
 
@@ -30,18 +31,21 @@ def curves(results: Results, folder: Path) -> list[Path]:
 
 
 def _curve(results: Results, table: str, variants: list[str], reward: str) -> str:
+    faint, ends = 0.12 if len(variants) <= MANY else 0.06, []
     with drawing(6.4, 3.8) as made:
         for variant, (line, colour) in zip(variants, STYLES, strict=False):
             found = [results.curve(table, variant, run, "cost", reward) for run in results.runs(table, variant)]
             looks = min(len(costs) for costs, _ in found)
             cost = np.mean([costs[:looks] for costs, _ in found], axis=0)
             bands = [over_seeds([means[at] for _, means in found]) for at in range(looks)]
-            made.axes.plot(cost, [band.mean for band in bands], line, color=colour, label=variant)
+            (drawn,) = made.axes.plot(cost, [band.mean for band in bands], line, color=colour, label=variant)
+            ends.append((bands[-1].mean, drawn))
             low, high = ([getattr(band, end) for band in bands] for end in ("low", "high"))
-            made.axes.fill_between(cost, low, high, color=colour, alpha=0.12, linewidth=0)
+            made.axes.fill_between(cost, low, high, color=colour, alpha=faint, linewidth=0)
         trained = " (trained)" if reward in results.plan.trained(table) else ""
         made.axes.set(xlabel="cost: evaluations + learner states, in evaluations", ylabel=reward + trained)
-        made.axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ranked = [drawn for _, drawn in sorted(ends, key=lambda end: -end[0])]  # as the lines end, the highest first
+        made.axes.legend(handles=ranked, loc="center left", bbox_to_anchor=(1, 0.5))
     return made.svg
 
 
