@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from g2rpo_ray.types import FloatArray, Images
 from g2rpo_ray.words import margin, number
 
 SMALLEST_TILE = 96  # pixels: smaller pictures are enlarged by a whole factor, or nobody could see them
 CAPTION = 14  # pixels a line
+FONT_SIZE = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ def picture_grid(path: Path, captions: Sequence[str], columns: Mapping[str, Sequ
     tile_height, tile_width = height * scale, width * scale
     canvas = Image.new("RGB", (len(columns) * tile_width, CAPTION + len(captions) * (tile_height + CAPTION)), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.font = _font()
     for column, (title, pictures) in enumerate(columns.items()):
         draw.text((column * tile_width + 2, 1), title, fill="black")
         for row, picture in enumerate(pictures):
@@ -84,3 +86,10 @@ def picture_grid(path: Path, captions: Sequence[str], columns: Mapping[str, Sequ
     for row, caption in enumerate(captions):
         draw.text((2, CAPTION + row * (tile_height + CAPTION) + tile_height + 1), caption, fill="black")
     canvas.save(path)
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's: Pillow's own lacks what names of methods have, as G²RPO, and every letter that is not Latin."""
+    import matplotlib as mpl
+
+    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
