@@ -659,7 +659,7 @@ def test_a_changed_line_leaves_the_layer_of_packages_as_it_is(target):
     rooms = {name for (name,) in copied("project")[1:]}
     assert rooms == {"configs", "g2rpo_ray", "actors", "learner"}
     size = sum(path.stat().st_size for room in rooms for path in (ROOT / room).rglob("*") if path.is_file())
-    assert size < 25_000_000  # 21 MB, 20 of them the two embedded worlds
+    assert size < 20_000_000
 
 
 def test_the_cpu_image_is_the_small_one_unless_it_can_not_be():

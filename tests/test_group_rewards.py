@@ -40,6 +40,7 @@ def test_win_rates_are_the_same_whatever_the_slices_and_the_actors(tmp_path):
         for key in ("reward/judge/std", "reward/preference/std", "reward/judge/missing", "update/grad_norm"):
             assert one[at].get(key) == sliced[at].get(key), key
     assert "judge –" in said[0]  # held-out images have no group
+    assert one[0]["heldout/preference/mean"] != pytest.approx(0.5)  # the score itself
     assert 0 < one[0]["heldout/preference/mean"] < 1
     assert any(np.abs(tensor).max() > 0 for name, tensor in lora(tmp_path, "one").items() if "lora_B" in name)
 

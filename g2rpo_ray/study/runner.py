@@ -37,7 +37,7 @@ class Workers:
     """Those who do the runs, some at a time."""
 
     def __init__(self, pool: Executor, bounded: bool):
-        """`bounded`: whether runs have no limits of their own."""
+        """`bounded`: whether their time is bounded here; a run on Ray has limits of its own."""
         self._pool, self._bounded = pool, bounded
         self._longest: float | None = None  # seconds from one end to the next
 
