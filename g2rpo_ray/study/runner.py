@@ -69,6 +69,7 @@ class Workers:
 @contextmanager
 def workers(on: str, jobs: int) -> Iterator[Workers]:
     """Who does the runs, `jobs` at a time; left by an exception, what is going on ends."""
+    others = set(multiprocessing.active_children())
     pool: Executor
     if on == "ray":
         pool = ThreadPoolExecutor(jobs)
@@ -78,7 +79,7 @@ def workers(on: str, jobs: int) -> Iterator[Workers]:
     try:
         yield Workers(pool, bounded=on != "ray")
     except BaseException:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.kill()  # it has nothing to save, and may stand still
         pool.shutdown(cancel_futures=True)
         raise
