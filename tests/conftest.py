@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from pyarrow import fs
 
 from tests.runs import PREFERENCE, free_port, kill_all, listens, run, wait_for
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")  # how long an example takes says how busy the cores are
 
 
 def pytest_configure():

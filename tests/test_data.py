@@ -185,7 +185,7 @@ def test_held_out_prompts_are_not_trained_on() -> None:
     assert without_heldout(train, ["a red cat", "a dog"]) == ("a cat", "a red car")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 25), st.data(), st.integers(0, 2**40), st.integers(0, 40))
 def test_the_drawn_prompts_are_those_that_the_iterations_use(n: int, data: st.DataObject, seed: int, used: int) -> None:
     prompts = [f"prompt {i}" for i in range(n)]
@@ -204,7 +204,7 @@ def test_prompt_files_that_cannot_be_used_are_named_with_their_key(tmp_path: Pat
         assert "\n" not in str(error.value)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 25), st.data(), st.integers(0, 2**40), st.integers(0, 40))
 def test_an_epoch_uses_no_prompt_twice_and_as_many_as_fit(n: int, data: st.DataObject, seed: int, epoch: int) -> None:
     prompts = [f"prompt {i}" for i in range(n)]

@@ -51,7 +51,7 @@ def test_the_window_moves_on_by_one_and_wraps_when_it_no_longer_fits():
     steps=st.integers(2, 12), data=st.data(), edges=st.integers(1, 4), length=st.integers(1, 3),
     kernel=st.sampled_from(["flow", "cps"]), every=st.integers(1, 3),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_wherever_the_branch_steps_slide_their_edges_fit(steps, data, edges, length, kernel, every):
     last = steps - edges * length - (kernel == "cps")  # whose step to the image has no noise
     if last < 0:

@@ -264,7 +264,7 @@ def brute_force(shape):
     return inner, leaves
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shape=shapes(), batch=st.integers(1, 30), slice_=st.integers(1, 5), kernel=st.sampled_from(["dance", "cps"]))
 def test_any_part_in_any_batches_gives_the_same_tree_and_evaluates_each_inner_node_once(shape, batch, slice_, kernel):
     tree = plan_tree(shape)
