@@ -75,7 +75,7 @@ def test_the_lease_of_a_killed_process_is_taken_at_once_and_given_back(hold, tmp
     first.wait()
     begin = time.monotonic()
     with Lease(Folder(tmp_path)):
-        assert time.monotonic() - begin < 10  # on another machine: STALE_S, 60 s
+        assert time.monotonic() - begin < 1
         assert json.loads((tmp_path / LEASE).read_text())["pid"] == os.getpid()
     assert not tmp_path.exists()  # nothing was written
 
