@@ -18,9 +18,17 @@ import sys, time
 from g2rpo_ray.record import lease
 from g2rpo_ray.record.storage import Folder
 lease.BEAT_S, lease.STALE_S, lease.SETTLE_S = 0.2, 2.0, 0.5
-started = time.monotonic()
+
+class Slow(Folder):
+    "A disk that takes its time over a file."
+
+    def write(self, file, content):
+        print("writing", flush=True)
+        time.sleep(0.3)
+        super().write(file, content)
+
 try:
-    with lease.Lease(Folder(sys.argv[1])) as held:
+    with lease.Lease((Slow if "slow" in sys.argv else Folder)(sys.argv[1])) as held:
         print("held", flush=True)
         if "busy" in sys.argv:
             sum(i * i for i in range(3 * 10**7))  # holds the interpreter, as an event loop that stands still
@@ -95,11 +103,16 @@ def test_of_many_that_start_at_once_one_holds_it(hold, tmp_path):
     assert sum("is in use by process" in line for line in said) == 3
 
 
-def test_on_another_machine_a_busy_holder_lives_and_one_that_stands_still_is_replaced(hold, tmp_path):
+@pytest.fixture
+def elsewhere():
     """A namespace of process ids of its own is another machine: what is known of the holder is its lease alone."""
-    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
-    if subprocess.run([*elsewhere, "true"], capture_output=True, check=False).returncode:
+    command = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no right to make a namespace: see tests/isolated")
+    return command
+
+
+def test_on_another_machine_a_busy_holder_lives_and_one_that_stands_still_is_replaced(hold, elsewhere, tmp_path):
     first = hold(tmp_path, "busy")
     assert first.stdout.readline() == "held\n"
     second = hold(tmp_path, before=elsewhere)
@@ -112,6 +125,20 @@ def test_on_another_machine_a_busy_holder_lives_and_one_that_stands_still_is_rep
     assert f"{tmp_path} was taken over by process " in first.stdout.readline()
     assert first.wait(60) == 0
     assert third.poll() is None
+
+
+def test_a_holder_that_stood_still_while_it_wrote_the_lease_does_not_get_it_back(hold, elsewhere, tmp_path):
+    """It had read that the lease is its own, and overwrites that of the process which took it meanwhile."""
+    first = hold(tmp_path, "slow")
+    assert [first.stdout.readline() for _ in range(3)] == ["writing\n", "held\n", "writing\n"]
+    os.killpg(first.pid, signal.SIGSTOP)
+    second = hold(tmp_path, before=elsewhere)
+    assert second.stdout.readline() == "held\n"
+    token = json.loads((tmp_path / LEASE).read_text())["token"]
+    os.killpg(first.pid, signal.SIGCONT)
+    assert f"{tmp_path} was taken over by process " in first.stdout.read()
+    assert second.poll() is None
+    assert json.loads((tmp_path / LEASE).read_text())["token"] == token
 
 
 def test_on_object_storage_too(hold, bucket):

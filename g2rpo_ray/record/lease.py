@@ -49,6 +49,7 @@ class Lease:
         }  # fmt: skip
         self._renewing = threading.Lock()
         self._renewed_at = time.time()
+        self._before: Holder | None = None
         self._lost: Holder | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
@@ -90,6 +91,7 @@ class Lease:
             if _read(self._run) != last:
                 return False
             self._write()
+            self._before = last
         if not locked:
             time.sleep(SETTLE_S)
         return _is(self._holder, _read(self._run))
@@ -101,14 +103,24 @@ class Lease:
     def _renew(self) -> None:
         with self._renewing:
             try:
-                now = _read(self._run)
-                if _is(self._holder, now):
-                    self._write()
-                else:
-                    self._lost = now or {}
-                self._renewed_at = time.time()
+                begin = time.time()
+                self._write_if_held()
+                while self._lost is None and time.time() - begin > STALE_S / 2:
+                    # It stood still between reading and writing: whoever took the lease meanwhile is overwritten, and
+                    # takes it back at its next beat.
+                    time.sleep(2 * BEAT_S)
+                    begin = time.time()
+                    self._write_if_held()
+                self._renewed_at = begin
             except OSError as error:
                 logger.warning("the lease cannot be renewed, it will be tried again: %s", error)
+
+    def _write_if_held(self) -> None:
+        now = _read(self._run)
+        if _is(self._holder, now) or (self._before is not None and _is(self._before, now)):
+            self._write()
+        else:
+            self._lost = now or {}
 
     def _write(self) -> None:
         self._holder["beats"] += 1
@@ -161,7 +173,7 @@ def _read(run: Folder) -> Holder | None:
 
 
 def _is(holder: Holder, other: Holder | None) -> bool:
-    return other is not None and other.get("token") == holder["token"]
+    return other is not None and "token" in holder and other.get("token") == holder["token"]
 
 
 def _machine() -> str:
