@@ -25,7 +25,7 @@ from g2rpo_ray.study.__main__ import main, waves, write
 from g2rpo_ray.study.plan import Plan
 from g2rpo_ray.study.record import FILE, Record
 from g2rpo_ray.study.rows import Results
-from g2rpo_ray.study.runner import doing, workers
+from g2rpo_ray.study.runner import workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
 from tests.runs import fill, small_disk, wait_for
@@ -311,6 +311,25 @@ def test_a_study_that_is_killed_goes_on_and_its_tables_come_from_the_record_alon
         assert (tmp_path / "elsewhere" / name).read_bytes() == (out / name).read_bytes()
 
 
+STOPPED = "stopped: what is finished is in the record, and the same command goes on from there"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_a_study_that_is_told_to_end_says_one_line_and_leaves_no_process(how, tmp_path):
+    file, out = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")}), tmp_path / "out"
+    process = subprocess.Popen(command(file, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: len(read_lines(out / FILE)) >= 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(how)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == STOPPED
+    assert not re.search("[Ww]arning|Traceback", told)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
 def test_a_process_that_stands_still_ends_the_study_in_a_line(tmp_path, monkeypatch, capsys):
     """The first run of all has six hours; then ten times as long as runs took, and ten minutes at least."""
     monkeypatch.setattr(runner, "SHORTEST_S", 20.0)
@@ -364,8 +383,8 @@ def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
     case = plan.runs("one", "tree", 1e-3)[0]
     lines = {}
     for on in ("process", "ray"):
-        with workers(on, 1) as pool:
-            ((_, found),) = pool.each(doing(on, tmp_path / on, None), [case])
+        with workers(on, 1, tmp_path / on) as pool:
+            ((_, found),) = pool.each([case])
         lines[on] = {line["kind"]: line for line in found}
     (here,), on_ray = lines["process"].values(), lines["ray"]
     assert here.keys() == on_ray["run"].keys()
@@ -377,6 +396,33 @@ def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
     assert (tmp_path / "process" / "pictures" / f"{case.key}.png").read_bytes() == (
         tmp_path / "ray" / "pictures" / f"{case.key}.png"
     ).read_bytes()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_told_to_end_a_study_on_ray_ends_its_run_at_a_safe_place(tmp_path):
+    settings = {**STUDY["set"], "output": str(tmp_path / "runs"), "checkpoint": {"every": 1000}}
+    file = study_file(tmp_path, runner="ray", budget=100_000, set=settings)
+    process = subprocess.Popen(
+        command(file, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    def done() -> list[Path]:
+        return [log for log in (tmp_path / "runs" / "tiny").glob("*/metrics.jsonl") if len(read_lines(log)) >= 2]
+
+    wait_for(process, done)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    printed, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert printed.splitlines()[-1] == STOPPED
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    (run,) = {log.parent for log in done()}
+    kept = int((run / "checkpoints" / "LATEST").read_text())
+    assert kept == read_lines(run / "metrics.jsonl")[-1]["iteration"] >= 1
+    with Lease(Folder(run)):
+        pass  # given back
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)

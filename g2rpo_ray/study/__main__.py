@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
@@ -19,7 +20,7 @@ from g2rpo_ray.study.figures import curves, pictures
 from g2rpo_ray.study.plan import Case, Plan
 from g2rpo_ray.study.record import Record
 from g2rpo_ray.study.rows import Results, Row
-from g2rpo_ray.study.runner import doing, workers
+from g2rpo_ray.study.runner import workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.tables import to_json_table, to_markdown
 from g2rpo_ray.words import one_line
@@ -36,12 +37,11 @@ def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
 
 def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None) -> None:
     """Do all runs that the record lacks; after each wave the tables are written anew."""
-    do = doing(plan.study.runner, record.folder, address)
-    with workers(plan.study.runner, jobs) as pool:
+    with workers(plan.study.runner, jobs, record.folder, address) as pool:
         for wave in waves(plan, Results(plan, record.lines)):
             missing = {case.key: case for case in wave if case.key not in record.lines}
             with tqdm(total=len(missing), unit="run", desc=plan.study.name, disable=None if missing else True) as bar:
-                for case, lines in pool.each(do, list(missing.values())):
+                for case, lines in pool.each(list(missing.values())):
                     lease.check()
                     for line in lines:
                         if line["key"] not in record.lines:
@@ -118,4 +118,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

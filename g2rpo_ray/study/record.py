@@ -16,6 +16,7 @@ from g2rpo_ray.study.schema import flat
 from g2rpo_ray.types import FloatArray, Images
 
 FILE = "record.jsonl"
+REFUSED = "learner: the gradient is not finite"  # the learning rate is too high: that is a result
 Line = dict[str, Any]
 
 

@@ -1,0 +1,110 @@
+"""A run of a study as a run on a Ray cluster: `g2rpo_ray.run`, which goes on from its own checkpoint."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from g2rpo_ray.config import dump_config
+from g2rpo_ray.launch.command import INTERRUPTED
+from g2rpo_ray.launch.plan import affordable, state_cost
+from g2rpo_ray.launch.preflight import read_run_prompts
+from g2rpo_ray.record.storage import Folder, replace_text
+from g2rpo_ray.report import Run, read_run
+from g2rpo_ray.study.plan import Case
+from g2rpo_ray.study.record import REFUSED, Curve, Line, picture_file, save_pictures
+
+
+class Commands:
+    """The processes that threads wait for, so that all of them can be told to end."""
+
+    def __init__(self) -> None:
+        self._going: set[subprocess.Popen[str]] = set()
+        self._ended = False
+        self._starting = threading.Lock()
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Its exit status and what it wrote to stderr.
+
+        It has a session of its own: Ctrl-C in a terminal must not reach it beside `end`, a second signal is an order.
+
+        Raises:
+            KeyboardInterrupt: `end` was called.
+        """
+        with self._starting:
+            if self._ended:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+            self._going.add(process)
+        _, told = process.communicate()
+        self._going.discard(process)
+        if self._ended:
+            raise KeyboardInterrupt
+        return process.returncode, told
+
+    def end(self) -> None:
+        """Ask all to end, as Ctrl-C does: at the next safe place; asked again, at once."""
+        with self._starting:
+            self._ended = True
+        for process in list(self._going):
+            process.send_signal(signal.SIGTERM)
+
+
+def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case) -> list[Line]:
+    """The run's own directory has all; one that was interrupted goes on from its checkpoint."""
+    if case.kind == "base":  # each run has evaluated it
+        return []
+    file, place = folder / "configs" / f"{case.key}.yaml", Folder(case.config.output) / case.key
+    file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "g2rpo_ray.run", "--config", str(file)]
+    command += ["--address", address] if address else []
+    train, run = read_run_prompts(case.config).train, read_run(str(place)) if place.exists("config.yaml") else None
+    ended = False
+    while True:  # of `auto`, which may have been cheaper than it might, again and again
+        lines = run.lines[1:] if run else []
+        more = affordable(case.config, train, case.budget - _cost(case, lines), len(lines))
+        if run and ended and not more:
+            return _lines_of(case, run, folder, place)
+        done = len(lines) + more
+        replace_text(file, dump_config(case.config.model_copy(update={"iterations": done})))
+        status, told = commands.run(command)
+        if REFUSED in told:
+            return [Curve(case).line(failed=REFUSED)]
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        if status:
+            raise RuntimeError(f"{case.words}: {(told.strip() or f'exit status {status}').splitlines()[-1]}")
+        run, ended = read_run(str(place)), True
+
+
+def _cost(case: Case, lines: Sequence[Mapping[str, Any]]) -> float:
+    evaluations, states = (sum(int(line[key]) for line in lines) for key in ("rollout/evaluations", "learner/states"))
+    return evaluations + state_cost(case.config) * states
+
+
+def _lines_of(case: Case, run: Run, folder: Path, place: Folder) -> list[Line]:
+    """The lines of the base and of a finished run, from its directory."""
+    from g2rpo_ray.models import describe, read_lora
+
+    curve, base, lines = Curve(case), Curve(case.of_base()), run.lines[1:]
+    base.look(0, 0, 0, run.evaluations[0].scores)
+    for done, line in enumerate(lines, 1):
+        curve.iteration({name: value for name, value in line.items() if value is not None})
+        if found := run.evaluations.get(done):
+            phases = [f"timing_s/{phase}" for phase in ("rollout", "update", "broadcast")]
+            seconds = sum(line.get(phase) or 0.0 for line in lines[:done] for phase in phases)
+            curve.look(done, _cost(case, lines[:done]), seconds, found.scores)
+    for at, shown in ((0, case.of_base()), (run.done, case)):
+        if shown.shown:
+            save_pictures(picture_file(folder, shown.key), run.evaluations[at].pictures)
+    with (place / "lora").reading() as path:
+        adapter = describe(read_lora(str(path)), 0).checksum
+    ratio = float(run.series("actor/ratio_initial_max_dev")[1].max(initial=0.0))
+    evaluations, states = (sum(int(line[key]) for line in lines) for key in ("rollout/evaluations", "learner/states"))
+    counts = {"evaluations": evaluations, "states": states}
+    return [base.line(), curve.line(**counts, ratio_initial_max_dev=ratio, adapter=adapter)]
