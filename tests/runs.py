@@ -100,9 +100,23 @@ def start(output: Path, name: str, *arguments: str, **settings) -> subprocess.Po
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Wait for the end; what it printed."""
-    output, _ = process.communicate(timeout=PATIENCE)
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        printed = (error.output or b"").decode(errors="replace")
+        raise AssertionError(f"did not end in {PATIENCE} s:\n{printed}\n{end_of_log(process)}") from None
     assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
     return output
+
+
+def end_of_log(process: subprocess.Popen, lines: int = 40) -> str:
+    """The last lines of the log of a run that `start` started: why it stands still, maybe."""
+    given = [str(part) for part in process.args]
+    outputs = [part.removeprefix("output=") for part in given if part.startswith("output=")]
+    if not outputs or "--name" not in given:
+        return ""
+    log = Path(outputs[-1]) / given[given.index("--name") + 1] / "run.log"
+    return "\n".join(log.read_text().splitlines()[-lines:]) if log.exists() else f"no {log}"
 
 
 def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -> str:
@@ -131,8 +145,10 @@ def metrics(output: Path, name: str) -> list[dict]:
 
 def recovery(output: Path, name: str, lost: str, back: str) -> float:
     """Seconds from the line of the run's log that has `lost` to the next one that has `back`."""
-    lines = iter((output / name / "run.log").read_text().splitlines())
-    first, second = (next(line for line in lines if part in line) for part in (lost, back))
+    log = (output / name / "run.log").read_text().splitlines()
+    lines = iter(log)
+    first, second = (next((line for line in lines if part in line), None) for part in (lost, back))
+    assert None not in (first, second), f"{lost!r} or {back!r} after it is not in the log:\n" + "\n".join(log[-40:])
     times = [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in (first, second)]
     seconds = (times[1] - times[0]).total_seconds()
     print(f"{name}: {first[24:]} -> {second[24:]}: {seconds:.1f} s")
@@ -147,7 +163,7 @@ def wait_for(process: subprocess.Popen, condition) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"waited too long:\n{end_of_log(process)}"
         time.sleep(0.02)
 
 

@@ -88,11 +88,15 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_bits, tmp_path
     nodes = [add_node(cluster, rollout=1) for _ in range(2)]
     process = start(tmp_path, "nodes", "--address", cluster.address, **PINNED, iterations=20)
     wait_for_iteration(process, tmp_path, "nodes", 1)
+    (learner,) = [child for child in descendants() if "LearnerRank" in title_of(child)]
+    learner.suspend()  # the run must not end before there is an actor in the lost one's place
     cluster.remove_node(nodes[1], allow_graceful=False)
     add_node(cluster, rollout=2)
     scale = [sys.executable, "-m", "g2rpo_ray.scale", "--address", cluster.address, "--name", "nodes", "--rollout", "3"]
     asked = subprocess.run(scale, capture_output=True, text=True, timeout=120, check=False)
     assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
+    wait_for(process, lambda: "rollout-2 on" in (tmp_path / "nodes" / "run.log").read_text())
+    learner.resume()
     finish(process)
     assert recovery(tmp_path, "nodes", " died: ", "rollout-2 on") < RECOVERED_S
     same_lora(lora(tmp_path, "nodes"), long_bits.result().lora)
