@@ -104,19 +104,22 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         printed = (error.output or b"").decode(errors="replace")
-        raise AssertionError(f"did not end in {PATIENCE} s:\n{printed}\n{end_of_log(process)}") from None
+        raise AssertionError(f"did not end in {PATIENCE} s:\n{printed}\n{why(process)}") from None
     assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
     return output
 
 
-def end_of_log(process: subprocess.Popen, lines: int = 40) -> str:
-    """The last lines of the log of a run that `start` started: why it stands still, maybe."""
+def why(process: subprocess.Popen, lines: int = 40) -> str:
+    """Why a run that `start` started stands still, maybe: the last lines of its log, and its processes."""
+    there = [child.as_dict(["pid", "status", "cpu_times"], "gone") | {"is": title_of(child)} for child in descendants()]
+    processes = "\n".join(f"{one['pid']} {one['status']} {one['cpu_times']} {one['is'][:100]}" for one in there)
     given = [str(part) for part in process.args]
     outputs = [part.removeprefix("output=") for part in given if part.startswith("output=")]
     if not outputs or "--name" not in given:
-        return ""
+        return processes
     log = Path(outputs[-1]) / given[given.index("--name") + 1] / "run.log"
-    return "\n".join(log.read_text().splitlines()[-lines:]) if log.exists() else f"no {log}"
+    ended = log.read_text().splitlines()[-lines:] if log.exists() else [f"no {log}"]
+    return "\n".join([*ended, processes])
 
 
 def run(output: Path, name: str, *arguments: str, status: int = 0, **settings) -> str:
@@ -163,7 +166,7 @@ def wait_for(process: subprocess.Popen, condition) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"waited too long:\n{end_of_log(process)}"
+        assert time.monotonic() < deadline, f"waited too long:\n{why(process)}"
         time.sleep(0.02)
 
 
