@@ -83,7 +83,7 @@ def test_a_stopped_process_is_found_by_what_its_peers_take(monkeypatch):
 def test_an_actor_that_stands_still_in_its_start_is_replaced(tmp_path, caplog):
     """The first of all had time; what waits for resources has, too: they may be those of a machine to come."""
     kinds = {"worker-1": Stuck, "worker-2": Worker.options(resources={"nowhere": 1})}
-    workers = pool(size=3, spawn=lambda name: kinds.get(name, Worker).remote(), patience_s=8)
+    workers = pool(size=3, spawn=lambda name: kinds.get(name, Worker).remote(), patience_s=20)
     workers._minimum = 1
 
     async def body():
@@ -94,7 +94,7 @@ def test_an_actor_that_stands_still_in_its_start_is_replaced(tmp_path, caplog):
     assert use(workers, body) == {"worker-0", "worker-2", "worker-3"}
     assert (workers.hung.total, workers.restarts.total) == (1, 1)
     (line,) = [record.message for record in caplog.records if "hung" in record.message]
-    late = r"not ready \d+ s after its process was there; others took 5 s"
+    late = r"not ready \d+ s after its process was there; others took \d+ s"
     assert re.fullmatch(f"worker-1 is taken for hung: {late}", line)
 
 

@@ -118,5 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell started with &
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
