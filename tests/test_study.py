@@ -265,7 +265,7 @@ def test_what_has_no_interval_says_so_and_a_score_that_is_never_reached_has_no_c
 
 
 def command(file: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "g2rpo_ray.study", str(file), "--output", str(output), "--jobs", "1", *more]
+    return [sys.executable, "-m", "g2rpo_ray.cli", "study", str(file), "--output", str(output), "--jobs", "1", *more]
 
 
 def done(file: Path, output: Path, *more: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,6 +67,18 @@ def write(plan: Plan, record: Record) -> str:
     return markdown
 
 
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM is Ctrl-C; so is SIGINT, which a shell has ignored in what it starts with &."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
@@ -101,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(plan, Record(folder).lines, options.tflops))
             return 0
         if not options.table:
-            with Lease(Folder(folder)) as lease:
+            with _signals(), Lease(Folder(folder)) as lease:
                 run(plan, Record(folder), lease, jobs, options.address)
         print(write(plan, Record(folder)))
     except ValueError as error:
@@ -118,6 +131,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell started with &
-        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
