@@ -19,6 +19,7 @@ from g2rpo_ray.words import one_line
 logger = logging.getLogger(__name__)
 
 ENDING_S = 10.0  # for Ray to do what it is told at the end
+SHUTDOWN_S = 60.0  # for it to end a private cluster, which takes a few on idle cores
 _lost = threading.Event()
 
 OBJECT_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray would take 30 % of the machine's memory
@@ -60,8 +61,7 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         at_end(is_alive)
-        if not _lost.is_set():
-            ray.shutdown()
+        at_end(ray.shutdown, limit_s=SHUTDOWN_S)
 
 
 class ClusterLost(RuntimeError):
@@ -80,8 +80,8 @@ def is_alive() -> bool:
     return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
 
 
-def at_end(*work: Callable[[], object]) -> None:
-    """Have Ray do what it is told, in turn, for some seconds; not at all once the cluster is known as lost.
+def at_end(*work: Callable[[], object], limit_s: float | None = None) -> None:
+    """Have Ray do what it is told, in turn, for some seconds each; not at all once the cluster is known as lost.
 
     Ray calls that need a head which is gone never return, and a minute later they end the process.
     """
@@ -89,7 +89,7 @@ def at_end(*work: Callable[[], object]) -> None:
     for thread in threads:
         if not _lost.is_set():
             thread.start()
-            thread.join(ENDING_S)
+            thread.join(ENDING_S if limit_s is None else limit_s)
             if thread.is_alive():
                 _lost.set()
 

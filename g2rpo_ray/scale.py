@@ -14,11 +14,17 @@ from g2rpo_ray.record.storage import Folder
 from g2rpo_ray.words import one_line
 
 INVALID = 2
+ANSWER_S = 30.0  # for the run's control actor, which has nothing else to do
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 invalid input."""
-    options = make_parser().parse_args(arguments)
+    from actors.cluster import leave
+
+    return leave(_main(make_parser().parse_args(arguments)))
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         sizes = {"rollout": options.rollout} if options.rollout is not None else {}
         sizes.update(_reward_size(text) for text in options.reward)
@@ -68,7 +74,15 @@ def _ask(run: str, output: str, address: str | None, sizes: dict[str, int]) -> i
             ) from None
         for pool, size in sizes.items():
             asked: Any = control.ask.remote(pool, size)  # a named actor has no type
-            now = ray.get(asked)
+            try:
+                now = ray.get(asked, timeout=ANSWER_S)
+            except ray.exceptions.GetTimeoutError:
+                raise ValueError(
+                    f"--name: run {run!r} does not answer within {ANSWER_S:.0f} s: its control actor stands still, or "
+                    "its node is gone; end the run and start it again, with this number: it goes on"
+                ) from None
+            except ray.exceptions.RayActorError:
+                raise ValueError(f"--name: run {run!r} ends just now; start it again with this number") from None
             if pool not in now:
                 raise ValueError(f"--reward: {pool!r} given; this run has {', '.join(sorted(set(now) - {'rollout'}))}")
             print(f"{pool}: {size} actors asked for")

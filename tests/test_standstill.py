@@ -1,13 +1,28 @@
 """A run whose processes stand still, or whose Ray is gone: it goes on, or ends in a line, in time."""
 
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
 from g2rpo_ray.launch.witness import LINE
-from tests.runs import actors_of, finish, lora, metrics, recovery, run, same_lora, start, wait_for, wait_for_iteration
+from tests.runs import (
+    actors_of,
+    descendants,
+    finish,
+    lora,
+    metrics,
+    recovery,
+    run,
+    same_lora,
+    start,
+    wait_for,
+    wait_for_iteration,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -86,3 +101,40 @@ def test_ctrl_c_ends_a_run_whose_head_is_gone(tmp_path):
     ray_process(process, "gcs_server").kill()
     time.sleep(3)
     assert seconds_to_end(process, 130) < 30
+
+
+def ends_by_itself(program: str) -> str:
+    """What a program prints that ends in time and leaves no process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "inside\n"
+    children = descendants(process)
+    assert children
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not re.search("Traceback|error:", told)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    return printed
+
+
+def test_a_ray_that_does_not_shut_down_is_left():
+    program = (
+        "import time; from actors import cluster; cluster.SHUTDOWN_S = 2\n"
+        "with cluster.cluster(None):\n"
+        "    import ray; ray.shutdown = lambda: time.sleep(1000); print('inside', flush=True)\n"
+        "print('left', flush=True); cluster.leave(0)"
+    )
+    assert ends_by_itself(program) == "left\n"
+
+
+def test_a_witness_that_does_not_end_is_left():
+    """A process that was forked, and runs no other program, has the pipe that it listens to."""
+    program = (
+        "import os, signal, time; from g2rpo_ray.launch import witness; witness.ENDING_S = 2\n"
+        "with witness.witness(None):\n"
+        "    if not (child := os.fork()): time.sleep(1000)\n"
+        "    print('inside', flush=True)\n"
+        "print('left', flush=True); os.kill(child, signal.SIGKILL)"
+    )
+    assert ends_by_itself(program) == "left\n"

@@ -15,6 +15,8 @@ LINE = (
     "gone; the same command goes on from the latest checkpoint"
 )
 
+ENDING_S = 20.0
+
 
 @contextmanager
 def witness(log: Path | None) -> Iterator[None]:
@@ -25,7 +27,11 @@ def witness(log: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        other.communicate(b"it ended as it should")
+        try:
+            other.communicate(b"it ended as it should", timeout=ENDING_S)
+        except subprocess.TimeoutExpired:  # it stands still, or what was forked here holds the pipe
+            other.kill()
+            other.wait()
 
 
 def _wait(log: str | None) -> None:
