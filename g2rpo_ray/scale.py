@@ -76,10 +76,10 @@ def _ask(run: str, output: str, address: str | None, sizes: dict[str, int]) -> i
             asked: Any = control.ask.remote(pool, size)  # a named actor has no type
             try:
                 now = ray.get(asked, timeout=ANSWER_S)
-            except ray.exceptions.GetTimeoutError:
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):  # which may come first
                 raise ValueError(
-                    f"--name: run {run!r} does not answer within {ANSWER_S:.0f} s: its control actor stands still, or "
-                    "its node is gone; end the run and start it again, with this number: it goes on"
+                    f"--name: run {run!r} does not answer for up to {ANSWER_S:.0f} s: its control actor stands still, "
+                    "or its node is gone; end the run and start it again, with this number: it goes on"
                 ) from None
             except ray.exceptions.RayActorError:
                 raise ValueError(f"--name: run {run!r} ends just now; start it again with this number") from None

@@ -94,8 +94,9 @@ def test_an_actor_that_stands_still_in_its_start_is_replaced(tmp_path, caplog):
     assert use(workers, body) == {"worker-0", "worker-2", "worker-3"}
     assert (workers.hung.total, workers.restarts.total) == (1, 1)
     (line,) = [record.message for record in caplog.records if "hung" in record.message]
-    late = r"not ready \d+ s after its process was there; others took \d+ s"
-    assert re.fullmatch(f"worker-1 is taken for hung: {late}", line)
+    late = r"not ready (\d+) s after its process was there; others took (\d+) s"
+    (told,) = re.findall(f"^worker-1 is taken for hung: {late}$", line)
+    assert int(told[0]) >= 20 >= int(told[1]) >= 5
 
 
 def test_what_hangs_everywhere_ends_in_a_line_and_a_score_in_a_missing_one():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from g2rpo_ray.scale import main
-from tests.runs import finish, kill_all, start, wait_for
+from tests.runs import actors_of, finish, kill_all, start, wait_for
 
 LOOK = "rollout: 1 actors were asked for, now 2"
 
@@ -59,6 +59,13 @@ def test_two_private_runs_on_a_machine_are_told_apart(tmp_path):
         assert done.returncode == 0, done.stderr
         wait_for(processes["one"], lambda: LOOK in log(tmp_path, "one"))
         assert LOOK not in log(tmp_path, "two")
+        (control,) = actors_of(processes["one"], "ray::Control")
+        control.suspend()
+        hung = scale(tmp_path, "--name", "one", "--rollout", "1")
+        assert hung.returncode == 2
+        assert hung.stderr.splitlines()[-1].startswith("error: --name: run 'one' does not answer for up to 30 s: ")
+        assert "Traceback" not in hung.stderr
+        control.resume()
         processes["one"].terminate()
         finish(processes["one"], 130)
         assert not access.exists()
