@@ -111,6 +111,15 @@ def test_so_is_a_table(table, line, tmp_path, capsys):
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("[1, 2]", "list"), ("5", "int")])
+def test_so_is_a_file_of_something_else(text, kind, tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    assert main([str(file), "--check"]) == 2
+    told = f"error: {file} must hold a mapping of settings, not {kind}; see configs/studies\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(
     "given", ["--jobs=0", "--jobs=100000", "--tflops=0", "--tflops=-1", "--tflops=nan", "--tflops=inf"]
 )

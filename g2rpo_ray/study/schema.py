@@ -113,6 +113,8 @@ def read_study(path: str) -> tuple[Study, Path]:
         raise ValueError(f"cannot read {path}: {error.strerror}; name a study's file") from None
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {one_line(error)}") from None
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} must hold a mapping of settings, not {type(tree).__name__}; see configs/studies")
     try:
         return Study.model_validate(tree), file
     except ValidationError as error:
