@@ -16,7 +16,7 @@ from g2rpo_ray.rewards import build_reward
 from g2rpo_ray.scenes.draw import COLOURS, RELATIONS, SHAPES, Kind, Scene, all_scenes, caption, parse, render
 from g2rpo_ray.scenes.quality import encode, quality, seen_in
 from g2rpo_ray.scenes.world import WORLD, drawn
-from g2rpo_ray.worlds.build import build
+from g2rpo_ray.worlds.build import build, build_pipeline
 from g2rpo_ray.worlds.pipeline import sample
 from tests.runs import PATIENCE, metrics
 
@@ -179,20 +179,30 @@ def _digest(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+TINY = dataclasses.replace(
+    WORLD,
+    transformer={"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1},
+    pictures=lambda: drawn(32, 0),
+    lesson=lambda: (drawn(32, 1)[0], torch.randperm(32)),
+    autoencoder_steps=2,
+    transformer_steps=2,
+    transformer_batch=4,
+    preference_steps=2,
+    watched={1: WORLD.finished[:2]},
+    finished=WORLD.finished[:2],
+)
+
+
 def test_a_build_makes_the_same_files_again(tmp_path):
-    tiny = dataclasses.replace(
-        WORLD,
-        transformer={"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1},
-        pictures=lambda: drawn(32, 0),
-        lesson=lambda: (drawn(32, 1)[0], torch.randperm(32)),
-        autoencoder_steps=2,
-        transformer_steps=2,
-        transformer_batch=4,
-        preference_steps=2,
-        watched={1: WORLD.finished[:2]},
-        finished=WORLD.finished[:2],
-    )
     for name in ("one", "two"):
-        build(tiny, tmp_path / name)
+        build(TINY, tmp_path / name)
     assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
     assert {"preference.pt", "prompts_train.txt", "pipeline/model_index.json"} < set(_digest(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("enough", "steps"), [(0.0, 2), (0.32, 4)])
+def test_a_build_ends_when_enough_of_its_pictures_are_right_and_else_after_all_steps(tmp_path, enough, steps):
+    few = dataclasses.replace(TINY, prompts=lambda: (list(WORLD.finished[:2]), []))
+    build_pipeline(dataclasses.replace(few, transformer_steps=4, looks=range(2, 4), enough=enough), tmp_path / "looked")
+    build_pipeline(dataclasses.replace(few, transformer_steps=steps), tmp_path / "counted")
+    assert _digest(tmp_path / "looked") == _digest(tmp_path / "counted")

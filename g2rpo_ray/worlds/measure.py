@@ -44,10 +44,19 @@ def report(world: World, directory: Path) -> None:
 
 def _print_means(name: str, images: Pictures, prompts: list[str], rewards: dict[str, Reward]) -> dict[str, Scores]:
     scores = {reward: model.score(images, prompts) for reward, model in rewards.items()}
-    right = np.prod([scores[kind] for kind in rewards if kind != "preference"], axis=0)
+    right = _share_right([scores[kind] for kind in rewards if kind != "preference"])
     means = ", ".join(f"{reward} {score.mean():.3f}" for reward, score in scores.items())
-    print(f"{name:16} {means}, all right {right.mean():.3f}", flush=True)
+    print(f"{name:16} {means}, all right {right:.3f}", flush=True)
     return scores
+
+
+def share_right(world: World, images: Pictures, prompts: list[str]) -> float:
+    """The share of pictures that all rules call right."""
+    return _share_right([build_reward(kind).score(images, prompts) for kind in world.rules])
+
+
+def _share_right(scores: list[Scores]) -> float:
+    return float(np.prod(scores, axis=0).mean())
 
 
 def _print_agreement(preference: Scores, grade: Scores) -> None:

@@ -54,13 +54,13 @@ def train_transformer(
     pipeline: FluxPipeline,
     latents: Tensor,
     caption_index: Tensor,
-    on_step: Callable[[int, FluxPipeline], None] | None = None,
+    on_step: Callable[[int, FluxPipeline], bool],
 ) -> None:
     """Flow matching on packed latents [N, S, D]: the velocity noise - latents at sigmas spread as the sampler's.
 
     Leaves the averaged weights. The learning rate is constant, so that fewer steps are exactly a shorter training: how
     finished the model is, and so how much is left for RL to improve, is one number. `on_step(step, pipeline)` sees the
-    averaged weights.
+    averaged weights, and says whether they are the last ones.
     """
     side, batch, steps = math.isqrt(latents.shape[1]), world.transformer_batch, world.transformer_steps
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
@@ -93,8 +93,8 @@ def train_transformer(
         averaged.update_parameters(trained)
         if step % 100 == 0:
             print(f"transformer {step}/{steps} loss {loss.item():.4f}", flush=True)
-        if on_step is not None:
-            on_step(step + 1, _with_weights(pipeline, averaged.module.children()))
+        if on_step(step + 1, _with_weights(pipeline, averaged.module.children())):
+            break
     trained.load_state_dict(averaged.module.state_dict())
     trained.requires_grad_(False).eval()
 

@@ -35,7 +35,9 @@ class World:
     render: Callable[[Sequence[str], np.random.Generator], Pictures]  # true pictures of captions
     autoencoder_steps: int
     autoencoder_kl: float  # weight of the divergence from normal latents, summed over a picture's
-    transformer_steps: int
+    transformer_steps: int  # at most
+    looks: range  # steps at which it is finished if enough of its pictures of training prompts are right
+    enough: float
     transformer_batch: int
     muon: bool  # for matrices of the transformer and the preference model, in place of AdamW
     mixed_precision: bool  # of training: matrix products in bfloat16, faster where the processor knows it
