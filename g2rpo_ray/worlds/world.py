@@ -36,7 +36,7 @@ class World:
     autoencoder_steps: int
     autoencoder_kl: float  # weight of the divergence from normal latents, summed over a picture's
     transformer_steps: int  # at most
-    looks: range  # steps at which it is finished if enough of its pictures of training prompts are right
+    looks: range  # steps at which it is finished if enough of its pictures of held-out prompts are right
     enough: float
     transformer_batch: int
     muon: bool  # for matrices of the transformer and the preference model, in place of AdamW
