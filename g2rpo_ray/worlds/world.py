@@ -37,7 +37,7 @@ class World:
     autoencoder_kl: float  # weight of the divergence from normal latents, summed over a picture's
     transformer_steps: int  # at most
     looks: range  # steps at which it is finished if enough of its pictures of held-out prompts are right
-    enough: float
+    enough: float  # share of them, of 1
     transformer_batch: int
     muon: bool  # for matrices of the transformer and the preference model, in place of AdamW
     mixed_precision: bool  # of training: matrix products in bfloat16, faster where the processor knows it
