@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,10 @@ from g2rpo_ray.scenes.draw import COLOURS, RELATIONS, SHAPES, Kind, Scene, all_s
 from g2rpo_ray.scenes.quality import encode, quality, seen_in
 from g2rpo_ray.scenes.world import WORLD, drawn
 from g2rpo_ray.worlds.build import build, build_pipeline
+from g2rpo_ray.worlds.build import main as build_main
+from g2rpo_ray.worlds.measure import main as measure_main
 from g2rpo_ray.worlds.pipeline import sample
-from tests.runs import PATIENCE, metrics
+from tests.runs import PATIENCE, finish, metrics, small_disk
 
 RULES = ("attributes", "relation", "count", "correct")
 SCENE = Scene(2, Kind("small", "red", "circle"), "left of", Kind("large", "blue", "square"))
@@ -198,6 +202,57 @@ def test_a_build_makes_the_same_files_again(tmp_path):
         build(TINY, tmp_path / name)
     assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
     assert {"preference.pt", "prompts_train.txt", "pipeline/model_index.json"} < set(_digest(tmp_path / "one"))
+
+
+def test_a_build_that_is_stopped_leaves_what_was_there(tmp_path):
+    build(TINY, tmp_path)
+    before = _digest(tmp_path)
+
+    def stopped() -> tuple[np.ndarray, torch.Tensor]:
+        assert len(list(tmp_path.glob("building-*/pipeline/model_index.json"))) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(dataclasses.replace(TINY, autoencoder_steps=3, lesson=stopped), tmp_path)
+    assert _digest(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "parts"),
+    [
+        (build_main, ["--output", "/dev/null/x"], ["--output: cannot write to /dev/null/x: Not a directory"]),
+        (measure_main, ["/dev/null"], ["DIR: /dev/null has no pipeline/model_index.json; give the --output of a"]),
+    ],
+)
+def test_a_place_that_cannot_be_written_or_measured_is_told_in_a_line(main, arguments, parts, capsys):
+    assert main(["scenes", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    for part in ("error: ", *parts):
+        assert part in printed
+
+
+def test_a_build_is_told_at_once_that_there_is_no_room(tmp_path, capsys):
+    with small_disk(tmp_path, "8m") as disk:
+        assert build_main(["scenes", "--output", str(disk)]) == 2
+        assert not list(disk.iterdir())
+    assert re.fullmatch(r"error: --output: 8 MB are free in .*; a build needs 64 MB\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_told_to_end_says_so_in_a_line(told, tmp_path):
+    command = [sys.executable, "-m", "g2rpo_ray.worlds.build", "quickstart", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("autoencoder 0/") for line in process.stdout)
+        process.send_signal(told)
+        printed = finish(process, 130)
+    finally:
+        process.kill()
+    assert printed.splitlines()[-1] == "stopped: what was under way is not kept"
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("enough", "steps"), [(0.0, 2), (0.29, 4)])

@@ -2,17 +2,16 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from g2rpo_ray.comparison.tables import to_csv
 from g2rpo_ray.launch.command import FAILED, INTERRUPTED, INVALID
+from g2rpo_ray.launch.signals import told_to_end
 from g2rpo_ray.record.lease import Lease
 from g2rpo_ray.record.storage import Folder, replace_text
 from g2rpo_ray.record.tracking import to_json
@@ -67,18 +66,6 @@ def write(plan: Plan, record: Record) -> str:
     return markdown
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM is Ctrl-C; so is SIGINT, which a shell has ignored in what it starts with &."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
@@ -114,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(plan, Record(folder).lines, options.tflops))
             return 0
         if not options.table:
-            with _signals(), Lease(Folder(folder)) as lease:
+            with told_to_end(), Lease(Folder(folder)) as lease:
                 run(plan, Record(folder), lease, jobs, options.address)
         print(write(plan, Record(folder)))
     except ValueError as error:

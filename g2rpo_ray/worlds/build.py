@@ -2,19 +2,25 @@
 
 import argparse
 import shutil
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
+from g2rpo_ray.worlds.command import exit_status
 from g2rpo_ray.worlds.measure import report, share_right
 from g2rpo_ray.worlds.pipeline import new_pipeline, sample
 from g2rpo_ray.worlds.preference import save_preference, train_preference, training_images
 from g2rpo_ray.worlds.pretrain import train_autoencoder, train_transformer
 from g2rpo_ray.worlds.world import WORLDS, Pictures, World, find_world
 
+ROOM = 64_000_000  # bytes, twice what a world's files and their making take, and more
 LOOKED_AT = 4  # pictures of each held-out prompt
 FINISHED_STEPS = (3, 4, 6, 10, 10, 16)  # of the sampler, for the finished pipeline's own pictures
 
@@ -36,7 +42,6 @@ def build_pipeline(world: World, directory: Path) -> tuple[FluxPipeline, Picture
     train_transformer(world, pipeline, latents, world.mislabel(caption_index), on_step=watch)
     for seed, steps in enumerate(FINISHED_STEPS):
         pictures.append(sample(pipeline, world.finished, seed, steps))
-    shutil.rmtree(directory, ignore_errors=True)
     pipeline.to(world.saved).save_pretrained(directory)
     return pipeline.to(torch.float32), np.concatenate(pictures)
 
@@ -51,8 +56,35 @@ def _enough(world: World, pipeline: FluxPipeline, step: int) -> bool:
 
 
 def build(world: World, output: Path) -> None:
-    """All of a world's models, into `output`."""
-    output.mkdir(parents=True, exist_ok=True)
+    """All of a world's models, into `output`, where everything stays as it is until all of it is built.
+
+    Raises:
+        ValueError: `output` cannot be written, or has no room.
+    """
+    with _workspace(output) as folder:
+        _build(world, folder)
+        for part in folder.iterdir():
+            if part.is_dir():
+                shutil.rmtree(output / part.name, ignore_errors=True)
+            part.replace(output / part.name)
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """A folder in `output` for this build alone, also where another one builds into the same place."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(prefix="building-", dir=output)
+    except OSError as error:
+        raise ValueError(f"--output: cannot write to {output}: {error.strerror}; give another directory") from None
+    with folder as path:
+        free = shutil.disk_usage(path).free
+        if free < ROOM:  # said now and not after an hour
+            raise ValueError(f"--output: {free / 1e6:.0f} MB are free in {output}; a build needs {ROOM / 1e6:.0f} MB")
+        yield Path(path)
+
+
+def _build(world: World, output: Path) -> None:
     for split, prompts in zip(("train", "heldout"), world.prompts(), strict=True):
         (output / f"prompts_{split}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     started = time.monotonic()
@@ -64,16 +96,21 @@ def build(world: World, output: Path) -> None:
     print(f"all built in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 invalid input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m g2rpo_ray.worlds.build", description=__doc__)
     parser.add_argument("world", choices=WORLDS)
-    parser.add_argument("--output", type=Path, help="where to write (default: into the package)")
-    given = parser.parse_args()
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: into the package)")
+    given = parser.parse_args(arguments)
     world = find_world(given.world)
-    build(world, given.output or world.root)
-    report(world, given.output or world.root)
+    output = given.output or world.root
+
+    def work() -> None:
+        build(world, output)
+        report(world, output)
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,10 @@
 """Measures a built world: `python -m g2rpo_ray.worlds.measure WORLD [DIR]` prints sizes, scores, signals."""
 
 import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from g2rpo_ray.config import load_config
 from g2rpo_ray.rewards import Reward, build_reward
 from g2rpo_ray.study.single import Single
+from g2rpo_ray.worlds.command import exit_status
 from g2rpo_ray.worlds.pipeline import sample
 from g2rpo_ray.worlds.world import WORLDS, Pictures, World, find_world
 
@@ -24,7 +27,14 @@ SIGNAL_PROMPTS = 24
 
 
 def report(world: World, directory: Path) -> None:
-    """Prints parameters, bytes, every reward's mean over base samples and true renderings, and what RL starts from."""
+    """Prints parameters, bytes, every reward's mean over base samples and true renderings, and what RL starts from.
+
+    Raises:
+        ValueError: the directory holds no build.
+    """
+    for part in ("pipeline/model_index.json", "preference.pt", "preference.json"):
+        if not (directory / part).is_file():
+            raise ValueError(f"DIR: {directory} has no {part}; give the --output of a build that has ended")
     pipeline = FluxPipeline.from_pretrained(directory / "pipeline", torch_dtype=torch.float32)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         parameters = sum(tensor.numel() for tensor in pipeline.components[name].parameters())
@@ -90,15 +100,15 @@ def _print_signals(directory: Path, world: World) -> None:
             print(f"{name:24} {value:.3f}")
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 invalid input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m g2rpo_ray.worlds.measure", description=__doc__)
     parser.add_argument("world", choices=WORLDS)
-    parser.add_argument("directory", type=Path, nargs="?", help="of a build (default: the package's)")
-    given = parser.parse_args()
+    parser.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="of a build (default: the package's)")
+    given = parser.parse_args(arguments)
     world = find_world(given.world)
-    report(world, given.directory or world.root)
+    return exit_status(lambda: report(world, given.directory or world.root))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
