@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.runner import workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
-from tests.runs import fill, small_disk, wait_for
+from tests.runs import actors_of, fill, kill_all, small_disk, wait_for
 
 TREE = {"method": "g2rpo", "sampler": {"branch_steps": [0], "group_size": 2, "strides": [1]}}
 STUDY = {
@@ -407,9 +409,9 @@ def test_on_ray_a_run_has_the_same_bits_and_the_same_line(tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.cluster
-@pytest.mark.slow
-def test_told_to_end_a_study_on_ray_ends_its_run_at_a_safe_place(tmp_path):
+@contextmanager
+def study_on_ray(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A study whose first run has done two iterations, and the directory of this run."""
     settings = {**STUDY["set"], "output": str(tmp_path / "runs"), "checkpoint": {"every": 1000}}
     file = study_file(tmp_path, runner="ray", budget=100_000, set=settings)
     process = subprocess.Popen(
@@ -419,19 +421,52 @@ def test_told_to_end_a_study_on_ray_ends_its_run_at_a_safe_place(tmp_path):
     def done() -> list[Path]:
         return [log for log in (tmp_path / "runs" / "tiny").glob("*/metrics.jsonl") if len(read_lines(log)) >= 2]
 
-    wait_for(process, done)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
+    try:
+        wait_for(process, done)
+        (log,) = done()
+        yield process, log.parent
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+
+
+def ended_in_a_line(process: subprocess.Popen, children: list[psutil.Process]) -> None:
     printed, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
     assert printed.splitlines()[-1] == STOPPED
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
-    (run,) = {log.parent for log in done()}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_told_to_end_a_study_on_ray_ends_its_run_at_a_safe_place(tmp_path):
+    with study_on_ray(tmp_path) as (process, run):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        ended_in_a_line(process, children)
     kept = int((run / "checkpoints" / "LATEST").read_text())
     assert kept == read_lines(run / "metrics.jsonl")[-1]["iteration"] >= 1
     with Lease(Folder(run)):
         pass  # given back
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_told_twice_a_study_on_ray_ends_its_run_at_once(tmp_path):
+    with study_on_ray(tmp_path) as (process, run):
+        children = psutil.Process(process.pid).children(recursive=True)
+        (learner,) = actors_of(process, "ray::LearnerRank")
+        learner.suspend()  # so that no safe place comes
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        ended_in_a_line(process, children)
+        assert time.monotonic() - told < 12  # 3 on idle cores; 18 without the second signal
+    with Lease(Folder(run)):
+        pass
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)
