@@ -32,7 +32,7 @@ wheelhouse: setup
 		--find-links wheelhouse g2rpo_ray
 
 test: setup
-	tests/isolated $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	tests/isolated $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ def pytest_configure():
         folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp()) / worker  # short: Ray's sockets are in it
         folder.mkdir()
         os.environ["RAY_TMPDIR"] = str(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start Ray come first: of two workers none is left alone with minutes of them at the end."""
+
+    def counts(item):
+        return bool(item.get_closest_marker("cluster")) and not item.get_closest_marker("slow")
+
+    clusters = Counter(item.path for item in items if counts(item))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-clusters[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(autouse=True, scope="session")

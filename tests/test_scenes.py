@@ -239,6 +239,7 @@ def test_a_build_is_told_at_once_that_there_is_no_room(tmp_path, capsys):
     assert re.fullmatch(r"error: --output: 8 MB are free in .*; a build needs 64 MB\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
 def test_a_build_that_is_told_to_end_says_so_in_a_line(told, tmp_path):
     command = [sys.executable, "-m", "g2rpo_ray.worlds.build", "quickstart", "--output", str(tmp_path)]
