@@ -20,7 +20,7 @@ from g2rpo_ray.worlds.preference import save_preference, train_preference, train
 from g2rpo_ray.worlds.pretrain import train_autoencoder, train_transformer
 from g2rpo_ray.worlds.world import WORLDS, Pictures, World, find_world
 
-ROOM = 64_000_000  # bytes, twice what a world's files and their making take, and more
+ROOM = 64_000_000  # bytes; the files of `scenes` are 11 MB, and their making takes some more
 LOOKED_AT = 4  # pictures of each held-out prompt
 FINISHED_STEPS = (3, 4, 6, 10, 10, 16)  # of the sampler, for the finished pipeline's own pictures
 
