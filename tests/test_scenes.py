@@ -22,7 +22,7 @@ from g2rpo_ray.worlds.build import build, build_pipeline
 from g2rpo_ray.worlds.build import main as build_main
 from g2rpo_ray.worlds.measure import main as measure_main
 from g2rpo_ray.worlds.pipeline import sample
-from tests.runs import PATIENCE, finish, metrics, small_disk
+from tests.runs import PATIENCE, fill, finish, metrics, small_disk
 
 RULES = ("attributes", "relation", "count", "correct")
 SCENE = Scene(2, Kind("small", "red", "circle"), "left of", Kind("large", "blue", "square"))
@@ -237,6 +237,18 @@ def test_a_build_is_told_at_once_that_there_is_no_room(tmp_path, capsys):
         assert build_main(["scenes", "--output", str(disk)]) == 2
         assert not list(disk.iterdir())
     assert re.fullmatch(r"error: --output: 8 MB are free in .*; a build needs 64 MB\n", capsys.readouterr().err)
+
+
+def test_a_disk_that_is_full_when_the_preference_model_is_saved_is_told_as_that(tmp_path):
+    with small_disk(tmp_path, "96m") as disk:
+
+        def filled() -> tuple[np.ndarray, torch.Tensor]:
+            fill(disk / "filler")
+            return TINY.lesson()
+
+        with pytest.raises(OSError, match="No space left on device"):
+            build(dataclasses.replace(TINY, lesson=filled), disk)
+        assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 @pytest.mark.slow

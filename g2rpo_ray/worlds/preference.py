@@ -5,6 +5,7 @@ that RL may push the generator to (wrong, half-right, blurred, noisy, and the ge
 for many captions: a reward that has only seen true pictures is easily hacked.
 """
 
+import io
 import json
 import zipfile
 from functools import partial
@@ -74,14 +75,15 @@ def train_preference(world: World, images: Pictures, batch: int = 128) -> Any:
 def save_preference(world: World, network: Any, directory: Path) -> None:
     """Half-precision weights under `state_dict`, as HPSv2 publishes them, and the description in open_clip's format."""
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    torch.save({"state_dict": weights}, directory / "preference.pt")
-    _compress(directory / "preference.pt")
+    stored = io.BytesIO()  # torch's own error of a full disk does not say so
+    torch.save({"state_dict": weights}, stored)
+    _write_compressed(stored, directory / "preference.pt")
     (directory / "preference.json").write_text(json.dumps(world.preference, indent=2) + "\n")
 
 
-def _compress(file: Path) -> None:
+def _write_compressed(stored: io.BytesIO, file: Path) -> None:
     """Deflate what torch.save stores as it is, and torch.load reads either way: most of the tokens' table is zeros."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(stored) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():  # of no date, so that equal weights are equal files
