@@ -1,12 +1,12 @@
-# make run: train the embedded default.  make test: all tests.  Both set up .venv first, once.
-# JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes about a core and 4 GB.
+# make run: train the embedded default.  make test: all tests.  make docs: the site.  All set up .venv first, once.
+# JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes 4 GB and keeps two cores busy.
 PYTHON ?= python3
 JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))
 
-.PHONY: setup run wheel wheelhouse test lint clean
+.PHONY: setup run wheel wheelhouse test lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The pages of docs/ as a site, in build/site. A link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -f docs/site/mkdocs.yml
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""How a run's own user reaches its private cluster: a file in the run directory that nobody else can read."""
+"""Address and token of a run's private cluster, in a file of mode 600 in the run directory."""
 
 import json
 import os
@@ -12,9 +12,9 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 @contextmanager
 def reachable(run: Path | None, private: bool) -> Iterator[None]:
-    """Keep the cluster's address and token in the run directory as long as the context; what a killed run left goes.
+    """Write the cluster's address and token for the duration of the context; removes those of a killed run.
 
-    Nothing is written for a cluster that others use, too, nor on object storage, which has no mode 600.
+    Nothing is written for a shared cluster, nor on object storage, which has no file modes.
     """
     if run is None:
         yield
@@ -34,7 +34,7 @@ def reachable(run: Path | None, private: bool) -> Iterator[None]:
 
 
 def address_of(run: Path) -> str | None:
-    """The address of the private cluster that a run works on, if it does; its token goes to the environment."""
+    """The address of a run's private cluster, or None; puts its token into the environment."""
     try:
         access = json.loads((run / FILE).read_text())
     except FileNotFoundError:

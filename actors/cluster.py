@@ -1,4 +1,4 @@
-"""The Ray cluster that a run works on: one that is there, or a private one on this machine."""
+"""The Ray cluster of a run: an existing one, or a private one on this machine."""
 
 import logging
 import os
@@ -6,74 +6,134 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 
+from g2rpo_ray.actors.pool.packing import Amounts, largest_first, place
 from g2rpo_ray.config import Config, Resources
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards import serving
-from g2rpo_ray.words import one_line
 
 logger = logging.getLogger(__name__)
 
-ENDING_S = 10.0  # for Ray to do what it is told at the end
-SHUTDOWN_S = 60.0  # for it to end a private cluster, which takes a few on idle cores
+SHUTDOWN_CALL_S = 10.0  # time limit of one call to Ray at the end
+SHUTDOWN_S = 60.0  # time limit of ending a private cluster, which takes a few seconds on idle cores
 _lost = threading.Event()
 
-OBJECT_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray would take 30 % of the machine's memory
+MIN_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray uses the disk if /dev/shm is smaller
+MAX_STORE_SHARE = 0.8  # of /dev/shm
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Connect to `address` (or RAY_ADDRESS, as set inside a Ray job), else start Ray here; leave or end it at the end.
+def cluster(address: str | None, store_bytes: int = 0) -> Iterator[bool]:
+    """Connect to `address` (or RAY_ADDRESS, which Ray sets in a job), else start a private cluster on this machine.
 
-    A private cluster gets a token of its own: Ray's ports are open to the network, and who reaches them runs code. Call
-    this before anything imports Ray.
+    A private cluster gets its own token, because Ray's ports are open to the network and allow to run code.
+    If this process has imported Ray before, Ray's own token is used. An existing connection of this process is reused.
+
+    Yields whether it is a private cluster, which ends with the context.
+
+    Args:
+        store_bytes: size of the object store of a private cluster, bytes.
 
     Raises:
-        ValueError: no cluster answers at the address, or none can be started here.
+        ValueError: no cluster answers at the address, or Ray does not start on this machine.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    if _is_connected():
+        if address:
+            raise ValueError(
+                f"--address: {address} given, but Ray is already connected: omit it, or call ray.shutdown()"
+            )
+        yield False  # the caller ends it
+        return
+    _lost.clear()
+    option, address = named_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address and "RAY_AUTH_MODE" not in os.environ:
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # pools handle errors; Ray would print them again
+    # Ray reads these once per process: a second cluster has the token of the first
+    if not address and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     if address:
-        _require_answer(address)
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts, of 40 s each; Ray would make 20
-    import ray  # reads those variables now
+        _require_answer(option, address)
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt of 40 s; the default is 20
+    import ray  # reads these variables
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-            raise ValueError(_refusal(address, error)) from None
+            raise ValueError(_refusal(option, address, error)) from None
     else:
         try:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=_store_memory(store_bytes), **options
+            )
         except Exception as error:  # Ray has no class for it
             why = one_line(error)
-            hint = "is it too busy? try again; are paths the reason? give a short RAY_TMPDIR"
+            hint = "try again if the machine is busy; set a short RAY_TMPDIR if paths are too long"
             raise ValueError(f"Ray does not start on this machine ({why}); {hint}") from None
     try:
-        yield
+        yield not address
     finally:
         at_end(is_alive)
         at_end(ray.shutdown, limit_s=SHUTDOWN_S)
 
 
+def _is_connected() -> bool:
+    """Whether this process is connected to Ray. ValueError if that cluster was lost: Ray cannot connect to another."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return False
+    if _lost.is_set():
+        raise ValueError("Ray: the cluster of an earlier run in this process was lost; restart Python (the kernel)")
+    return True
+
+
+def _store_memory(wanted: int) -> int:
+    """Size of a private cluster's object store, bytes: `wanted`, if this machine's shared memory has room for it."""
+    try:
+        shared = psutil.disk_usage("/dev/shm").free
+    except OSError:  # no Linux
+        return MIN_STORE_BYTES
+    found = max(MIN_STORE_BYTES, min(wanted, int(MAX_STORE_SHARE * shared)))
+    if found < wanted:
+        logger.warning(
+            "the run may need %.1f GB of object store, but /dev/shm has %.1f GB free. Ray will spill to disk, which is "
+            "slower. Enlarge /dev/shm, or lower data.prompts_per_iteration or rollout.max_unscored_units",
+            wanted / 1e9, shared / 1e9,
+        )  # fmt: skip
+    return found
+
+
+def named_address(address: str | None) -> tuple[str, str | None]:
+    """The option or variable that names a cluster, and its address; None for a private cluster.
+
+    Raises:
+        ValueError: it is the address of Ray's jobs.
+    """
+    option = "--address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{option}: {address} given, which is the address of Ray's jobs, not of the cluster; give HOST:6379 of its "
+            "head, or start the command there with `ray job submit`"
+        )
+    return option, address
+
+
 class ClusterLost(RuntimeError):
-    """The head of the Ray cluster, or the node of this process, is gone."""
+    """The head of the Ray cluster, or the node of this process, is lost."""
 
     def __init__(self, reason: str):
-        super().__init__(f"the Ray cluster is lost: {reason}; with a cluster, the same command goes on from there")
+        super().__init__(f"the Ray cluster is lost: {reason}. Run the same command on a new cluster to resume")
         _lost.set()
 
 
 def is_alive() -> bool:
-    """Whether Ray's head answers and knows the node of this process as alive; blocks while the head is gone."""
+    """Whether Ray's head reports the node of this process as alive; blocks while the head is down."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
@@ -81,15 +141,15 @@ def is_alive() -> bool:
 
 
 def at_end(*work: Callable[[], object], limit_s: float | None = None) -> None:
-    """Have Ray do what it is told, in turn, for some seconds each; not at all once the cluster is known as lost.
+    """Run shutdown calls one after the other, with a time limit each; skips them once the cluster is lost.
 
-    Ray calls that need a head which is gone never return, and a minute later they end the process.
+    A Ray call that needs a lost head never returns, and ends the process a minute later.
     """
     threads = [threading.Thread(target=_quietly, args=(one,), daemon=True) for one in work]
     for thread in threads:
         if not _lost.is_set():
             thread.start()
-            thread.join(ENDING_S if limit_s is None else limit_s)
+            thread.join(SHUTDOWN_CALL_S if limit_s is None else limit_s)
             if thread.is_alive():
                 _lost.set()
 
@@ -99,11 +159,11 @@ def _quietly(work: Callable[[], object]) -> None:
         if work() is False:
             _lost.set()
     except Exception as error:
-        logger.warning("at the end: %s", str(error).split("\n")[0])
+        logger.warning("shutdown: %s", str(error).split("\n")[0])
 
 
 def leave(status: int) -> int:
-    """The exit status of a command. Without a cluster Ray would end the process with another one: it ends here."""
+    """The exit status of a command. If the cluster is lost the process ends here, before Ray changes the status."""
     if _lost.is_set():
         for child in psutil.Process().children(recursive=True):  # of a private cluster
             with suppress(psutil.Error):
@@ -114,80 +174,86 @@ def leave(status: int) -> int:
     return status
 
 
-def _require_answer(address: str) -> None:
-    """Ray itself would wait for minutes where nobody listens."""
+def _require_answer(option: str, address: str) -> None:
+    """Raise ValueError if the port is closed; Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise ValueError(f"--address: no Ray cluster at {address} ({error}); start one, or leave it out") from None
+            raise ValueError(f"{option}: no Ray cluster at {address} ({error}); start one, or omit it") from None
 
 
-def _refusal(address: str, error: Exception) -> str:
-    """Why there is no connection, in one line. Ray hides what its server said in the text of the cause."""
+def _refusal(option: str, address: str, error: Exception) -> str:
+    """The reason of a failed connection, in one line. Ray hides the server's answer in the text of the cause."""
     import ray
 
     if isinstance(error, ray.exceptions.AuthenticationError) or "AuthenticationError" in str(error.__cause__):
         return (
-            f"--address: the Ray cluster at {address} asks for a token that is missing or wrong here; set "
+            f"{option}: the Ray cluster at {address} requires a token, which is missing or wrong; set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token or its file"
         )
     reason = str(error).strip().splitlines()[0]
-    return f"--address: no Ray cluster at {address} ({reason}); start one, or leave it out"
+    return f"{option}: no Ray cluster at {address} ({reason}); start one, or omit it"
 
 
 def demands(config: Config) -> list[tuple[str, int, Resources]]:
-    """(key in the configuration, number of actors, resources of each) of what a run needs alive at once."""
+    """(settings key, number of actors, resources of each) of the actors that a run needs at the same time."""
     sections = [
         ("rollout.resources", config.rollout.min_actors, config.rollout.resources),
         ("learner.resources", config.learner.ranks, config.learner.resources),
     ]
     served = serving(config.all_rewards)
-    for section in ("rewards", "eval_rewards"):
-        for name, reward in getattr(config, section).items():
-            if served[name] == name:
-                sections.append((f"{section}.{name}.resources", reward.replicas, reward.resources))
+    for key, reward in config.rewards_by_key.items():
+        name = key.partition(".")[2]
+        if served[name] == name:
+            sections.append((f"{key}.resources", reward.replicas, reward.resources))
     return sections
 
 
 def this_machine() -> dict[str, float]:
-    """What a private cluster would have, found without one."""
+    """Resources that a private cluster on this machine would have."""
     import torch
 
     return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
 
 
 def _check_environments(config: Config) -> None:
-    """Raise ValueError, in one line, for a reward's runtime_env that Ray does not take."""
+    """Raise ValueError for a runtime_env that Ray refuses."""
     from ray.runtime_env import RuntimeEnv
 
-    for section in ("rewards", "eval_rewards"):
-        for name, reward in getattr(config, section).items():
-            key, given = f"{section}.{name}.runtime_env", reward.runtime_env
-            for field in given:
-                if field not in RuntimeEnv.known_fields:
-                    allowed = ", ".join(sorted(RuntimeEnv.known_fields))
-                    raise ValueError(f"{key}.{field}: Ray has no such field; allowed are {allowed}")
-            try:
-                RuntimeEnv(**given)
-            except Exception as error:  # Ray raises a class of its own for each field
-                raise ValueError(f"{key}: Ray does not take it: {one_line(error)}") from None
+    given = {"rollout": config.rollout.runtime_env, "learner": config.learner.runtime_env}
+    given |= {key: reward.runtime_env for key, reward in config.rewards_by_key.items()}
+    for key, environment in given.items():
+        for field in environment:
+            if field not in RuntimeEnv.known_fields:
+                allowed = ", ".join(sorted(RuntimeEnv.known_fields))
+                raise ValueError(f"{key}.runtime_env.{field}: Ray has no such field; allowed are {allowed}")
+        try:
+            RuntimeEnv(**environment)
+        except Exception as error:  # Ray raises a class of its own for each field
+            raise ValueError(f"{key}.runtime_env: refused by Ray: {one_line(error)}") from None
 
 
-def check_resources(config: Config, machine: Mapping[str, float] | None = None) -> None:
-    """Raise ValueError, in one line, if the cluster is smaller than what the run keeps alive at once, or Ray does not
-    take an environment that it asks for.
+def check_resources(config: Config, machine: Mapping[str, float] | None = None) -> str:
+    """Whether the cluster has room for all actors, as the end of a sentence about it.
 
-    `machine`: what there would be, where there is no cluster yet.
+    Args:
+        machine: resources of this machine, if there is no cluster yet.
+
+    Raises:
+        ValueError: the cluster has too few resources, its nodes have no placement for the actors, or Ray refuses a
+            runtime environment.
     """
     _check_environments(config)
     if machine is None:
         import ray
 
         there, free = ray.cluster_resources(), ray.available_resources()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     else:
         there = free = dict(machine)
+        nodes = [machine]
     asked = demands(config)
     encoder = config.data.encoder_resources
     for resource in sorted({kind for _, _, resources in asked for kind in resources} | set(encoder)):
@@ -205,3 +271,28 @@ def check_resources(config: Config, machine: Mapping[str, float] | None = None) 
             )
         if total > free.get(resource, 0):
             logger.warning("the run waits for %g %s, of which %g are free now", total, resource, free.get(resource, 0))
+    return check_places(config, nodes)
+
+
+def check_places(config: Config, nodes: Sequence[Amounts]) -> str:
+    """The same for nodes with these resources; each actor must fit on one node."""
+    encoder, rollout = config.data.encoder_resources, config.rollout
+    alone = [("data.encoder_resources", 1, encoder)]
+    needed = sorted(demands(config), key=lambda demand: largest_first(demand[2], nodes))
+    for asked in (alone, needed):
+        found = place([demand[1:] for demand in asked], nodes)
+        for (key, number, resources), placed in zip(asked, found, strict=True):
+            if placed < number:
+                each = ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount)
+                raise ValueError(
+                    f"{key}: room for {placed} of {number} actors, each with {each} on one node, beside the others; "
+                    "lower their number or resources, or add nodes that have as much"
+                )
+    more = rollout.max_actors - rollout.min_actors
+    *_, placed = place([*(demand[1:] for demand in needed), (more, rollout.resources)], nodes)
+    if placed < more:
+        return (
+            f"has room for {rollout.min_actors + placed} rollout actors, at least rollout.min_actors="
+            f"{rollout.min_actors}; the others of rollout.max_actors={rollout.max_actors} wait for nodes"
+        )
+    return "has what the run needs"

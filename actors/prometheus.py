@@ -4,7 +4,7 @@ import re
 
 from ray.util.metrics import Gauge
 
-from g2rpo_ray.record.tracking import Metrics, Sink
+from g2rpo_ray.runs.tracking import Metrics, Sink
 
 
 def prometheus_sink(run: str) -> Sink:

@@ -29,8 +29,8 @@ def main() -> None:
     given = options.parse_args()
     import ray
 
-    from actors.weights import PublishedWeights
-    from g2rpo_ray.models import describe
+    from g2rpo_ray.actors.workers.weights import PublishedWeights
+    from g2rpo_ray.models import manifest_of
 
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, object_store_memory=2_000_000_000, log_to_driver=False
@@ -56,7 +56,7 @@ def main() -> None:
     if given.quick:
         ranks, counts, repeats = [8], [2], 1
     receivers = [Receiver.remote() for _ in range(max(counts))]  # type: ignore[attr-defined]
-    warm = PublishedWeights(describe({}, 0), ray.put({}))
+    warm = PublishedWeights(manifest_of({}, 0), ray.put({}))
     ray.get([receiver.receive.remote(warm) for receiver in receivers])
     rows: list[Row] = []
     for rank in ranks:
@@ -65,7 +65,7 @@ def main() -> None:
         measured: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
         for _, count in ((_, count) for _ in range(repeats) for count in counts):
             start = time.perf_counter()
-            manifest = describe(state, 1)
+            manifest = manifest_of(state, 1)
             described = time.perf_counter()
             weights = PublishedWeights(manifest, ray.put(state))
             published = time.perf_counter()

@@ -15,6 +15,8 @@ sys.path.insert(
     0, str(Path(__file__).parent.parent)
 )  # `python benchmarks/NAME.py` finds the packages without installing
 
+from g2rpo_ray.analysis.tables import markdown_table
+
 Row = dict[str, Any]
 
 
@@ -61,9 +63,7 @@ def report(title: str, rows: Sequence[Row], file: str | None, notes: Sequence[st
     described = machine()
     columns = list(rows[0])
     print(f"\n## {title}\n\n" + ", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(_cell(row[column]) for column in columns) + " |")
+    print(markdown_table(columns, ([_cell(row[column]) for column in columns] for row in rows)))
     print("".join(f"\n{note}" for note in notes), flush=True)
     if file:
         content = {"title": title, "machine": described, "command": sys.argv, "rows": rows, "notes": list(notes)}

@@ -20,15 +20,18 @@ from common import Row, parser, report
 import torch  # isort: skip  # common makes the packages importable
 from torch import Tensor  # isort: skip
 
-from g2rpo_ray.algo import completion_path, ode_step, plan_tree, transition
+from g2rpo_ray.algo.completion import completion_path
+from g2rpo_ray.algo.kernels import ode_step, transition
+from g2rpo_ray.algo.tree import plan_tree
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.launch.preflight import read_run_prompts
+from g2rpo_ray.local import LocalRun
 from g2rpo_ray.models import FlowModel
-from g2rpo_ray.rewards import build_reward
+from g2rpo_ray.preflight import read_run_prompts
+from g2rpo_ray.rewards import open_reward
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import edge_key, prompt_tree, sigma_grid
+from g2rpo_ray.rollout.plan import edge_key, prompt_tree
 from g2rpo_ray.rollout.sampler import Sampler
-from g2rpo_ray.study.single import Single
+from g2rpo_ray.rollout.sigmas import sigma_grid
 from g2rpo_ray.types import TrunkUnit
 
 SOLVERS = ("euler", "dpmpp_2m")
@@ -70,7 +73,7 @@ class Groups:
         self._sigmas = sigma_grid(config.sampler, self._model)
         self.sampler = Sampler(config, self._model)
         reward = next(iter(config.rewards.values()))
-        self._reward = build_reward(reward.kind, **reward.options)
+        self._reward = open_reward(reward)
 
     @torch.inference_mode()
     def scores(self) -> dict[tuple[str, int, int], list[np.ndarray]]:
@@ -139,7 +142,7 @@ def main() -> None:
         given.after, given.strides, given.prompts = [0], [1, 4], 1
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(given.config, [f"data.embeddings={folder}", *given.set])
-        run, groups = Single(config), Groups(config, given.prompts, given.strides)
+        run, groups = LocalRun(config), Groups(config, given.prompts, given.strides)
     rows: list[Row] = []
     for iteration in range(max(given.after) + 1):
         weights = run.engine.publish(iteration)
@@ -147,7 +150,7 @@ def main() -> None:
             groups.sampler.load_weights(weights)
             rows += groups.rows(iteration)
         if iteration < max(given.after):
-            run.iterate(iteration)
+            run.step(iteration)
     note = f"{given.prompts} prompts × {len(config.sampler.all_branch_steps)} groups of {config.sampler.group_size}."
     report("Agreement of completions with the finest by Euler steps", rows, given.json, [note])
 

@@ -41,11 +41,12 @@ def flux_vae() -> Any:
 def counted(model: FlowModel, n: int) -> tuple[float, int]:
     """Operations of one evaluation of n latents, and the peak of its tensors."""
     with torch.device("meta"), torch.inference_mode():
-        return operations(model, n), peak_bytes(one_velocity(model, n))
+        velocity = one_velocity(model, n)
+        return 1e12 * operations(velocity), peak_bytes(velocity)
 
 
 def count_flux() -> list[Row]:
-    model = flux_model(ModelConfig(path="", dtype="bfloat16", height=720, width=720), "meta")
+    model = flux_model(ModelConfig(path="flux", dtype="bfloat16", height=720, width=720), "meta")
     weights = 2 * sum(parameter.numel() for parameter in model.transformer.parameters())
     rows = [_counted(f"velocity, batch {n}", *counted(model, n), weights) for n in (1, 12)]
     add_lora(model.transformer, LoraConfig(), 0)

@@ -42,9 +42,10 @@ def rollouts(config: Config) -> list[Any]:
 
 @torch.no_grad()
 def prompt_rollout(config: Config, model: Any, slot: int) -> Any:
-    from g2rpo_ray.algo import grow
+    from g2rpo_ray.algo.growth import grow
     from g2rpo_ray.rollout.noise import generator
-    from g2rpo_ray.rollout.plan import edge_key, prompt_tree, sigma_grid
+    from g2rpo_ray.rollout.plan import edge_key, prompt_tree
+    from g2rpo_ray.rollout.sigmas import sigma_grid
     from g2rpo_ray.types import Branches, PromptRollout, Trunk, TrunkUnit
 
     unit, draw = TrunkUnit(0, slot, str(slot)), np.random.default_rng(slot)
@@ -82,8 +83,8 @@ def one_rank(rank: int, config: Config, port: int, repeats: int, answers: Any) -
     ranks = config.learner.ranks
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-    from learner.batch import BatchShape, spread
-    from learner.engine import LearnerEngine
+    from g2rpo_ray.learner.batch import BatchShape, spread
+    from g2rpo_ray.learner.engine import LearnerEngine
 
     prompts = rollouts(config)
     shards = spread(prompts, ranks)
@@ -126,7 +127,7 @@ def main() -> None:
     found: dict[tuple[int, int], list[Found]] = {case: [] for case in cases}
     for _ in range(1 if given.quick else 2):  # A B A B: the whole list twice
         for stage, ranks in cases:
-            settings = [f"learner.zero_stage={stage}", f"learner.ranks={ranks}", "learner.ratio_tolerance=1"]
+            settings = [f"learner.zero_stage={stage}", f"learner.ranks={ranks}", "learner.velocity_tolerance=1"]
             config = load_config(None, [*settings, f"data.prompts_per_iteration={prompts}", *given.set])
             found[stage, ranks].append(measure(config, repeats))
     rows: list[Row] = []

@@ -52,7 +52,7 @@ def published(name: str, device: str, dtype: torch.dtype) -> Any:
     from tokenizers.implementations import BertWordPieceTokenizer
     from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-    from g2rpo_ray.files import resolve
+    from g2rpo_ray.paths import resolve
     from g2rpo_ray.rewards import aesthetic, clip, imagereward, pickscore
 
     if name == "hpsv2":

@@ -19,10 +19,12 @@ import torch  # isort: skip  # common makes the packages importable
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
-from g2rpo_ray.algo import Velocity, completion_path, grow, ode_step, transition
+from g2rpo_ray.algo.completion import completion_path
+from g2rpo_ray.algo.growth import Velocity, grow
+from g2rpo_ray.algo.kernels import ode_step, transition
 from g2rpo_ray.config import Config, SamplerConfig, load_config
 from g2rpo_ray.models import FlowModel, lora_disabled, one_prompt
-from g2rpo_ray.models.estimate import operations
+from g2rpo_ray.models.estimate import one_velocity, operations
 from g2rpo_ray.rollout.noise import generator
 from g2rpo_ray.rollout.plan import branch_part, branch_units, edge_key, prompt_tree, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
@@ -49,14 +51,14 @@ class Bench:
         self.tree = prompt_tree(config, 0, 0, PROMPT)
         self.device = config.rollout.device
         self.embedding = model.random_embedding(PROMPT, torch.Generator().manual_seed(0))
-        self._folded = {layer: layer.forward for layer in self._lora()}
+        self._folded = {module: module.forward for module in self._lora()}
 
     def fold(self, on: bool) -> None:
         """Switch between our way to add the LoRA and PEFT's own."""
-        for layer in self._lora():
-            layer.__dict__.pop("forward", None)
+        for module in self._lora():
+            module.__dict__.pop("forward", None)
             if on:
-                layer.forward = self._folded[layer]
+                module.forward = self._folded[module]
 
     def system(self) -> Done:
         """What rollout actors do: a trunk unit, and the branch units that follow it."""
@@ -122,7 +124,9 @@ class Bench:
         return self.model.initial_noise(generator(*key)).to(self.device)
 
     def _lora(self) -> list[Any]:
-        return [module for module in self.model.transformer.modules() if isinstance(module, LoraLinear)]
+        """The LoRA layers with their A and B."""
+        layers = [module for module in self.model.transformer.modules() if isinstance(module, LoraLinear)]
+        return [*layers, *(part for layer in layers for ab in (layer.lora_A, layer.lora_B) for part in ab.values())]
 
 
 class CountedVelocity:
@@ -266,9 +270,9 @@ def _bench(given: Any) -> Bench:
     settings += [f"rollout.micro_batch={given.micro_batch or (12 if given.flux else 36)}"]
     settings += [f"model.dtype={given.dtype or ('bfloat16' if given.flux else 'float32')}"]
     if given.flux:
-        settings += ["model.height=720", "model.width=720", "model.max_sequence_length=512", "rollout.device=cuda"]
+        settings += ["model.height=720", "model.width=720", "model.max_sequence_length=512"]
         settings += ["lora.targets=[attn.to_q, attn.to_k, attn.to_v, attn.to_out.0]", "lora.rank=64"]
-        settings += ["rollout.decode_batch=4"]
+        settings += ["rollout.decode_batch=4", "rollout.resources={GPU: 1}"]
     config = load_config(None, settings)
     random = flux_model(config.model, config.rollout.device) if given.flux else None
     return Bench(config, random or FlowModel.load(config.model, config.rollout.device, transformer=True, vae=True))
@@ -285,7 +289,9 @@ def _warm_up(bench: Bench, given: Any) -> None:
 def _flops(bench: Bench, flux: bool) -> float:
     """Of one evaluation, without the LoRA."""
     settings = bench.config.model
-    return operations(flux_model(settings, "meta") if flux else FlowModel.skeleton(settings), 1)
+    model = flux_model(settings, "meta") if flux else FlowModel.skeleton(settings)
+    with torch.device("meta"), torch.inference_mode():
+        return 1e12 * operations(one_velocity(model, 1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Scaling of rollout: the real pool and collector over Ray, with devices that wait a unit's cost instead of computing.
 
     tests/isolated python benchmarks/scaling.py
-    python benchmarks/scaling.py --model      only the model on paper, to 1,000 devices: no Ray
+    python benchmarks/scaling.py --model      only the simulation, to 1,000 devices: no Ray
 
 The devices are coroutines in a few Ray actors (`--hosts`), so that 64 of them fit on two cores. Real is every call
 through Ray, every object, the pool's dispatch, the collector's planning and the run's log; not real is one process a
@@ -9,7 +9,6 @@ device.
 """
 
 import asyncio
-import heapq
 import itertools
 import tempfile
 import time
@@ -19,12 +18,16 @@ from typing import Any
 import numpy as np
 from common import Row, median, parser, report
 
-from g2rpo_ray.config import Config, load_config  # isort: skip  # common makes the packages importable
-from g2rpo_ray.record.tracking import log_to
+from g2rpo_ray.config import Config, load_config, with_settings  # isort: skip  # common makes the packages importable
+from g2rpo_ray.actors.pool.order import PREFETCH_S
+from g2rpo_ray.rehearsal.simulation import simulate
+from g2rpo_ray.rehearsal.times import Times
 from g2rpo_ray.rollout.plan import Part, branch_part, branch_units, prompt_tree, trunk_part
+from g2rpo_ray.runs.tracking import log_to
 from g2rpo_ray.types import Branches, BranchUnit, Place, Trunk, TrunkUnit, UnitReport, WeightsManifest
 
 PAPER = ["steps=16", "branch_steps=[0, 1, 2, 3, 4, 5, 6, 7]", "strides=[1, 2, 3]", "group_size=12", "layout=paper"]
+SIZES = (12, 6, 3, 1)  # members a unit
 
 
 class Work:
@@ -51,23 +54,11 @@ def paper(members: int) -> Config:
     return load_config(None, [*(f"sampler.{setting}" for setting in PAPER), f"rollout.members_per_unit={members}"])
 
 
-def on_paper(work: Work, prompts: int, actors: int) -> float:
-    """Utilisation by list scheduling: trunks first, then the dearest unit whose trunk is done, to whoever is idle."""
-    now, idle = 0, actors
-    trunk = -work.evaluations - 1  # more urgent than any branch unit, whose urgency is its cost negated
-    waiting = [(trunk, work.trunk.evaluations)] * prompts  # (urgency, cost), a heap
-    running: list[tuple[int, int]] = []  # (end, urgency), a heap
-    while waiting or running:
-        while waiting and idle:
-            urgency, cost = heapq.heappop(waiting)
-            heapq.heappush(running, (now + cost, urgency))
-            idle -= 1
-        now, urgency = heapq.heappop(running)
-        idle += 1
-        if urgency == trunk:  # its branches go out at once, those of one that ends in the same moment after them
-            for cost in work.costs:
-                heapq.heappush(waiting, (-cost, cost))
-    return prompts * work.evaluations / (actors * now)
+def on_paper(members: int, prompts: int, actors: int) -> float:
+    """Utilisation by the simulation of the product."""
+    settings = {"data.prompts_per_iteration": prompts, "rollout.max_actors": actors}
+    found = simulate(with_settings(paper(members), settings), Times({1: 1.0}, {1: 0.0}, {1: 0.0}))
+    return found.work_s / (actors * (found.rollout_s - PREFETCH_S))  # until the last image is there
 
 
 class _Scores:
@@ -88,13 +79,18 @@ class _Embeddings:
 
 
 class _Device:
-    """What the pool takes for an actor: one of the devices of a host, `times` as slow as others."""
+    """An `Actor`: one of the devices of a host, `times` as slow as others."""
 
     def __init__(self, host: Any, name: str, times: float):
-        self._host, self._name, self._times, self.ready, self.compute = host, name, times, host.ready, self
+        self._host, self._name, self._times = host, name, times
 
-    def remote(self, *args: Any) -> Any:
-        return self._host.compute.remote(self._name, self._times, *args)
+    def call(self, method: str, *args: Any) -> list[Any]:
+        if method == "compute":
+            return self._host.compute.remote(self._name, self._times, *args)
+        return [self._host.ready.remote()]
+
+    def end(self) -> None:
+        """It ends with its host."""
 
 
 def _host(work: Work, seconds: float) -> Any:
@@ -134,10 +130,10 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
     """Iterations on simulated devices that take `seconds` an evaluation, the first of them `slow` times as long."""
     import ray
 
-    from actors.collector import Collector
-    from actors.keeper import Keeper
-    from actors.pool import Pool
-    from actors.weights import PublishedWeights
+    from g2rpo_ray.actors.collector import Collector
+    from g2rpo_ray.actors.pool.dispatch import Pool
+    from g2rpo_ray.actors.workers.keeper import Keeper
+    from g2rpo_ray.actors.workers.weights import PublishedWeights
 
     config = paper(members)
     work = Work(config)
@@ -155,10 +151,10 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
             pool = Pool("rollout", spawn, actors, minimum=actors, copies=True)
             scores: Any = {name: _Scores() for name in config.all_rewards}
             embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
-            keeper = Keeper(ray.get_runtime_context().get_node_id(), group, 600)
+            keeper = Keeper(ray.get_runtime_context().get_node_id(), 600)
             collector = Collector(config, embeddings, pool, scores, keeper.keep, [])
             pool.start(group)
-            await pool.wait_ready()
+            await pool.actors.wait_ready()
             for iteration in range(repeats + 1):
                 process, thread = time.process_time(), time.thread_time()
                 rollout = await collector.rollout(iteration, names, weights)
@@ -167,12 +163,9 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
                 taken.append(rollout.sampling_seconds)
                 copies.append(pool.copied.take())
             keeper.stop()
-            raise _Done  # the devices are no actors of their own: not pool.stop(), which would kill them one by one
+            pool.stop()
 
-    try:
-        asyncio.run(run())
-    except* _Done:
-        pass
+    asyncio.run(run())
     for machine in machines:
         ray.kill(machine)
     iteration = median(taken[1:])  # the first one warms up
@@ -181,25 +174,19 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
         "devices": actors, "prompts": prompts, "members a unit": members,
         "units": prompts * (1 + len(work.branches)),
         "ideal s": ideal, "iteration s": iteration,
-        "utilisation": ideal / iteration, "on paper": on_paper(work, prompts, actors), "copies": median(copies[1:]),
+        "utilisation": ideal / iteration, "on paper": on_paper(members, prompts, actors), "copies": median(copies[1:]),
         "driver loop ms a unit": 1e3 * median(loop[1:]), "driver process CPU ms a unit": 1e3 * median(cpu[1:]),
     }  # fmt: skip
 
 
-class _Done(Exception):
-    pass
-
-
-def model_rows() -> list[Row]:
-    works, rows = {members: Work(paper(members)) for members in (12, 6, 3, 1)}, list[Row]()
-    of_3 = works[3]
+def model_rows(quick: bool) -> list[Row]:
+    of_3, rows = Work(paper(3)), list[Row]()
     # the longest chain that no number of devices shortens: a trunk, then one unit of the dearest branch step
     chain = of_3.trunk.evaluations + max(of_3.costs)
-    for actors, prompts in (
-        (64, 16), (64, 64), (128, 16), (256, 64), (1000, 16), (1000, 64), (1000, 256), (1000, 1024),
-    ):  # fmt: skip
+    cases = [(64, 16), (64, 64), (128, 16), (256, 64), (1000, 16), (1000, 64), (1000, 256), (1000, 1024)]
+    for actors, prompts in cases[:3] if quick else cases:
         row: Row = {"devices": actors, "prompts": prompts}
-        row |= {f"{members} a unit": on_paper(work, prompts, actors) for members, work in works.items()}
+        row |= {f"{members} a unit": on_paper(members, prompts, actors) for members in SIZES}
         row["most devices kept busy, units of 3"] = prompts * of_3.evaluations // chain
         rows.append(row)
     return rows
@@ -207,7 +194,7 @@ def model_rows() -> list[Row]:
 
 def main() -> None:
     options = parser(__doc__ or "", repeats=3)
-    options.add_argument("--model", action="store_true", help="only the model on paper")
+    options.add_argument("--model", action="store_true", help="only the simulation")
     options.add_argument(
         "--evaluation-ms", type=float, default=4.0, help="what a simulated evaluation takes (FLUX: 100)"
     )
@@ -237,7 +224,7 @@ def main() -> None:
         report("Scaling, simulated devices over Ray", rows, given.json, [note])
         ray.shutdown()
     else:
-        report("Scaling, on paper: utilisation by list scheduling", model_rows(), given.json)
+        report("Scaling, simulated: utilisation", model_rows(given.quick), given.json)
 
 
 if __name__ == "__main__":

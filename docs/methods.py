@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2rpo_ray.algo import Shape, Tree, plan_tree
+from g2rpo_ray.algo.tree import Shape, Tree, plan_tree
+from g2rpo_ray.analysis.tables import markdown_table
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.launch.plan import learner_states, state_cost
 from g2rpo_ray.methods import method_names, preset
+from g2rpo_ray.rollout.cost import prompt_cost
 from g2rpo_ray.rollout.plan import possible_trees
 
 FOLDER = Path(__file__).parent / "methods"
@@ -136,32 +137,21 @@ def _legend(shape: Shape, forward: bool) -> list[Any]:
     return handles
 
 
-def costs(config: Config) -> tuple[float, float, float, float]:
-    """Evaluations, images, learner states and their sum in evaluations, of a prompt; means where trees differ."""
-    trees = possible_trees(config)
-    evaluations, images, states = (
-        sum(column) / len(trees)
-        for column in zip(*((t.evaluations, len(t.images), learner_states(config, t)) for t in trees), strict=True)
-    )
-    return evaluations, images, states, evaluations + state_cost(config) * states
-
-
 def cost_table(title: str, configs: Sequence[Config]) -> str:
-    head = ("T", "evaluations", "images", "learner states", "cost: evaluations + 3 × states", "learner's share")
-    lines = [f"| {title} | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    head = (title, "T", "evaluations", "images", "learner states", "cost, with the update", "learner's share")
+    rows = []
     for config in configs:
-        evaluations, images, states, cost = costs(config)
-        lines.append(
-            f"| `{config.method}` | {config.sampler.steps} | {evaluations:,.0f} | {images:,.0f} | {states:,.0f} | "
-            f"{cost:,.0f} | {1 - evaluations / cost:.0%} |"
-        )
-    return "\n".join(lines)
+        mean = prompt_cost(config, possible_trees(config))
+        cost = mean.evaluations + mean.update
+        counts = (f"{count:,.0f}" for count in (mean.evaluations, mean.images, mean.states, cost))
+        rows.append((f"`{config.method}`", config.sampler.steps, *counts, f"{mean.update / cost:.0%}"))
+    return markdown_table(head, rows)
 
 
 def setting_table() -> str:
     head = ("method", "roots", "branch steps", "children", "stochastic edges", "kernel, η", "Λ", "group, spread",
             "objective", "updates a rollout")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for method in method_names():
         config = paper(method)
         s, learner = config.sampler, config.learner
@@ -173,13 +163,14 @@ def setting_table() -> str:
         clip = "" if learner.objective in ("reinforce", "nft") else f" {learner.clip_range:g}"
         clip += f", {learner.draws} draws" if learner.forward else ""
         updates = len(s.branch_steps) if learner.schedule == "per_step" else learner.updates_per_rollout
-        lines.append(
-            f"| `{method}` | {s.roots} | {{{_numbers(s.branch_steps)}}} of {s.steps}{moves} | {s.group_size} | "
-            + ("0 | ode" if s.kernel == "ode" else f"{s.stochastic_edges}{length}{splits} | {s.kernel} {s.eta:g}")
-            + f" | {{{_numbers(s.strides)}}} | "
-            f"{config.credit.group}, {config.credit.spread} | {learner.objective}{clip}{weight}{ways} | {updates} |"
-        )
-    return "\n".join(lines)
+        ode = s.kernel == "ode"
+        rows.append((
+            f"`{method}`", s.roots, f"{{{_numbers(s.branch_steps)}}} of {s.steps}{moves}", s.group_size,
+            0 if ode else f"{s.stochastic_edges}{length}{splits}", "ode" if ode else f"{s.kernel} {s.eta:g}",
+            f"{{{_numbers(s.strides)}}}", f"{config.credit.group}, {config.credit.spread}",
+            f"{learner.objective}{clip}{weight}{ways}", updates,
+        ))  # fmt: skip
+    return markdown_table(head, rows)
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from g2rpo_ray.analysis.tables import markdown_table
 from g2rpo_ray.config import Config, RewardConfig
 from g2rpo_ray.methods import NEUTRAL, method_names, preset
 
@@ -31,18 +32,17 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 def table(model: type[BaseModel], section: str) -> str:
     """A table of one section: a row a setting."""
-    head = ["| key | type, bounds | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows(model, section)])
+    return markdown_table(["key", "type, bounds", "default", "meaning"], rows(model, section))
 
 
-def rows(model: type[BaseModel], section: str) -> Iterator[str]:
+def rows(model: type[BaseModel], section: str) -> Iterator[list[str]]:
     """Of a section, and of those within it."""
     for name, field in model.model_fields.items():
         key = f"{section}.{name}" if section else name
         if not is_section(field):
             meaning = " ".join((field.description or "").split())
             cells = (f"`{key}`", kind(field), default(field), meaning + by_method(section, name))
-            yield "| " + " | ".join(cell.replace("|", "\\\\|") for cell in cells) + " |"
+            yield [cell.replace("|", "\\\\|") for cell in cells]
         elif section:
             yield from rows(field.annotation, key)  # type: ignore[arg-type]
 
@@ -113,14 +113,10 @@ def render() -> str:
     return HEAD + "".join(f"\n## {title}\n\n{rows}\n" for title, rows in sections())
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name} beside this file")
     if parser.parse_args().write:
         FILE.write_text(render())
     else:
         print(render(), end="")
-
-
-if __name__ == "__main__":
-    main()

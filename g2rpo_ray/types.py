@@ -5,21 +5,53 @@ its trunks; L latent tokens and D channels of a packed latent; S text tokens; H,
 Ray's object store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from g2rpo_ray.algo import Choice, Tree
+if TYPE_CHECKING:  # the processes that start actors, and the cheapest actors, need no torch
+    import torch
+
+    from g2rpo_ray.algo.completion import Choice
+    from g2rpo_ray.algo.tree import Tree
 
 FloatArray = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]
 Metadata = Mapping[str, Any]
-"""What rewards are told of a prompt beside its text, from the file that it stands in; empty for most."""
+"""Metadata of a prompt from its file, which rewards receive; empty for most prompts."""
+
+# A prompt is known everywhere by one string: its text, and after it the size and digest of each source picture, as in
+# "make it red [source 64x48 9f86d081884c7d659a2feaa0c55ad015]". Keys, noise and files need nothing else.
+SOURCES = re.compile(r" \[source((?: \d+x\d+ [0-9a-f]{32})+)\]\Z")
+
+
+def text_of(prompt: str) -> str:
+    """What a prompt says, without its sources."""
+    return SOURCES.sub("", prompt)
+
+
+def sources_of(prompt: str) -> str:
+    """The end of a prompt that stands for its source pictures; "" without any. Of another text it makes the prompt
+    with the same sources."""
+    found = SOURCES.search(prompt)
+    return found[0] if found else ""
+
+
+def sources_in(metadata: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The source pictures in what is known of a prompt. A field `source` that is no tuple is the user's own."""
+    found = metadata.get("source", ())
+    return found if isinstance(found, tuple) else ()
+
+
+def source_sizes(prompt: str) -> tuple[str, ...]:
+    """Width and height of each source, such as "64x48": prompts of equal sizes have tensors of equal shapes."""
+    found = SOURCES.search(prompt)
+    return tuple(found[1].split()[::2]) if found else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +62,22 @@ class StoredTensor:
     data: NDArray[Any]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> "StoredTensor":
+    def of(cls, tensor: "torch.Tensor") -> "StoredTensor":
+        import torch
+
         bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         return cls(str(tensor.dtype).removeprefix("torch."), bits.cpu().numpy())
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> "torch.Tensor":
+        import torch
+
         tensor = torch.from_numpy(np.array(self.data))  # a copy: Ray's arrays cannot be written to, and torch warns
         return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbedding:
-    """What the text encoders made of one prompt: tensors by the names of the pipeline's own arguments."""
+    """The text encoders' output for one prompt: tensors by the names of the pipeline's arguments."""
 
     prompt: str
     tensors: Mapping[str, StoredTensor]
@@ -56,7 +92,7 @@ class TrunkUnit:
     iteration: int
     slot: int  # place of the prompt in its iteration, 0..P-1
     prompt: str
-    choice: Choice | None = None  # in the place of `auto`; None: that of the start
+    choice: "Choice | None" = None  # in the place of `auto`; None: that of the start
 
     @property
     def name(self) -> str:
@@ -76,11 +112,14 @@ class BranchUnit:
     branch_step: int
     first_member: int
     members: int
-    choice: Choice | None = None
+    choice: "Choice | None" = None
+    exact: bool = False  # completed as all else, beside the same unit that is completed by `rollout.completions`
 
     @property
     def name(self) -> str:
-        return f"branch/{self.iteration}/{self.slot}/{self.branch_step}/{self.first_member}"
+        return (
+            f"{'exact' if self.exact else 'branch'}/{self.iteration}/{self.slot}/{self.branch_step}/{self.first_member}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +165,12 @@ class Place:
     node: str  # Ray's id
     address: str
     takes_groups: bool = False  # of a reward's server: it needs all images at once that credit compares
+    waits: tuple[float, int] = (0.0, 1)  # the same: seconds that a question takes at most, and how many at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What somebody did when, by the clock of the machine it was done on: a bar in the timeline."""
+    """A bar in the timeline: actor, work, start and duration, by the clock of its machine."""
 
     who: str
     address: str
@@ -142,7 +182,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """What the driver learns of a finished unit; small, where the tensors are not."""
+    """The report of a finished unit for the driver; it is small and has no tensors."""
 
     unit: str
     actor: str
@@ -153,6 +193,7 @@ class UnitReport:
     images: int
     seconds: float
     fetch_seconds: float  # before that, to fetch and verify new weights
+    digests: Mapping[str, str] = field(default_factory=dict)  # of its arrays: see runs/audit.py
 
     def spans(self) -> list[Span]:
         """The unit in the timeline."""
@@ -163,7 +204,7 @@ class UnitReport:
 
 @dataclass(frozen=True, slots=True)
 class WeightsManifest:
-    """What a receiver of LoRA weights must find: anything else and it refuses to work."""
+    """Version, number of tensors and checksum of published weights; a receiver refuses anything else."""
 
     version: int
     tensors: int
@@ -182,11 +223,12 @@ class PromptRollout:
     iteration: int
     slot: int
     prompt: str
-    tree: Tree
+    tree: "Tree"
     scores: FloatArray  # [R, Q] by the trained rewards, NaN where one is missing
     embedding: Any  # PromptEmbedding
     trunk: Any  # Trunk
     branches: tuple[Any, ...]  # of Branches
+    exact_scores: FloatArray | None = None  # [R, Q] of exact completions, of a prompt that was completed both ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +241,7 @@ class Rollout:
     weights_version: int
     seconds: float  # from the first unit to the last score
     sampling_seconds: float  # from the first unit to the last image
+    weights: str = ""  # checksum of the LoRA that sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,4 +252,18 @@ class Samples:
     scores: dict[str, FloatArray]  # [prompts, seeds] by reward, NaN where missing
     pictures: list[Images]  # [H, W, 3], the first seed of the first prompts: what a grid shows
     evaluations: int
-    traces: list[dict[str, float]] = field(default_factory=list)  # of each prompt's images: see record/panel.py
+    traces: list[dict[str, float]] = field(default_factory=list)  # of each prompt's images: see runs/hacking.py
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One adapter (version 0: the base) on one prompt at one number of steps."""
+
+    key: str  # digest of the adapter, of the prompt's metadata and of every setting that its scores depend on
+    version: int
+    unit: SampleUnit
+    shown: bool  # whether a picture of it goes into the grid
+
+    @property
+    def name(self) -> tuple[str, int | None, str]:
+        return self.key, self.unit.steps, self.unit.prompt

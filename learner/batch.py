@@ -1,22 +1,31 @@
-"""What the ranks of a learner share: how prompts are spread, what each optimizer step is made of, metrics that add up.
+"""The batch of an iteration over the ranks: how prompts are spread, the optimizer steps, and metrics that add up.
 
-Torch and numpy only: the driver uses this too, and neither DeepSpeed nor a model may be imported there. Shapes as in
+Numpy only: the driver uses this too, and neither torch nor DeepSpeed nor a model is imported there. Shapes as in
 `g2rpo_ray.types`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from g2rpo_ray.algo import batch_std, scored_edges
+from g2rpo_ray.algo.alignment import Alignment
+from g2rpo_ray.algo.credit import batch_std, scored_edges
 from g2rpo_ray.config import LearnerConfig
-from g2rpo_ray.types import Ints, PromptRollout
+from g2rpo_ray.rollout.plan import StepKey, in_order, state_places
+from g2rpo_ray.types import PromptRollout, source_sizes
 
-StepKey = tuple[int, int | None]
-"""Part of the iteration's prompts, and schedule index at which the edges start; None: at any."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = tuple["Tensor", dict[str, "Tensor"]]
+"""Contribution of a state to the loss and the metrics of an optimizer step."""
+T = TypeVar("T")
+Sizes = tuple[str, ...]
+"""Of the sources of a prompt: see `types.source_sizes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +34,26 @@ class StepShape:
 
     key: StepKey
     edges: int  # trained ones that have all their scores, once for each state that serves them: the denominator
-    states: int  # most that one rank has; the others evaluate as many, since each pass may be a collective
+    kinds: tuple[tuple[Sizes, int], ...]
+    """For sources of each sizes, the most states that one rank has; the others evaluate as many, since each pass may be
+    a collective. They meet in no pass with those of other sizes."""
+    fresh: bool = False  # the policy is still the one that sampled
+
+    @property
+    def states(self) -> int:
+        """States that each rank evaluates."""
+        return sum(count for _, count in self.kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What a rank must know of the whole batch, so that its part of the loss does not depend on where the rest is."""
+    """Numbers of the whole batch that each rank needs, so that the loss does not depend on how it is spread."""
 
     prompts: int
     steps: tuple[StepShape, ...]  # in order; a step without a scored edge is none
     batch_std: tuple[float, ...]  # [R]
-    on_policy: bool = True  # sampled with the weights that are updated: the ratio must begin at 1
+    on_policy: bool = True  # sampled with the weights that are updated
+    iteration: int = 0  # from 0
 
     @classmethod
     def of(
@@ -46,39 +64,27 @@ class BatchShape:
         prompts = max((rollout.slot for shard in shards for rollout in shard), default=0) + 1
         edges: dict[StepKey, int] = {}
         for rollout in real.values():
-            scored = scored_edges(rollout.tree, torch.tensor(rollout.scores)).numpy() & rollout.tree.trained
-            for key, _, served, _ in state_places(rollout, prompts, learner):
+            scored = scored_edges(rollout.tree, rollout.scores) & rollout.tree.trained
+            for key, _, served, _ in state_places(rollout.tree, rollout.slot, prompts, learner):
                 edges[key] = edges.get(key, 0) + int(scored[served].sum())
-        counts: list[dict[StepKey, int]] = []
+        counts: list[dict[tuple[StepKey, Sizes], int]] = []
         for shard in shards:
             counts.append({})
             for rollout in shard:
-                for key, *_ in state_places(rollout, prompts, learner):
-                    counts[-1][key] = counts[-1].get(key, 0) + 1
+                sizes = source_sizes(rollout.prompt)
+                for key, *_ in state_places(rollout.tree, rollout.slot, prompts, learner):
+                    counts[-1][key, sizes] = counts[-1].get((key, sizes), 0) + 1
+        keys = sorted((key for key, number in edges.items() if number), key=in_order)
+        kinds = sorted({source_sizes(rollout.prompt) for shard in shards for rollout in shard})
+        most = {key: [(sizes, max(count.get((key, sizes), 0) for count in counts)) for sizes in kinds] for key in keys}
         steps = tuple(
-            StepShape(key, number, max(count.get(key, 0) for count in counts))
-            for key, number in sorted(edges.items(), key=lambda item: (item[0][0], item[0][1] or 0))
-            if number
+            StepShape(key, edges[key], tuple(kind for kind in most[key] if kind[1]), on_policy and not place)
+            for place, key in enumerate(keys)
         )
         ordered = [real[slot] for slot in sorted(real)]
-        scores = [torch.tensor(rollout.scores) for rollout in ordered]
-        std = batch_std([rollout.tree for rollout in ordered], scores).tolist() if ordered else []
-        return cls(prompts, steps, tuple(std), on_policy)
-
-
-def state_places(
-    rollout: PromptRollout, prompts: int, learner: LearnerConfig
-) -> Iterator[tuple[StepKey, int, Ints, int]]:
-    """The states of a prompt: the optimizer step of each, its node, the trained edges that it serves, its draw.
-
-    The forward process has `draws` of each image, which serve the last edge before it.
-    """
-    tree, part = rollout.tree, rollout.slot * learner.updates_per_rollout // prompts
-    for node in (tree.trained_images if learner.forward else tree.states).tolist():
-        served = tree.last_edge[[node]] if learner.forward else np.flatnonzero((tree.source == node) & tree.trained)
-        start = int(tree.start[served[0]]) if learner.schedule == "per_step" else None
-        for draw in range(learner.draws if learner.forward else 1):
-            yield (part, start), node, served, draw
+        trees, scores = [rollout.tree for rollout in ordered], [rollout.scores for rollout in ordered]
+        std = batch_std(trees, scores).tolist() if ordered else []
+        return cls(prompts, steps, tuple(std), on_policy, shards[0][0].iteration)
 
 
 def spread(rollouts: Sequence[PromptRollout], ranks: int) -> list[list[PromptRollout]]:
@@ -93,6 +99,12 @@ class RankMetrics:
 
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
+    mismatch: dict[str, list[float]] = field(default_factory=dict)
+    """What the rollout computed against what the learner does: `velocity`, relative errors at states; `log_prob`,
+    absolute differences at edges; `lost_edges`, 1 where an edge would have had no gradient from the start."""
+
+    alignment: Alignment | None = None
+    """What probes tell, in an iteration that probed; the same on every rank."""
 
     def add(self, name: str, value: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
@@ -100,14 +112,34 @@ class RankMetrics:
     def largest(self, name: str, value: float) -> None:
         self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
-    def add_advantages(self, values: torch.Tensor, flat_groups: int) -> None:
-        """Count the advantages of scored edges, and the comparison groups without spread."""
-        values = values.double()
+    def observe(self, mismatch: Mapping[str, "Tensor"]) -> None:
+        for name, values in mismatch.items():
+            self.mismatch.setdefault(name, []).extend(values.double().flatten().tolist())
+
+    @property
+    def velocity_error(self) -> float:
+        """The largest that was observed, infinite if it is no number; 0 where nothing was."""
+        return max(
+            (math.inf if math.isnan(error) else error for error in self.mismatch.get("velocity", ())), default=0.0
+        )
+
+    def add_advantages(self, values: NDArray[Any], flat_groups: int, groups: int) -> None:
+        """Count the advantages of scored edges, and the comparison groups, of which some are without spread."""
+        values = values.astype(np.float64)
         self.add("advantage/zero_std_groups", flat_groups)
-        self.add("edges", values.numel())
+        self.add("groups", groups)
+        self.add("edges", len(values))
         self.add("advantage", float(values.sum()))
-        self.add("advantage_squared", float(values.square().sum()))
-        self.largest("advantage/abs_max", float(values.abs().max()) if values.numel() else 0.0)
+        self.add("advantage_squared", float((values**2).sum()))
+        self.largest("advantage/abs_max", float(np.abs(values).max(initial=0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an iteration's update tells."""
+
+    metrics: dict[str, float]
+    alignment: Alignment | None = None
 
 
 def reduce_metrics(ranks: Sequence[RankMetrics]) -> dict[str, float]:
@@ -118,12 +150,55 @@ def reduce_metrics(ranks: Sequence[RankMetrics]) -> dict[str, float]:
             sums.add(name, value)
         for name, value in rank.maxima.items():
             maxima.largest(name, value)
+        for name, values in rank.mismatch.items():
+            sums.mismatch.setdefault(name, []).extend(values)
     edges = sums.sums.pop("edges")
+    flat = sums.sums["advantage/zero_std_groups"] / max(sums.sums.pop("groups"), 1)
+    eps_share = sums.sums.pop("eps_below") / max(sums.sums.pop("eps_of"), 1)
     mean = sums.sums.pop("advantage") / edges
     variance = sums.sums.pop("advantage_squared") / edges - mean**2
     return {
         **sums.sums,
         **maxima.maxima,
+        **_mismatch(sums),
+        "watch/flat_groups": flat,
+        "learner/eps_share": eps_share,
         "advantage/mean": mean,
         "advantage/std": math.sqrt(max(variance, 0.0)),
     }
+
+
+def _mismatch(all_ranks: RankMetrics) -> dict[str, float]:
+    found, metrics = all_ranks.mismatch, {}
+    if found.get("velocity"):
+        metrics["mismatch/velocity"] = all_ranks.velocity_error
+    if log_probs := found.get("log_prob"):
+        metrics["mismatch/log_prob_mean"] = float(np.mean(log_probs))
+        metrics["mismatch/log_prob_p99"] = float(np.quantile(log_probs, 0.99))
+        metrics["mismatch/lost_edges"] = float(np.mean(found["lost_edges"]))
+    return metrics
+
+
+def padded(states: Sequence[T], spare: Sequence[T], step: StepShape, prompt: Callable[[T], str]) -> list[T]:
+    """As many states as the step says, those of equal sizes of sources together; `spare`, which count in no loss, in
+    the place of those that the rank lacks."""
+    found: list[T] = []
+    for sizes, count in step.kinds:
+        own = [state for state in states if source_sizes(prompt(state)) == sizes]
+        filling = next((state for state in spare if source_sizes(prompt(state)) == sizes), spare[0])
+        found += own + [filling] * (count - len(own))
+    return found
+
+
+def micro_batches(states: Sequence[T], size: int, step: StepShape | None = None) -> Iterator[Sequence[T]]:
+    """The states of one forward and backward pass after another; of a step those of equal sizes of sources."""
+    first = 0
+    for count in [len(states)] if step is None else [count for _, count in step.kinds]:
+        for start in range(first, first + count, size):
+            yield states[start : min(start + size, first + count)]
+        first += count
+
+
+def relative_error(found: "Tensor", expected: "Tensor") -> "Tensor":
+    """|found − expected| / |expected| of each row, [N]."""
+    return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

@@ -18,7 +18,7 @@ Lora = Callable[[], LoraState]
 """Copies the LoRA; a collective of all ranks, and so asked for by all or none."""
 
 AVERAGE, EMA, BEHAVIOUR = KINDS = ("average", "ema", "behaviour")
-"""What a checkpoint may have: the averages, and the version before the newest."""
+"""Kinds of copies in a checkpoint: the averages, and the version before the newest."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Copies:
     """`average` moves toward the policy after each update (`old_decay`), `ema` after each optimizer step (`ema`)."""
 
     learner: LearnerConfig
-    keeps: bool  # versions
+    keeps: bool  # versions: to sample with again, or to evaluate what sampled
     averages: dict[str, LoraState]
     versions: dict[int, LoraState]  # the newest that was published, and the one before
     old: dict[str, Tensor] | None = None
@@ -43,10 +43,10 @@ class Copies:
         wanted = {AVERAGE: learner.old_decay, EMA: learner.ema}
         averages = {kind: saved.get(kind) or lora() for kind, given in wanted.items() if given is not None}
         versions = {} if version is None else {version: saved[BEHAVIOUR]}
-        return cls(learner, rank == 0 or learner.forward, averages, versions)
+        return cls(learner, rank == 0 or learner.forward or learner.evaluates_old, averages, versions)
 
     def publish(self, version: int, lora: Lora) -> LoraState:
-        """What samples from now on: the LoRA, or the average where that is who samples."""
+        """The policy that samples from now on: the LoRA, or its average if that one samples."""
         state = self.averages[AVERAGE] if self.learner.average_samples else lora()
         if self.keeps:
             self.versions = {**{v: s for v, s in self.versions.items() if v == version - 1}, version: state}
@@ -54,6 +54,8 @@ class Copies:
 
     def begin(self, lora: Lora, on_policy: bool) -> None:
         """Before an update with rollouts by the newest version, or, if not `on_policy`, by the one before it."""
+        if self.learner.evaluates_old and not on_policy:
+            self.old = self._on_device(self.versions[min(self.versions)])
         if not self.learner.forward:
             return
         averaged = self.learner.average_samples

@@ -9,23 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import (
-    AWM,
-    awm_log_probs,
-    nft_losses,
-    noise_levels,
-    policy_loss,
-    renoised,
-    stratified,
-    velocity_shift,
-)
+from g2rpo_ray.algo.forward import AWM, awm_log_probs, nft_losses, noise_levels, renoised, stratified, velocity_shift
+from g2rpo_ray.algo.objectives import policy_loss
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FlowModel, lora_disabled, lora_replaced
+from g2rpo_ray.learner.agreement import Agreement
+from g2rpo_ray.learner.batch import BatchShape, Part, RankMetrics, StepShape
+from g2rpo_ray.learner.copies import Copies
+from g2rpo_ray.models import FlowModel, lora_disabled, lora_replaced, negatives
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import image_key
+from g2rpo_ray.rollout.plan import StepKey, image_key, state_places
 from g2rpo_ray.types import FloatArray, PromptRollout
-from learner.batch import StepKey, StepShape, state_places
-from learner.copies import Copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +46,36 @@ def image_states(
     name = ("level", config.seed, rollout.iteration, rollout.slot, rollout.prompt)
     images = rollout.tree.trained_images.tolist()
     places = stratified(len(images), [generator(*name, draw) for draw in range(config.learner.draws)])
-    for key, node, edges, draw in state_places(rollout, prompts, config.learner):
+    for key, node, edges, draw in state_places(rollout.tree, rollout.slot, prompts, config.learner):
         place = float(places[draw, images.index(node)])
         yield key, ImageState(rollout, node, draw, latents[node], place, advantage[edges], scored[edges])
 
 
 class ForwardLoss:
-    """What draws of images add to an optimizer step's loss."""
+    """The loss of draws of images, for an optimizer step."""
 
     def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
         """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
         self._config, self._learner, self._copies = config, config.learner, copies
         self._model, self._transformer, self._sigmas = model, transformer, sigmas
+        self._agreement = Agreement(config, model, transformer, sigmas, copies)
 
-    def __call__(self, states: Sequence[ImageState], step: StepShape) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def prepare(
+        self, states: Mapping[StepKey, list[ImageState]], batch: BatchShape, metrics: RankMetrics
+    ) -> Mapping[StepKey, list[ImageState]]:
+        """The states as they are; `metrics` takes the errors of one velocity a prompt."""
+        prompts = {state.rollout.slot: state.rollout for some in states.values() for state in some}
+        self._agreement.observe_velocities(list(prompts.values()), batch.prompts, metrics)
+        return states
+
+    def _velocity(self, rollouts: Sequence[PromptRollout], x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+        """The velocity [N, ...] at x [N, ...] and t [N] for the prompts of N rollouts."""
+        embeddings = [rollout.embedding for rollout in rollouts]
+        negative = negatives(embeddings) if self._config.sampler.guidance else None
+        conditioning = self._model.condition(embeddings, negative)
+        return lambda: self._model.velocity(x, t, conditioning)
+
+    def __call__(self, states: Sequence[ImageState], step: StepShape, metrics: RankMetrics) -> list[Part]:
         """(part of the loss, metrics) of each state, over the step's denominator."""
         device = self._learner.device
         x0 = torch.stack([torch.tensor(state.latent) for state in states]).to(device)
@@ -74,13 +83,7 @@ class ForwardLoss:
         places = torch.tensor([state.place for state in states], dtype=torch.float64)
         t = noise_levels(self._learner.times, places, self._sigmas, self._config.sampler.untrained).to(device)
         x = renoised(x0, noise, t)
-        embeddings = [state.rollout.embedding for state in states]
-        negative = embeddings[0].negative if self._config.sampler.guidance else None
-        conditioning = self._model.condition(embeddings, negative)
-
-        def velocity() -> Tensor:
-            return self._model.velocity(x, t, conditioning)
-
+        velocity = self._velocity([state.rollout for state in states], x, t)
         base, old, average = self._others(velocity)
         v = velocity()
         old = v.detach() if old is None else old
@@ -114,7 +117,7 @@ class ForwardLoss:
     def _objective(
         self, x0: Tensor, x: Tensor, noise: Tensor, t: Tensor, v: Tensor, old: Tensor, advantage: Tensor, valid: Tensor,
         total: int,
-    ) -> list[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
+    ) -> list[Part]:  # fmt: skip
         """(part of the loss, metrics) of each state by the objective alone."""
         learner = self._learner
         if learner.objective == "nft":

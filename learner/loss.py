@@ -5,6 +5,7 @@ a state x ─► one velocity ─► log-probs of all its edges ─► objective
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,27 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import (
-    NEEDS_DRIFT,
-    Tree,
-    edge_advantages,
-    edge_losses,
-    edge_values,
-    groups,
-    mean_shift,
-    policy_loss,
-    scored_edges,
-    step_between,
-    transition,
-    without_spread,
-)
+from g2rpo_ray.algo.credit import edge_advantages, edge_values, scored_edges, without_spread
+from g2rpo_ray.algo.growth import Velocity
+from g2rpo_ray.algo.kernels import Transition, step_between, transition
+from g2rpo_ray.algo.objectives import cut_off, edge_losses, edge_ratios, mean_shift, needs_drift, policy_loss
+from g2rpo_ray.algo.tree import Tree, groups
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FlowModel, lora_disabled
+from g2rpo_ray.learner.batch import BatchShape, Part, RankMetrics, StepShape, micro_batches, padded, relative_error
+from g2rpo_ray.learner.copies import Copies
+from g2rpo_ray.learner.forward import image_states
+from g2rpo_ray.models import FlowModel, lora_disabled, lora_replaced, negatives
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import edge_key
+from g2rpo_ray.rollout.plan import StepKey, edge_key, state_places
 from g2rpo_ray.types import FloatArray, Ints, PromptRollout
-from learner.batch import BatchShape, RankMetrics, StepKey, StepShape, state_places
-from learner.forward import image_states
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """The edges of a state under the policy that sampled."""
+
+    log_prob: Tensor  # [e]
+    std: float  # of the step
+    mean: Tensor | None  # of the step, [1 or e, L, D], where the objective needs the drift
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,16 @@ class State:
 
     rollout: PromptRollout
     latent: FloatArray  # [L, D]
+    velocity: FloatArray | None  # [L, D], the rollout's, where it is kept: at branch points
     start: int  # schedule indices
     end: int
     edges: Ints  # [e]
     next_latents: FloatArray  # [e, L, D]
-    old_log_prob: FloatArray  # [e]
+    log_prob: FloatArray  # [e], the rollout's
     advantage: Tensor  # [e]
     valid: Tensor  # [e] bool
+    old: Old | None = None
+    """The learner's, evaluated before the first optimizer step for those after it."""
 
 
 def states_of(
@@ -60,13 +65,23 @@ def states_of(
     found: dict[StepKey, list[Any]] = {step.key: [] for step in batch.steps}
     spare: list[Any] = []
     for rollout in shard:
-        credit = _credit(config, rollout, batch, metrics)
+        credit, latents = _credit(config, rollout, batch, metrics), _latents(rollout)
+        if np.isfinite(rollout.scores).any():  # else it is a copy, for a rank that has no prompt
+            metrics.add("watch/duplicate_children", _duplicates(rollout.tree, latents))
         made = image_states if config.learner.forward else _edge_states
-        for key, state in made(config, rollout, batch.prompts, _latents(rollout), *credit):
+        for key, state in made(config, rollout, batch.prompts, latents, *credit):
             spare.append(replace(state, valid=torch.zeros_like(state.valid)))
             if key in found:
                 found[key].append(state)
-    return {step.key: found[step.key] + spare[:1] * (step.states - len(found[step.key])) for step in batch.steps}
+    return {step.key: padded(found[step.key], spare, step, lambda state: state.rollout.prompt) for step in batch.steps}
+
+
+def all_states(rollout: PromptRollout) -> Iterator[State]:
+    """The states of a probe: of all of its stochastic edges, trained or not. Without credit."""
+    nothing = torch.zeros(len(rollout.tree.source))
+    made = _maker(rollout, _latents(rollout), nothing, nothing)
+    for node in np.unique(rollout.tree.source).tolist():
+        yield made(node, np.flatnonzero(rollout.tree.source == node))
 
 
 def _edge_states(
@@ -78,48 +93,58 @@ def _edge_states(
     scored: Tensor,
 ) -> Iterator[tuple[StepKey, State]]:
     """The states of a prompt, each with its optimizer step."""
+    made = _maker(rollout, latents, advantage, scored)
+    for key, node, edges, _ in state_places(rollout.tree, rollout.slot, prompts, config.learner):
+        yield key, made(node, edges)
+
+
+def _maker(
+    rollout: PromptRollout, latents: Mapping[int, FloatArray], advantage: Tensor, scored: Tensor
+) -> Callable[[int, Ints], State]:
+    """From a node and the edges that it serves to its state."""
     tree, log_prob = rollout.tree, _log_probs(rollout)
-    for key, node, edges, _ in state_places(rollout, prompts, config.learner):
-        yield (
-            key,
-            State(
-                rollout=rollout,
-                latent=latents[node],
-                start=int(tree.index[node]),
-                end=int(tree.end[edges[0]]),
-                edges=edges,
-                next_latents=np.stack([latents[target] for target in tree.target[edges]]),
-                old_log_prob=log_prob[edges],
-                advantage=advantage[edges],
-                valid=scored[edges],
-            ),
+    velocities = dict(zip(tree.branch_points.tolist(), rollout.trunk.velocities, strict=True))
+
+    def made(node: int, edges: Ints) -> State:
+        return State(
+            rollout=rollout,
+            latent=latents[node],
+            velocity=velocities.get(node),
+            start=int(tree.index[node]),
+            end=int(tree.end[edges[0]]),
+            edges=edges,
+            next_latents=np.stack([latents[target] for target in tree.target[edges]]),
+            log_prob=log_prob[edges],
+            advantage=advantage[edges],
+            valid=scored[edges],
         )
+
+    return made
 
 
 def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: RankMetrics) -> tuple[Tensor, Tensor]:
     """Advantages [E] of a prompt, and which of its trained edges are in the loss."""
-    credit, tree, scores = config.credit, rollout.tree, torch.tensor(rollout.scores)
-    trained = torch.tensor(tree.trained)
-    scored = scored_edges(tree, scores) & trained
+    credit, tree, scores = config.credit, rollout.tree, rollout.scores
+    assert len(scores) == len(config.credit_weights)  # those of with_credit_scores
+    scored = scored_edges(tree, scores) & tree.trained
     advantage = edge_advantages(
         tree,
         scores,
         group=credit.group,
         spread=credit.spread,
         batch_std=batch.batch_std or None,
-        reward_weights=[reward.weight for reward in config.rewards.values()],
+        reward_weights=config.credit_weights,
         granularity_weights=_granularity_weights(config, tree),
         clip=credit.clip,
+        least_spread=credit.least_spread,
     )
-    values = edge_values(tree, scores)
-    number = torch.tensor(groups(tree, credit.group))
-    compared = [group for group in number.unique() if trained[number == group].any()]
-    some = torch.stack([values[..., number == group].isfinite().any(-1) for group in compared], -1)
-    flat = (
-        without_spread(tree, values, credit.group)[..., compared] & some
-    )  # one without any score is missing, not flat
-    metrics.add_advantages(advantage[scored], int(flat.sum()))
-    return advantage, scored
+    values, number = edge_values(tree, scores), groups(tree, credit.group)
+    compared = np.unique(number[tree.trained])
+    some = np.stack([np.isfinite(values[..., number == group]).any(-1) for group in compared], -1)
+    flat = without_spread(tree, values, credit.group, credit.least_spread)[..., compared]
+    flat &= some  # without any score it is missing, not flat
+    metrics.add_advantages(advantage[scored], int(flat.sum()), int(some.sum()))
+    return torch.tensor(advantage), torch.tensor(scored)
 
 
 def _granularity_weights(config: Config, tree: Tree) -> Sequence[float] | None:
@@ -136,6 +161,13 @@ def _latents(rollout: PromptRollout) -> dict[int, FloatArray]:
     return points | {node: latent for part in below for node, latent in part}
 
 
+def _duplicates(tree: Tree, latents: Mapping[int, FloatArray]) -> int:
+    """Nodes after the branch points whose latent is that of another one."""
+    points = set(tree.branch_points.tolist())
+    made = [latent.flat[:64].tobytes() for node, latent in latents.items() if node not in points]  # enough to tell
+    return len(made) - len(set(made))
+
+
 def _log_probs(rollout: PromptRollout) -> FloatArray:
     """[E], under the policy that sampled."""
     log_prob = np.full(len(rollout.tree.source), np.nan, np.float32)
@@ -145,91 +177,169 @@ def _log_probs(rollout: PromptRollout) -> FloatArray:
 
 
 class EdgeLoss:
-    """What states add to an optimizer step's loss: one velocity a state, whatever the number of its edges."""
+    """The loss of states, for an optimizer step: one velocity for each state, whatever the number of its edges."""
 
-    def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, device: str):
+    def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
         """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
         self._config, self._learner, self._sampler = config, config.learner, config.sampler
-        self._model, self._transformer, self._sigmas, self._device = model, transformer, sigmas, device
+        self._model, self._transformer, self._sigmas, self._copies = model, transformer, sigmas, copies
 
-    def __call__(self, states: Sequence[State], step: StepShape) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    @torch.no_grad()
+    def prepare(
+        self, states: Mapping[StepKey, list[State]], batch: BatchShape, metrics: RankMetrics
+    ) -> Mapping[StepKey, list[State]]:
+        """The states with what the policy that sampled makes of them, where the updated one will be another.
+
+        In the micro-batches of the update, so that both round alike. `metrics` takes what the rollout had otherwise.
+        """
+        if not self._learner.evaluates_old:
+            return states
+        policy = lora_replaced(self._transformer, self._copies.old) if self._copies.old else nullcontext()
+        with policy:
+            return {step.key: self._with_old(states[step.key], step, metrics) for step in batch.steps}
+
+    def _with_old(self, states: list[State], step: StepShape, metrics: RankMetrics) -> list[State]:
+        if step.fresh:
+            return states
+        found = []
+        for some in micro_batches(states, self._learner.micro_batch, step):
+            x, sigma, velocity = self._inputs(some)
+            for at, (state, v) in enumerate(zip(some, velocity(x, sigma).split(1), strict=True)):
+                old = self._rescored(state, x[at, None], v)
+                metrics.observe(self._mismatch(state, v, old))
+                kept = None if old.mean is None else old.mean.cpu()
+                found.append(replace(state, old=Old(old.log_prob.cpu(), old.std, kept)))
+        return found
+
+    def __call__(self, states: Sequence[State], step: StepShape, metrics: RankMetrics) -> list[Part]:
         """(part of the loss, metrics) of each state, over the step's denominator."""
-        x = torch.stack([torch.tensor(state.latent) for state in states]).to(self._device)
-        sigma = self._sigmas[[state.start for state in states]].to(self._device)
-        embeddings = [state.rollout.embedding for state in states]
-        negative = embeddings[0].negative if self._sampler.guidance else None
-        conditioning = self._model.condition(embeddings, negative)
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            return self._model.velocity(x, sigma, conditioning)
-
+        x, sigma, velocity = self._inputs(states)
         reference: Sequence[Tensor | None] = [None] * len(states)
         if self._learner.kl_beta > 0:
             with torch.no_grad(), lora_disabled(self._transformer):
                 reference = velocity(x, sigma).split(1)
         v = velocity(x, sigma)
         subpaths = [self._subpath(velocity, states, x, v, parts) for parts in self._learner.subpaths]
-        return [
-            self._state_loss(
-                state, x[at, None], v[at, None], reference[at], [path[at] for path in subpaths], step.edges
-            )
-            for at, state in enumerate(states)
-        ]
+        parts = []
+        for at, state in enumerate(states):
+            own = self._rescored(state, x[at, None], v[at, None].detach())
+            if step.fresh:
+                metrics.observe(self._mismatch(state, v[at, None].detach(), own))
+            old = state.old or own
+            if self._learner.old_log_prob == "rollout":
+                old = self._sampled(state, own.std)
+            along = [path[at] for path in subpaths]
+            parts.append(self._state_loss(state, old, x[at, None], v[at, None], reference[at], along, step.edges))
+        return parts
+
+    def log_probs(self, state: State) -> Tensor:
+        """[e], of the edges of a state, with gradient."""
+        x, sigma, velocity = self._inputs([state])
+        log_prob = self._step(state, x, velocity(x, sigma)).log_prob
+        assert log_prob is not None
+        return log_prob
+
+    def _inputs(self, states: Sequence[State]) -> tuple[Tensor, Tensor, Velocity]:
+        """x [n, L, D] and σ [n] of the states, and the velocity for their prompts."""
+        x = self._on_device(np.stack([state.latent for state in states]))
+        sigma = self._sigmas[[state.start for state in states]].to(x)
+        embeddings = [state.rollout.embedding for state in states]
+        negative = negatives(embeddings) if self._sampler.guidance else None
+        conditioning = self._model.condition(embeddings, negative)
+        return x, sigma, lambda x, sigma: self._model.velocity(x, sigma, conditioning)
+
+    def _on_device(self, array: FloatArray) -> Tensor:
+        return torch.tensor(array, device=self._learner.device)
+
+    def _step(self, state: State, x: Tensor, velocity: Tensor) -> Transition:
+        """The step of the state's edges from x [1, L, D] by a velocity [1, L, D] there, rescored."""
+        next_x, sampler = self._on_device(state.next_latents), self._sampler
+        step = transition(
+            sampler.kernel, x, velocity, self._sigmas, state.start, sampler.eta, next_index=state.end, next_x=next_x
+        )
+        assert step.log_prob is not None  # eta > 0, and no trained step without noise: the configuration sees to it
+        return step
+
+    def _rescored(self, state: State, x: Tensor, velocity: Tensor) -> Old:
+        step = self._step(state, x, velocity)
+        assert step.log_prob is not None
+        return Old(step.log_prob, step.std, step.mean if needs_drift(self._learner.objective) else None)
+
+    def _sampled(self, state: State, std: float) -> Old:
+        """As the rollout computed it; the edges' own noise, which its key gives again, tells the mean."""
+        log_prob = self._on_device(state.log_prob)
+        if not needs_drift(self._learner.objective):
+            return Old(log_prob, std, None)
+        keys = [edge_key(self._config, state.rollout, state.rollout.tree, int(edge)) for edge in state.edges]
+        noise = torch.stack([self._model.initial_noise(generator(*key)) for key in keys]).to(log_prob)
+        return Old(log_prob, std, self._on_device(state.next_latents) - std * noise)
+
+    def _mismatch(self, state: State, velocity: Tensor, old: Old) -> dict[str, Tensor]:
+        """What the rollout computed of a state, against the learner with the same policy: see docs/exactness.md."""
+        found: dict[str, Tensor] = {}
+        if state.velocity is not None:
+            found["velocity"] = relative_error(velocity, self._on_device(state.velocity)[None])
+        sampled, valid = self._sampled(state, old.std), state.valid.to(velocity.device)
+        std, objective = torch.full_like(old.log_prob, old.std), self._learner.objective
+        drift = None if old.mean is None or sampled.mean is None else mean_shift(old.mean, sampled.mean, old.std)
+        ratio = edge_ratios(objective, old.log_prob, sampled.log_prob, std=std, drift=drift)
+        advantage, clip = state.advantage.to(ratio), self._learner.clip_range
+        lost = cut_off(objective, ratio, advantage, clip_range=clip, drift=drift)
+        return found | {"log_prob": (old.log_prob - sampled.log_prob).abs()[valid], "lost_edges": lost[valid]}
 
     def _state_loss(
         self,
         state: State,
+        old: Old,
         x: Tensor,
         velocity: Tensor,
         reference: Tensor | None,
         subpaths: Sequence[tuple[Tensor, Tensor, float]],
         denominator: int,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Part:
         """Loss of the edges that start at x [1, L, D], by its velocity [1, L, D]; metrics over the denominator."""
-        next_x = torch.tensor(state.next_latents, device=self._device)
-        advantage, valid = state.advantage.to(self._device), state.valid.to(self._device)
-        kernel, eta, sigmas = self._sampler.kernel, self._sampler.eta, self._sigmas
-        new = transition(kernel, x, velocity, sigmas, state.start, eta, next_index=state.end, next_x=next_x)
-        assert new.log_prob is not None  # eta > 0, and no trained step without noise: the configuration sees to it
+        new, learner = self._step(state, x, velocity), self._learner
+        assert new.log_prob is not None
+        advantage, valid = state.advantage.to(x), state.valid.to(x.device)
         std = torch.full_like(new.log_prob, new.std)
-        weight = None if self._learner.edge_weight is None else self._learner.edge_weight * std
+        weight = None if learner.edge_weight is None else learner.edge_weight * std
         loss, metrics = policy_loss(
-            self._learner.objective,
+            learner.objective,
             new.log_prob,
-            torch.tensor(state.old_log_prob, device=self._device),
+            old.log_prob.to(x),
             advantage,
-            clip_range=self._learner.clip_range,
+            clip_range=learner.clip_range,
             valid=valid,
             denominator=denominator,
             weight=weight,
             std=std,
-            drift=self._drift(state, new.mean, next_x, new.std) if self._learner.objective in NEEDS_DRIFT else None,
-            delta=torch.full_like(std, float(sigmas[state.end] - sigmas[state.start])),
+            drift=None if old.mean is None else mean_shift(new.mean, old.mean.to(x), new.std).expand_as(std),
+            delta=torch.full_like(std, float(self._sigmas[state.end] - self._sigmas[state.start])),
         )
-        for start, v, sigma in subpaths:
-            end, first = float(sigmas[state.end]), float(sigmas[1])
-            path = step_between(kernel, start[None], v[None], sigma, end, eta, first=first, next_x=next_x)
-            assert path.log_prob is not None
-            losses = edge_losses("reinforce", path.log_prob, path.log_prob, advantage, clip_range=0.0)
+        for along in subpaths:
+            losses = self._along(state, along, advantage)
             losses = losses if weight is None else weight * losses
             loss = loss + torch.where(valid, losses, 0).sum() / denominator / len(subpaths)
         metrics["kl"] = torch.zeros_like(loss)
         if reference is not None:
-            base = transition(kernel, x, reference, sigmas, state.start, eta, next_index=state.end, next_x=next_x)
+            base = self._step(state, x, reference)
             kl = mean_shift(new.mean, base.mean, new.std)[0] * valid.sum() / denominator
-            loss = loss + self._learner.kl_beta * kl
+            loss = loss + learner.kl_beta * kl
             metrics["kl"] = kl.detach()
         metrics["loss"] = loss.detach()
         return loss, metrics
 
-    def _drift(self, state: State, mean: Tensor, next_x: Tensor, std: float) -> Tensor:
-        """[e]: mean (μ − μ_old)² / (2 std²); the edge's own noise, which its key gives again, tells μ_old."""
-        keys = [edge_key(self._config, state.rollout, state.rollout.tree, int(edge)) for edge in state.edges]
-        noise = torch.stack([self._model.initial_noise(generator(*key)) for key in keys]).to(self._device)
-        return mean_shift(mean, next_x - std * noise, std)
+    def _along(self, state: State, subpath: tuple[Tensor, Tensor, float], advantage: Tensor) -> Tensor:
+        """[e] losses of the edges from the last state of a subpath on."""
+        x, v, sigma = subpath
+        end, first = float(self._sigmas[state.end]), float(self._sigmas[1])
+        next_x, sampler = self._on_device(state.next_latents), self._sampler
+        path = step_between(sampler.kernel, x[None], v[None], sigma, end, sampler.eta, first=first, next_x=next_x)
+        assert path.log_prob is not None
+        return edge_losses("reinforce", path.log_prob, path.log_prob, advantage, clip_range=0.0)
 
     def _subpath(
-        self, velocity: Callable[[Tensor, Tensor], Tensor], states: Sequence[State], x: Tensor, v: Tensor, parts: int
+        self, velocity: Velocity, states: Sequence[State], x: Tensor, v: Tensor, parts: int
     ) -> list[tuple[Tensor, Tensor, float]]:
         """(x [L, D], velocity [L, D], sigma) of each state after all but the last of `parts` substeps by ODE.
 

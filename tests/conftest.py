@@ -11,14 +11,23 @@ import torch
 from hypothesis import HealthCheck, settings
 from pyarrow import fs
 
-from tests.runs import PREFERENCE, free_port, kill_all, listens, run, wait_for
+from tests.support import preloaded
+from tests.support.runs import PREFERENCE, free_port, kill_all, listens, run, wait_for
+
+TESTS = Path(__file__).parent
 
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # how long an example takes says how busy the cores are
 
 
 def pytest_configure():
-    """Processes that run tests side by side must not find each other's clusters, as `ray` does by RAY_TMPDIR."""
+    """What processes that tests start inherit: one thread each, their share of the cores, a folder for Ray's clusters.
+
+    Tiny tensors are slower on two threads, by far where the cores are busy. Processes that run tests side by side must
+    not find each other's clusters, as `ray` does by RAY_TMPDIR.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else tests beside them, which are at 0, starve actors
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp()) / worker  # short: Ray's sockets are in it
         folder.mkdir()
@@ -26,25 +35,49 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start Ray come first: of two workers none is left alone with minutes of them at the end."""
+    """A test has its folder's marker. Files that start Ray or are slow come first.
 
-    def counts(item):
-        return bool(item.get_closest_marker("cluster")) and not item.get_closest_marker("slow")
-
-    clusters = Counter(item.path for item in items if counts(item))
+    So no worker is left alone with minutes of them at the end.
+    """
+    for item in items:
+        if (level := item.path.relative_to(TESTS).parts[0]) in ("cluster", "slow"):
+            item.add_marker(level)
+    long = ("cluster", "slow")
+    clusters = Counter(item.path for item in items if any(map(item.get_closest_marker, long)))
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (-clusters[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors are slower on two threads, by far where the cores are busy."""
+    """In this process, too, which had loaded torch before."""
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def workers_are_preloaded(request):
+    """Of Ray, for a file that starts it."""
+    if not any(item.path == request.path and item.get_closest_marker("cluster") for item in request.session.items):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in preloaded.environment(request.getfixturevalue("preloading")).items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="session")
+def preloading():
+    with preloaded.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium; CI installs it, elsewhere tests in a browser may be skipped."""
+    """Debian's Chromium; CI installs it, elsewhere tests in a browser may be skipped.
+
+    Of one file: while playwright is there, its event loop runs, and no test of this process can run its own.
+    """
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium here: apt-get install chromium")
@@ -68,8 +101,8 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone():
-    """Small runs in one process without Ray; see tests/alone.py."""
-    from tests.alone import one_process  # loads diffusers, which few tests need
+    """Small runs in one process without Ray; see tests/support/alone.py."""
+    from tests.support.alone import one_process  # loads diffusers, which few tests need
 
     with one_process() as run_alone:
         yield run_alone

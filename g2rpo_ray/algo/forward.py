@@ -16,7 +16,6 @@ from torch import Tensor
 
 WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
 AWM = {"awm": "uniform", **{f"awm_{weighting}": weighting for weighting in WEIGHTINGS[1:]}}
-FORWARD = ("nft", *AWM)
 """The objectives here, by name; `awm_t` is AWM with the weighting t."""
 SMALLEST_DISTANCE, SMALLEST_SQUARE = 1e-5, 1e-10
 POWER = 0.25  # of `ghuber`

@@ -98,8 +98,9 @@ def grow(
 
 def integrate(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
     """The ODE from x [N, ...] at the first of the sigmas to the last, an evaluation of N for each interval."""
-    for now, then in itertools.pairwise(sigmas):
-        x = ode_step(x, velocity(x, now.to(x).expand(len(x))), now, then)
+    grid = sigmas.to(x)  # one copy to the device: each would wait for the steps before it
+    for place, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        x = ode_step(x, velocity(x, grid[place].expand(len(x))), now, then)
     return x
 
 
@@ -148,9 +149,7 @@ def _plan(
     A node's row is that of the first node below it where the part ends: its first child takes its place.
     """
     part, places = set(nodes), {node: place for place, node in enumerate(keep)}
-    children: dict[int, list[int]] = {}
-    for node in nodes:
-        children.setdefault(int(tree.parent[node]), []).append(node)
+    children = _children(tree, nodes)
     ends = [node for node in nodes if node not in children]
     row: dict[int, int] = {}
     for number, node in enumerate(ends):
@@ -185,6 +184,20 @@ def _plan(
         made = [child for node in batch for child in children.get(node, [])]
         steps.append(step(batch, [row[node] for node in batch], made))
     return steps, len(ends)
+
+
+def batch_sizes(tree: Tree, nodes: Sequence[int], micro_batch: int) -> list[int]:
+    """Nodes in each call of `velocity` that `grow` makes for a part; it starts at roots, or at known velocities."""
+    part = set(nodes)
+    ready = [node for node in nodes if int(tree.parent[node]) not in part]
+    return [len(batch) for batch in _batches(tree, part, _children(tree, nodes), ready, micro_batch)]
+
+
+def _children(tree: Tree, nodes: Sequence[int]) -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for node in nodes:
+        children.setdefault(int(tree.parent[node]), []).append(node)
+    return children
 
 
 def _batches(

@@ -1,10 +1,16 @@
 """One step of the sampler: the deterministic one and the stochastic ones, sampled and rescored by the same function."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from g2rpo_ray.imports import named
+
+Step = tuple[Tensor, float]
+"""Mean and std of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,8 @@ def transition(
 
     Args:
         kernel: `ode`; `flow` (Flow-GRPO, g = η√(σ/(1−σ)), at σ = 1 with σ_1 below the root); `dance` (DanceGRPO,
-            g = η); `cps` (Flow-CPS). With η = 0 each of them is the ODE step.
+            g = η); `cps` (Flow-CPS); or your own as `package.module:name`: see KERNELS. With η = 0 each of these is
+            the ODE step.
         x, velocity: [N, ...], float32 or float64; a dimension of 1 broadcasts against `noise` or `next_x`.
         sigmas: the grid, [T + 1].
         next_index: default `index + 1`; a later one makes one long step of several (E-GRPO).
@@ -68,12 +75,7 @@ def step_between(
     next_x: Tensor | None = None,
 ) -> Transition:
     """`transition` between two noise levels that need not be on the grid; `first` is the grid's σ_1."""
-    if kernel not in ("ode", "flow", "dance", "cps"):
-        raise ValueError(f"kernel: {kernel!r} given; allowed are 'ode', 'flow', 'dance' and 'cps'")
-    if kernel == "cps":
-        mean, std = _cps(x, velocity, sigma, next_sigma, eta)
-    else:
-        mean, std = _gaussian(x, velocity, sigma, next_sigma, _diffusion(kernel, eta, sigma, first))
+    mean, std = named("kernel", kernel, KERNELS)(x, velocity, sigma, next_sigma, eta, first)
     if std == 0.0:
         return Transition(next_x=mean, mean=mean, std=0.0, log_prob=None)
     if noise is not None and next_x is None:
@@ -87,22 +89,42 @@ def step_between(
     return Transition(reached, mean, std, log_density.flatten(1).mean(1))
 
 
-def _diffusion(kernel: str, eta: float, sigma: float, first: float) -> float:
-    if kernel == "ode":
-        return 0.0
-    if kernel == "dance":
-        return eta
-    return eta * math.sqrt(sigma / (1 - (first if sigma == 1.0 else sigma)))  # 1 − σ is 0 at pure noise
+def ends_without_noise(kernel: str, eta: float) -> bool:
+    """Whether a stochastic step that ends at the image has no noise."""
+    zero = torch.zeros(1, 1)
+    return named("kernel", kernel, KERNELS)(zero, zero, 0.5, 0.0, eta, 0.9)[1] == 0.0
 
 
-def _gaussian(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, g: float) -> tuple[Tensor, float]:
+def _ode(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, eta: float, first: float) -> Step:
+    return _gaussian(x, velocity, sigma, next_sigma, 0.0)
+
+
+def _flow(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, eta: float, first: float) -> Step:
+    g = eta * math.sqrt(sigma / (1 - (first if sigma == 1.0 else sigma)))  # 1 − σ is 0 at pure noise
+    return _gaussian(x, velocity, sigma, next_sigma, g)
+
+
+def _dance(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, eta: float, first: float) -> Step:
+    return _gaussian(x, velocity, sigma, next_sigma, eta)
+
+
+def _cps(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, eta: float, first: float) -> Step:
+    std = next_sigma * math.sin(eta * math.pi / 2)
+    image_estimate, noise_estimate = x - sigma * velocity, x + (1 - sigma) * velocity
+    return (1 - next_sigma) * image_estimate + math.sqrt(next_sigma**2 - std**2) * noise_estimate, std
+
+
+def _gaussian(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, g: float) -> Step:
     delta = next_sigma - sigma
     noise_estimate = x + (1 - sigma) * velocity
     mean = x + delta * velocity + (g**2 / (2 * sigma)) * delta * noise_estimate
     return mean, g * math.sqrt(-delta)
 
 
-def _cps(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, eta: float) -> tuple[Tensor, float]:
-    std = next_sigma * math.sin(eta * math.pi / 2)
-    image_estimate, noise_estimate = x - sigma * velocity, x + (1 - sigma) * velocity
-    return (1 - next_sigma) * image_estimate + math.sqrt(next_sigma**2 - std**2) * noise_estimate, std
+KERNELS: dict[str, Callable[[Tensor, Tensor, float, float, float, float], Step]] = {
+    "flow": _flow,
+    "dance": _dance,
+    "cps": _cps,
+    "ode": _ode,
+}
+"""(x [N, ...], velocity [N, ...], σ, σ', η, σ_1) ─► mean [N, ...] and std of the step's Gaussian; std 0: no noise."""

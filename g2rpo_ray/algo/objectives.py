@@ -8,13 +8,20 @@ With ρ = exp(new − old) of an edge's log-probability and A its advantage:
     reinforce  −A exp(new − stop(new)), of the edge and of its subpaths             Pave-GRPO
 
 d = mean (μ − μ_old)² / (2 std²) is the edge's drift.
+
+Your own, as `package.module:name`, is a function of `new_log_prob`, `old_log_prob` and `advantage` to losses, [E] each;
+it may have further arguments called `clip_range`, `std`, `drift` and `delta`: see `edge_losses`.
 """
+
+from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor
 
+from g2rpo_ray.imports import named
+
 OBJECTIVES = ("clip", "guard", "dppo", "reinforce")
-NEEDS_DRIFT = ("guard", "dppo")
 MOST_DRIFT = 1e-5  # of `dppo`
 
 
@@ -41,6 +48,11 @@ def edge_losses(
     Raises:
         ValueError: an unknown objective.
     """
+    if own := _own(objective):
+        given = {"clip_range": clip_range, "std": std, "drift": drift, "delta": delta}
+        asked = {name: value for name, value in given.items() if name in signature(own).parameters}
+        losses: Tensor = own(new_log_prob, old_log_prob, advantage, **asked)
+        return losses
     ratio = edge_ratios(objective, new_log_prob, old_log_prob, std=std, drift=drift)
     if objective in ("clip", "guard"):
         clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -48,9 +60,38 @@ def edge_losses(
         return surrogate / delta.abs() if objective == "guard" and delta is not None else surrogate
     if objective == "reinforce":
         return -advantage * (new_log_prob - new_log_prob.detach()).exp()
-    assert drift is not None, "dppo needs the drift"
-    moves_away = (ratio - 1) * advantage > 0
-    return torch.where((drift.detach() >= MOST_DRIFT) & moves_away, 0, -advantage * ratio)
+    cut = cut_off(objective, ratio, advantage, clip_range=clip_range, drift=drift)
+    return torch.where(cut, 0, -advantage * ratio)
+
+
+def needs_drift(objective: str) -> bool:
+    """Whether the objective reads the drift of edges."""
+    own = _own(objective)
+    return "drift" in signature(own).parameters if own else objective in ("guard", "dppo")
+
+
+def _own(objective: str) -> Callable[..., Tensor] | None:
+    """The function of an objective that is the user's own."""
+    known: dict[str, Callable[..., Tensor] | None] = dict.fromkeys(OBJECTIVES)
+    return named("objective", objective, known)
+
+
+def cut_off(
+    objective: str, ratio: Tensor, advantage: Tensor, *, clip_range: float, drift: Tensor | None = None
+) -> Tensor:
+    """Edges, bool [E], whose loss has no gradient: they have moved as far as the objective lets them.
+
+    Args:
+        ratio, advantage: [E].
+        clip_range: ε, of `clip` and `guard`.
+        drift: [E], of `dppo`.
+    """
+    if objective == "reinforce" or _own(objective):
+        return torch.zeros_like(ratio, dtype=torch.bool)
+    if objective == "dppo":
+        assert drift is not None, "dppo needs the drift"
+        return (drift.detach() >= MOST_DRIFT) & ((ratio - 1) * advantage > 0)
+    return (ratio - 1) * advantage > clip_range * advantage.abs()
 
 
 def edge_ratios(
@@ -62,8 +103,7 @@ def edge_ratios(
     drift: Tensor | None = None,
 ) -> Tensor:
     """ρ of each edge, [E], as the objective has it."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: {objective!r} given; allowed are {', '.join(OBJECTIVES)}")
+    _own(objective)  # raises for one that is not known
     if objective == "guard":
         assert std is not None, "guard needs the std of the steps"
         assert drift is not None, "guard needs the drift"

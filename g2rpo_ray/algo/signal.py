@@ -3,22 +3,20 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from g2rpo_ray.algo.credit import edge_values, groups, normalise, scored_edges
-from g2rpo_ray.algo.tree import Tree
+from g2rpo_ray.algo.credit import Floats, edge_values, normalise, scored_edges
+from g2rpo_ray.algo.tree import Tree, groups
 
 
 def agreement(
     tree: Tree,
-    scores: Tensor,
+    scores: Floats,
     *,
     group: str,
     finest: int,
     reward_weights: Sequence[float] | None = None,
     steps: Collection[int] | None = None,
-) -> Tensor:
+) -> Floats:
     """[J, groups]: correlation, within each comparison group, of the advantages under each granularity with `finest`'s.
 
     NaN where either has no spread. Where it is near 1, the coarse completions say what the fine ones do, for less. An
@@ -29,17 +27,24 @@ def agreement(
         finest: place of the finest granularity in `strides`.
         steps: schedule indices of the groups that count; None: all.
     """
-    values = torch.where(scored_edges(tree, scores), edge_values(tree, scores), torch.nan)
-    normal = normalise(tree, values, group=group, spread="group")
-    if reward_weights is not None:
-        normal = normal * torch.as_tensor(reward_weights, dtype=normal.dtype).view(-1, 1, 1)
-    advantage = normal.sum(0)  # [J, E]
+    advantage = _advantages(tree, scores, group, reward_weights)
     counted = [members for members in _compared(tree, group) if steps is None or tree.start[members[0]] in steps]
     found = [_correlations(advantage[:, members], finest) for members in counted]
-    return torch.stack(found, dim=1) if found else advantage[:, :0]
+    return np.stack(found, axis=1) if found else advantage[:, :0]
 
 
-def spreads(tree: Tree, scores: Tensor, *, group: str, place: int | None = None) -> dict[int, list[float]]:
+def likeness(
+    tree: Tree, scores: Floats, others: Floats, *, group: str, reward_weights: Sequence[float] | None = None
+) -> Floats:
+    """[groups]: correlation, within each comparison group, of the advantages under scores and under others, [R, Q]."""
+    both = [
+        _advantages(tree, one, group, reward_weights).mean(0) for one in (scores, others)
+    ]  # [E], over granularities
+    found = [_correlations(np.stack([one[members] for one in both]), 0)[1] for members in _compared(tree, group)]
+    return np.stack(found)
+
+
+def spreads(tree: Tree, scores: Floats, *, group: str, place: int | None = None) -> dict[int, list[float]]:
     """By schedule index, the unbiased std of each comparison group that starts there.
 
     Args:
@@ -50,10 +55,19 @@ def spreads(tree: Tree, scores: Tensor, *, group: str, place: int | None = None)
     values = values.mean(0) if place is None else values[place]
     found: dict[int, list[float]] = {}
     for members in _compared(tree, group):
-        there = values[members][values[members].isfinite()]
+        there = values[members][np.isfinite(values[members])]
         if len(there) > 1:
-            found.setdefault(int(tree.start[members[0]]), []).append(float(there.std()))
+            found.setdefault(int(tree.start[members[0]]), []).append(float(there.std(ddof=1)))
     return found
+
+
+def _advantages(tree: Tree, scores: Floats, group: str, reward_weights: Sequence[float] | None) -> Floats:
+    """[J, E], of scores [R, Q], by granularity; NaN where one is missing."""
+    values = np.where(scored_edges(tree, scores), edge_values(tree, scores), np.nan)
+    normal = normalise(tree, values, group=group, spread="group")
+    if reward_weights is not None:
+        normal = normal * np.reshape(np.asarray(reward_weights, np.float64), (-1, 1, 1))
+    return np.asarray(normal.sum(0))
 
 
 def _compared(tree: Tree, group: str) -> list[list[int]]:
@@ -62,8 +76,9 @@ def _compared(tree: Tree, group: str) -> list[list[int]]:
     return [np.flatnonzero(number == one).tolist() for one in np.unique(number[tree.trained])]
 
 
-def _correlations(advantage: Tensor, finest: int) -> Tensor:
+def _correlations(advantage: Floats, finest: int) -> Floats:
     """[J] of advantages [J, e]."""
-    deviation = advantage - advantage.mean(1, keepdim=True)
-    norm = deviation.norm(dim=1)
-    return (deviation @ deviation[finest]) / (norm * norm[finest])
+    deviation = advantage - advantage.mean(1, keepdims=True)
+    norm = np.linalg.norm(deviation, axis=1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return np.asarray((deviation @ deviation[finest]) / (norm * norm[finest]))

@@ -7,6 +7,7 @@ inner nodes. What is reached by ODE from one node at one index is one node, so g
 share those states, and an image that several of them share is one leaf node with an entry for each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from g2rpo_ray.algo.schedule import completion_path
+from g2rpo_ray.algo.completion import completion_path
+from g2rpo_ray.imports import named
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -80,6 +82,7 @@ class Tree:
     tag: Ints  # [Q] granularity: place in `strides`; ANCHOR: an anchor's image
     subtrees: tuple[Subtree, ...]  # what a branch unit may hold
     strides: tuple[int, ...] = (1,)  # [J], what the tags stand for
+    probe: bool = False  # the learner gets all edges, trained or not, to compare their gradients
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is worked out from the fields: a tree travels to every rank of the learner."""
@@ -134,6 +137,11 @@ class Tree:
     def trunk(self) -> range:
         """The roots and their trunks."""
         return range(self.subtrees[0].nodes.start)
+
+    @cached_property
+    def completions(self) -> int:
+        """Velocity evaluations below the trunks."""
+        return int(self.inner[self.trunk.stop :].sum())
 
     @cached_property
     def branch_points(self) -> Ints:
@@ -265,3 +273,28 @@ class _Planner:
     def _node(self, index: int, parent: int, edge: int = -1) -> int:
         self._nodes.append((index, parent, edge))
         return len(self._nodes) - 1
+
+
+GROUPS: dict[str, Callable[[Tree], Ints]] = {"siblings": lambda tree: tree.source, "step": lambda tree: tree.start}
+"""By name, what is the same number for edges that are compared with each other, [E]."""
+
+
+def groups(tree: Tree, group: str) -> Ints:
+    """[E]: the number of each edge's comparison group, from 0 up."""
+    return np.unique(named("group", group, GROUPS)(tree), return_inverse=True)[1]
+
+
+def compared_leaves(tree: Tree, group: str) -> list[Ints]:
+    """Which leaves [Q] are compared with each other: a part of them a group and granularity, parts that overlap joined.
+
+    The edges of a chain have the same leaves below them, those of siblings lie inside their parents': what is left is
+    the widest group of each leaf. Anchors are in none.
+    """
+    number, part = groups(tree, group), np.arange(len(tree.leaf))
+    for of_group in range(int(number.max()) + 1):
+        below = np.concatenate([tree.below(edge) for edge in np.flatnonzero(number == of_group).tolist()])
+        for tag in np.unique(tree.tag[below]):
+            parts = np.unique(part[below[tree.tag[below] == tag]])
+            part[np.isin(part, parts)] = parts[0]
+    compared = tree.tag != ANCHOR
+    return [np.flatnonzero((part == one) & compared) for one in np.unique(part[compared])]

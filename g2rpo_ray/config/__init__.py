@@ -1,10 +1,10 @@
 """Settings: frozen, unknown keys refused, read from YAML."""
 
 from g2rpo_ray.config.learner import LearnerConfig
-from g2rpo_ray.config.loading import dump_config, load_config
+from g2rpo_ray.config.loading import dump_config, load_config, with_settings
 from g2rpo_ray.config.resources import Resources, ray_options
+from g2rpo_ray.config.sampler import SamplerConfig
 from g2rpo_ray.config.schema import Config, LoraConfig, ModelConfig, RewardConfig
-from g2rpo_ray.config.tree import SamplerConfig
 
 __all__ = [
     "Config",
@@ -17,4 +17,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "ray_options",
+    "with_settings",
 ]

@@ -1,6 +1,7 @@
 """One YAML loader, with inheritance, presets of methods and dotted overrides; refusals are one line."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,47 +13,76 @@ from pydantic_core import ErrorDetails
 
 from g2rpo_ray.config.schema import Config
 from g2rpo_ray.config.text import MOST_BYTES, read_yaml
-from g2rpo_ray.files import EMBEDDED, resolve
+from g2rpo_ray.messages import one_line, shown
 from g2rpo_ray.methods import DEFAULT_METHOD, preset
-from g2rpo_ray.words import one_line, shown
+from g2rpo_ray.paths import local_path, resolve
 
 QUICKSTART = "embedded:config.yaml"
-PACKAGED = Path(resolve(EMBEDDED)).parent / "configs"
+PACKAGED = Path(resolve("embedded:prompts")).parent
 MOST_STEPS = 1000  # as sampler.steps has it
-OF_A_UNION = re.compile(r"(constrained-)?(float|int|str)|(literal|tuple|constrained)\[.*")  # pydantic's names
+OF_A_UNION = re.compile(
+    r"(constrained-)?(float|int|str)|(literal|tuple|constrained|function-after|union|dict)\[.*"
+)  # pydantic's names
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (None: the embedded default), apply `dotted.key=value` overrides and validate.
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = (), **settings: Any) -> Config:
+    """Read a YAML file (None: the embedded default, `NAME`: a packaged one), apply overrides and validate.
 
-    A file may name another with `extends: FILE` (beside itself, or `embedded:X`) and give only what differs. Where a
-    file or the overrides give `method`, its preset goes below what is given there and above all that is extended. A
-    mapping in a file is merged with the one that it extends; one in an override takes the place of the file's.
+    Args:
+        path: file, or name of a packaged configuration such as "flux_hps".
+        overrides: `dotted.key=value` each, the value in YAML, as after `--set`.
+        settings: the same as Python values: `load_config(method="mix_grpo", **{"learner.lr": 1e-3})`. A reward may be a
+            function, and prompts a list or a `datasets.Dataset`: see `train`.
+
+    A file may name another with `extends: FILE` (beside itself, `embedded:X`, or a packaged one by its name) and give
+    only what differs. Where a file or the overrides give `method`, its preset goes below what is given there and above
+    all that is extended. A mapping in a file is merged with the one that it extends; one in an override takes the place
+    of the file's.
 
     Raises:
         ValueError: one line that names the key or file, what was given and what is allowed.
     """
-    layers = _layers(_locate(path or QUICKSTART))
+    layers = _layers(_locate(QUICKSTART if path is None else os.fspath(path)))
     given: dict[str, Any] = {}
-    for override in overrides:
+    for key, value in [*map(_parsed, overrides), *settings.items()]:
         # in the files' place, too, for a mapping there would be merged with; but a method is named where it is given
-        for tree in [given] if override.startswith("method=") else [*layers, given]:
-            _set(tree, override)
-    settings = with_preset([*layers, given])
+        for tree in [given] if key == "method" else [*layers, given]:
+            _set(tree, key, value)
+    return _validated(with_preset([*layers, given]))
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration with other values of these dotted keys; None keeps the one that it has.
+
+    Raises:
+        ValueError: one line, as `load_config`.
+    """
+    tree = config.model_dump()
+    for key, value in settings.items():
+        if value is not None:
+            _set(tree, key, value)
+    return _validated(tree)
+
+
+def _validated(settings: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError(refusal(error, Config)) from None
 
 
-def _locate(name: str) -> str:
-    """The file of that name, or the packaged one that is called so, without its ending."""
+def _locate(name: str, key: str = "--config", folder: Path = Path()) -> str:
+    """The file of that name in a folder, or the packaged one of that name without its ending."""
+    try:
+        file = folder / local_path(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     packaged = PACKAGED / f"{name}.yaml"
-    if Path(name).exists() or not name.replace("_", "").isalnum():
-        return resolve(name)
+    if file.exists() or not name.replace("_", "").isalnum():
+        return str(file)
     if not packaged.is_file():
         names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
-        raise ValueError(f"--config: {name} is no file, and no packaged configuration: these are {names}")
+        raise ValueError(f"{key}: {name} is no file, and no packaged configuration: these are {names}")
     return str(packaged)
 
 
@@ -106,23 +136,29 @@ def _layers(path: str, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
         return [tree]
     if not isinstance(parent, str):
         raise ValueError(f"extends: in {path}: {shown(parent)} given; must be the name of a file")
-    return [*_layers(str(Path(path).parent / resolve(parent)), (*above, Path(path).resolve())), tree]
+    extended = _locate(parent, f"extends: in {path}", Path(path).parent)
+    return [*_layers(extended, (*above, Path(path).resolve())), tree]
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and value of `key=value`."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise ValueError(f"--set: {shown(override)} given; must look like section.key=value")
+    try:
+        return key, read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {key}: {shown(text)} is not a YAML value: {one_line(error, 100)}") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ValueError(f"--set {key}: {parent} is not a section")
         tree = child
-    try:
-        tree[leaf] = read_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"--set {key}: {shown(text)} is not a YAML value: {one_line(error, 100)}") from None
+    tree[leaf] = value
 
 
 def refusal(error: ValidationError, model: type[BaseModel]) -> str:

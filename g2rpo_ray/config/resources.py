@@ -1,10 +1,10 @@
 """What an actor runs on, and what of the cluster it asks for."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-
-Device = Literal["cpu", "cuda"]
+from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 
 def _ray_takes(resources: dict[str, float]) -> dict[str, float]:
@@ -16,11 +16,38 @@ def _ray_takes(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def _one_gpu(resources: dict[str, float]) -> dict[str, float]:
+    if resources.get("GPU", 0) > 1:
+        raise ValueError(f"GPU: {resources['GPU']:g} given; may be at most 1, because such an actor uses one device")
+    return resources
+
+
 Amount = Annotated[float, Field(ge=0, le=1_000_000)]
 Resources = Annotated[dict[str, Amount], Field(max_length=32), AfterValidator(_ray_takes)]
+OneDevice = Annotated[Resources, AfterValidator(_one_gpu)]
 
 
-def ray_options(resources: Resources) -> dict[str, Any]:
-    """Resources as options of a Ray actor or task, where CPU and GPU have names of their own."""
+def _assigned(device: str, info: ValidationInfo) -> str:
+    """`auto` resolved by the resources of the same section. Ray hides no GPU from an actor that reserves none."""
+    key = str(info.field_name).replace("device", "resources")
+    if key not in info.data:  # invalid, and refused for that
+        return device
+    gpus = info.data[key].get("GPU", 0)
+    if device == "cuda" and not gpus:
+        reason = f"{key} has no GPU, so all such actors would share GPU 0; add GPU: 1 to {key}, or give auto"
+        raise PydanticCustomError("device", "{reason}", {"reason": reason})
+    if device == "cpu" and gpus:
+        reason = f"{key} reserves GPU: {gpus:g}, which would idle; take GPU out of {key}, or give auto"
+        raise PydanticCustomError("device", "{reason}", {"reason": reason})
+    return "cuda" if gpus else "cpu"
+
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], AfterValidator(_assigned)]
+"""Declared after the resources that it depends on, with `validate_default=True`; never `auto` once it is validated."""
+
+
+def ray_options(resources: Resources, runtime_env: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Resources and environment as options of a Ray actor or task, where CPU and GPU have names of their own."""
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": custom}
+    options = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": custom}
+    return {**options, "runtime_env": dict(runtime_env)} if runtime_env else options

@@ -1,4 +1,4 @@
-"""What may change when a run goes on: which settings change no result, and how two sets of settings differ."""
+"""Settings that may differ when a run is resumed, and how two sets of settings differ."""
 
 import hashlib
 import json
@@ -13,16 +13,18 @@ Differences = dict[str, tuple[Any, Any]]  # by key: before, now; None where it w
 FREE = (
     "name", "output", "iterations", "startup_timeout_s", "hung_after_s", "checkpoint.*", "tracking.*",
     "evaluation.every", "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors",
+    "rollout.runtime_env*", "learner.runtime_env*",
     "rollout.max_actors", "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas",
-    "eval_rewards.*.replicas", "data.embeddings", "data.encoder_resources*",
+    "eval_rewards.*.replicas", "data.embeddings", "data.encoder_resources*", "learner.velocity_tolerance",
 )  # fmt: skip
-"""Settings that change no bit of a result, `*` being any text: a run goes on with any of them. All others count."""
+"""Settings that change no bit of a result, `*` being any text: a run resumes with any of them. All others count."""
 
 TRAINING = (
     "method", "lora.*", "credit.*", "learner.*", "sampler.*", "rewards.*.weight", "data.train_prompts",
-    "data.prompts_per_iteration", "rollout.max_staleness", "rollout.members_per_unit", "evaluation.anchors",
+    "data.prompts_per_iteration", "rollout.max_staleness", "rollout.members_per_unit", "rollout.completions.*",
+    "evaluation.anchors",
 )  # fmt: skip
-"""Settings that count, but change only what is learned: held-out scores from before can be compared with later ones."""
+"""Settings that count, but change only what is learned: held-out scores of two runs can be compared."""
 SAMPLING = ("sampler.steps", "sampler.shift")  # change how held-out prompts are sampled
 
 
@@ -34,8 +36,13 @@ def settings(
     `metadata`, by prompt, of those that have any, counts as part of the prompt.
     """
     values = config.model_dump(mode="json")
+    if config.learner.lr_schedule != "constant":
+        values["learner"]["lr_iterations"] = config.learner.lr_iterations or config.iterations
     for key, prompts in (("train_prompts", train), ("heldout_prompts", heldout)):
-        told = (f"\0{json.dumps(metadata[prompt], sort_keys=True)}" if prompt in metadata else "" for prompt in prompts)
+        told = (
+            f"\0{json.dumps(metadata[prompt], sort_keys=True, default=str)}" if prompt in metadata else ""
+            for prompt in prompts
+        )
         lines = "\n".join(map("".join, zip(prompts, told, strict=True)))
         digest = hashlib.sha256(lines.encode()).hexdigest()
         values["data"][key] = f"{len(prompts)} prompts, sha256 {digest[:16]}"
@@ -52,12 +59,7 @@ def counts(key: str) -> bool:
     return not matches(key, FREE)
 
 
-def judged_alike(changed: Differences) -> bool:
-    """Whether held-out scores from before these changes can be compared with those since."""
-    return all(matches(key, TRAINING) and key not in SAMPLING for key in changed)
-
-
-def describe(changed: Differences) -> str:
+def changes_in_words(changed: Differences) -> str:
     """The differences in words, in one line."""
     return ", ".join(f"{key} {str(old)[:60]} -> {str(new)[:60]}" for key, (old, new) in changed.items())
 

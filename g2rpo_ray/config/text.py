@@ -1,10 +1,33 @@
 """YAML that cannot grow: what a few lines of aliases or brackets could become is refused before it is built."""
 
+import re
 from typing import Any
 
 import yaml
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH = 1 << 20, 10_000, 32
+INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers are what they look like: in YAML 1.1 010 is 8, 1:30 is 90, and a date is no text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in (INT, FLOAT, TIMESTAMP)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node), 16 if "x" in node.value else 10)
+
+
+_Loader.add_implicit_resolver(INT, re.compile(r"[-+]?([0-9]+(_[0-9]+)*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor(INT, _Loader.construct_int)
 
 
 def read_yaml(text: str) -> Any:
@@ -15,7 +38,10 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"longer than {MOST_BYTES} characters")
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a control character, or half of a surrogate pair
+        raise ValueError(str(error)) from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -35,6 +61,8 @@ def read_yaml(text: str) -> Any:
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Number of values, as if aliases were copies, and depth. An alias inside of itself ends in RecursionError."""
     if id(node) not in known:
+        if isinstance(node, yaml.ScalarNode):
+            _refuse_surrogate(node)
         parts = list(node.value) if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
             _refuse_twice(node)
@@ -52,3 +80,12 @@ def _refuse_twice(node: yaml.MappingNode) -> None:
         if key.value in known:
             raise ValueError(f"{key.value} is given a second time in line {key.start_mark.line + 1}")
         known.add(key.value)
+
+
+def _refuse_surrogate(node: yaml.ScalarNode) -> None:
+    """As an escape gives one: it cannot be written anywhere."""
+    try:
+        node.value.encode()
+    except UnicodeEncodeError:
+        line = node.start_mark.line + 1
+        raise ValueError(f"line {line} holds half of a surrogate pair; write the character itself") from None

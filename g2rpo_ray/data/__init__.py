@@ -1,14 +1,13 @@
 """Prompts, the order in which they are used, and their embeddings in Parquet. No Ray here."""
 
-from g2rpo_ray.data.embeddings import EmbeddingStore, encode_missing, fingerprint
+from g2rpo_ray.data.embeddings import EmbeddingStore, encode_missing, fingerprint, negative_prompts
 from g2rpo_ray.data.prompts import (
     Prompts,
     drawn_prompts,
     iteration_prompts,
-    read_prompts,
-    read_records,
     without_heldout,
 )
+from g2rpo_ray.data.records import read_prompts, read_records
 
 __all__ = [
     "EmbeddingStore",
@@ -17,6 +16,7 @@ __all__ = [
     "encode_missing",
     "fingerprint",
     "iteration_prompts",
+    "negative_prompts",
     "read_prompts",
     "read_records",
     "without_heldout",

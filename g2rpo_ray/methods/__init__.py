@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from g2rpo_ray.words import shown
+from g2rpo_ray.messages import one_line, shown
 
 Settings = dict[str, dict[str, Any]]
 
@@ -22,7 +22,10 @@ NEUTRAL: Settings = {
         "group_size": 12, "stochastic_edges": 1, "edge_length": 1, "splits": [], "width": 2, "strides": [1],
         "layout": "paper", "untrained": [], "trained_share": 1.0,
     },
-    "credit": {"group": "siblings", "spread": "group", "granularity_weights": None, "clip": 5.0},
+    "credit": {
+        "normalise": "each", "group": "siblings", "spread": "group", "granularity_weights": None, "clip": 5.0,
+        "least_spread": 0.0,
+    },
     "learner": {
         "objective": "clip", "clip_range": 1e-4, "subpaths": [], "edge_weight": None, "schedule": "accumulate",
         "updates_per_rollout": 1, "kl_beta": 0.0, "draws": 1, "times": "grid", "nft_beta": 1.0, "old_decay": None,
@@ -56,7 +59,8 @@ def preset(name: str, steps: int | None = None) -> Settings:
 def _module(name: Any) -> Any:
     """The module of a method: one here, or by its import path, for one's own."""
     known = method_names()
-    if not isinstance(name, str) or (name not in known and "." not in name):
+    parts = name.split(".") if isinstance(name, str) else []
+    if name not in known and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
         raise ValueError(
             f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path of a module of your own, "
             "with a dot, that has STEPS and preset"
@@ -66,6 +70,9 @@ def _module(name: Any) -> Any:
         module = importlib.import_module(path)
     except ImportError as error:
         raise ValueError(f"method: {name} cannot be imported ({error}); is it on PYTHONPATH?") from None
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"method: {name} cannot be imported ({reason}); correct it") from error
     if not hasattr(module, "STEPS") or not hasattr(module, "preset"):
         raise ValueError(
             f"method: {name} has no STEPS and preset; see docs/methods.md for what a method's module holds"

@@ -4,8 +4,9 @@
 and η .9 for FLUX (T = 10 and η .7 for SD3.5); the image's z-score within its prompt, over the std of all scores of the
 iteration, is the advantage of each of its steps but the last, which is not trained; ε 1e-4; two updates a rollout.
 
-Paper and code (yifan123/flow_grpo) differ: the KL's β is .04 or .01 in the code of today, where its std is without
-√|Δσ|, and .004 or .001 in the paper's terms, which are ours; 0 for FLUX. The code drops prompts whose scores are alike.
+Paper and code (yifan123/flow_grpo) differ: the KL's β is .04 (GenEval, OCR) or .01 (PickScore) in the code of today,
+where its std is without √|Δσ|, and .004 or .001 in the paper's terms, which are ours; 0 for FLUX. The code drops
+prompts whose scores are alike.
 """
 
 from g2rpo_ray.methods import Settings

@@ -7,18 +7,23 @@ Weights and their arithmetic have the dtype of the configuration; latents, sigma
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL.Image import Image
 from torch import Tensor
 
 from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.imports import imported
+from g2rpo_ray.messages import shown
 from g2rpo_ray.models.conditioning import Conditioning, expanded, on_device
 from g2rpo_ray.models.pipeline import Description, check_size, describe_pipeline, load_parts, set_attention_backend
-from g2rpo_ray.types import PromptEmbedding, StoredTensor
+from g2rpo_ray.models.tokens import count_tokens, cut_message
+from g2rpo_ray.types import PromptEmbedding, StoredTensor, sources_of, text_of
 
 FAMILIES = {
     "FluxPipeline": "flux",
@@ -27,6 +32,8 @@ FAMILIES = {
     "ZImagePipeline": "z_image",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2_klein",
+    "FluxKontextPipeline": "flux_kontext",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
     "ChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina2",
 }
@@ -44,6 +51,8 @@ class FlowModel:
     vae_class: ClassVar[Any]
     arguments: ClassVar[tuple[tuple[str, str], ...]]
     """Tensors of an embedding, by the names of the pipeline's own arguments, and what the transformer calls them."""
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts without which the pipeline works, too: null in its `model_index.json`."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION + TEXT_ATTENTION
     """Name endings of the linear layers that get an adapter where `lora.targets` is unset."""
     lora_idle: ClassVar[tuple[str, ...]] = ()
@@ -54,8 +63,12 @@ class FlowModel:
     """The same, of modules whose input has a row a latent."""
     scale_name: ClassVar[str] = "guidance_scale"
     """What the pipeline calls the scale of its guidance."""
+    template_tokens: ClassVar[int] = 0
+    """Tokens around a prompt that are not in its embedding."""
     least_scale: ClassVar[float] = 1.0
     """Above it the pipeline guides by a negative prompt."""
+    sources: ClassVar[tuple[int, int]] = (0, 0)
+    """Least and most source pictures of a prompt: see `editing.EditingModel`."""
 
     _by_transformer: ClassVar[dict[Any, "type[FlowModel]"]] = {}
 
@@ -75,6 +88,8 @@ class FlowModel:
         scale = config.guidance_scale
         self.guidance_scale: float = defaults[self.scale_name].default if scale is None else scale
         self._check_guidance()
+        self._check_sources()
+        self._counts, self._cut = count_tokens(pipeline), dict[str, tuple[int, int]]()
         with torch.device("meta"):
             self.latent_shape = tuple(self._pack(torch.empty(self._noise_shape())).shape[1:])
 
@@ -89,32 +104,43 @@ class FlowModel:
         vae: bool = False,
         transformer: bool = False,
         text_encoders: bool = False,
+        weights_on: str | None = None,
     ) -> "FlowModel":
         """Load the parts asked for, frozen, in `config.dtype`, onto `device`; none: only check the settings.
+
+        Args:
+            weights_on: another device, from which the caller moves the weights to `device`.
 
         Raises:
             ValueError: one line that names the key (`model.path`, `model.height` ...), what was given and what to do.
         """
-        description = describe_pipeline(config, tuple(FAMILIES))
-        family: type[FlowModel] = importlib.import_module(f"{__package__}.{FAMILIES[description.kind]}").Model
+        family, description = describe_model(config)
         check_size(config, 2 * family.vae_scale(description.autoencoder))
         parts = [name for name, wanted in (("vae", vae), ("transformer", transformer)) if wanted]
         parts += description.text_parts if text_encoders else ()
-        pipeline = load_parts(family.pipeline_class, config, description, parts)
+        parts += ["vae"] if text_encoders and config.sources and not vae else []  # it encodes the sources
+        pipeline = load_parts(family.pipeline_class, config, description, parts, family.optional_parts)
         if transformer and config.attention_backend is not None:
             set_attention_backend(pipeline.transformer, config.attention_backend)
-        return family(config, device, pipeline.to(device), description)
+        return family(config, device, pipeline.to(weights_on or device), description)
 
     @classmethod
-    def skeleton(cls, config: ModelConfig) -> "FlowModel":
-        """The model on the meta device: shapes without weights, from its configuration files alone."""
-        model = cls.load(config, "meta")
-        with torch.device("meta"):
-            model.transformer = model.transformer_class.from_config(model.network)
-            model._pipeline.vae = model.vae_class.from_config(model.autoencoder)
+    def skeleton(cls, config: ModelConfig, device: str = "meta") -> "FlowModel":
+        """The model from its configuration files alone: on the meta device shapes, on another one random weights."""
+        model, default = cls.load(config, device), torch.get_default_dtype()
+        torch.set_default_dtype(model._dtype)  # large models have no room for float32 on their way
+        try:
+            with torch.device(device):
+                model.transformer = model.transformer_class.from_config(model.network)
+                model._pipeline.vae = model.vae_class.from_config(model.autoencoder)
+        finally:
+            torch.set_default_dtype(default)
         for part in (model.transformer, model._pipeline.vae):
-            torch.nn.Module.to(part, model._dtype)  # diffusers' own warns
-        model._read_no_data()
+            torch.nn.Module.to(part, model._dtype).requires_grad_(False).eval()  # diffusers' own warns
+        if device == "meta":
+            model._read_no_data()
+        elif config.attention_backend is not None:
+            set_attention_backend(model.transformer, config.attention_backend)
         return model
 
     @property
@@ -134,12 +160,40 @@ class FlowModel:
         return self.rows * self.columns // 4
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, negative: bool = False) -> list[PromptEmbedding]:
-        """The prompts' embeddings, one forward pass each: a result must not depend on what else is encoded."""
-        return [self._embedding(prompt, negative) for prompt in prompts]
+    def encode(
+        self, prompts: Sequence[str], sources: Mapping[str, Sequence[Image]] = MappingProxyType({}), *,
+        negative: bool = False,
+    ) -> list[PromptEmbedding]:  # fmt: skip
+        """The prompts' embeddings, one forward pass each: a result must not depend on what else is encoded.
 
-    def _embedding(self, prompt: str, negative: bool) -> PromptEmbedding:
-        tensors = self._encode(prompt, negative, device=self._device, max_sequence_length=self.text_tokens)
+        Args:
+            sources: RGB pictures of the prompts, by `types.sources_of` them.
+
+        Raises:
+            ValueError: one line; the pipeline cannot take so many sources, or of such a size.
+        """
+        return [self._embedding(prompt, negative, sources.get(sources_of(prompt), ())) for prompt in prompts]
+
+    def take_cut_message(self) -> str:
+        """One line about the prompts that `encode` has cut since the last call, with their lengths; "" if none."""
+        cut, self._cut = self._cut, {}
+        return cut_message(cut)
+
+    def _embedding(self, prompt: str, negative: bool, sources: Sequence[Image]) -> PromptEmbedding:
+        least, most = self.sources
+        if not least <= len(sources) <= most:
+            raise ValueError(
+                f"model.sources: the prompt {shown(text_of(prompt))} has {len(sources)} source pictures; a "
+                f"{self.pipeline_class.__name__} takes {least} to {most}"
+            )
+        tensors = self._encode(text_of(prompt), negative, **self._options(sources))
+        tensors |= self._source_tensors(sources) if sources else {}
+        if self._counts:
+            tokens, kept = self._counts[-1]  # pipelines ask the encoder that reads most last
+            tokens, kept = tokens - self.template_tokens, min(kept - self.template_tokens, self.text_tokens)
+            if tokens > kept:
+                self._cut[prompt] = tokens, kept
+        self._counts.clear()
         stored = {name: StoredTensor.of(self._in_dtype(tensor)) for name, tensor in tensors.items()}
         return PromptEmbedding(prompt, stored)
 
@@ -154,15 +208,20 @@ class FlowModel:
         """Standard normal [...], float32, drawn on the CPU: the same bits for a model on any device."""
         return self._pack(torch.randn(self._noise_shape(), generator=generator))[0]
 
-    def condition(self, embeddings: Sequence[PromptEmbedding], negative: PromptEmbedding | None = None) -> Conditioning:
-        """K embeddings as the transformer takes them; `negative`: what to guide away from, if at all."""
-        return Conditioning(
-            self._arguments_of(embeddings), None if negative is None else self._arguments_of([negative])
-        )
+    def condition(
+        self,
+        embeddings: Sequence[PromptEmbedding],
+        negative: PromptEmbedding | Sequence[PromptEmbedding] | None = None,
+    ) -> Conditioning:
+        """K embeddings as the transformer takes them; `negative`: what to guide away from, if at all, one or K."""
+        if negative is None:
+            return Conditioning(self._arguments_of(embeddings))
+        away = [negative] if isinstance(negative, PromptEmbedding) else negative
+        return Conditioning(self._arguments_of(embeddings), self._arguments_of(away))
 
     def random_embedding(self, prompt: str, generator: torch.Generator) -> PromptEmbedding:
         """Noise of the shape and dtype of the longest prompt's embedding: to measure with."""
-        shapes = self.embedding_shapes().items()
+        shapes = self.stored_shapes().items()
         drawn = {name: torch.randn(shape, generator=generator, device="cpu").to(self._dtype) for name, shape in shapes}
         return PromptEmbedding(prompt, {name: StoredTensor.of(tensor) for name, tensor in drawn.items()})
 
@@ -234,6 +293,18 @@ class FlowModel:
         """Shapes of an embedding's tensors, for the longest prompt."""
         raise NotImplementedError
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same, and those of the sources."""
+        return self.embedding_shapes()
+
+    def _options(self, sources: Sequence[Image]) -> dict[str, Any]:
+        """Of the pipeline's `encode_prompt`."""
+        return {"device": self._device, "max_sequence_length": self.text_tokens}
+
+    def _source_tensors(self, sources: Sequence[Image]) -> dict[str, Tensor]:
+        """Tensors of an embedding by its sources, of which there is one at least."""
+        raise NotImplementedError
+
     def _collate(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
         """The transformer's arguments, of K embeddings by name."""
         return {argument: torch.stack(list(columns[name])) for name, argument in self.arguments}
@@ -245,8 +316,9 @@ class FlowModel:
     def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
         """One evaluation of the transformer, as dx/dσ in float32. It casts the time itself: sigma is not rounded."""
         others = self._others(len(x), text)
+        named = {name: value for name, value in text.items() if not name.startswith("source_")}
         output: Tensor = self.transformer(
-            hidden_states=x.to(self._dtype), timestep=sigma, **text, **others, return_dict=False
+            hidden_states=x.to(self._dtype), timestep=sigma, **named, **others, return_dict=False
         )[0]
         return output.float()
 
@@ -270,6 +342,14 @@ class FlowModel:
         ends = given.base_image_seq_len, given.max_image_seq_len, given.base_shift, given.max_shift
         return float(calculate_shift(self.image_tokens, *ends))
 
+    def _check_sources(self) -> None:
+        given, (least, most) = self._config.sources, self.sources
+        if not least <= given <= most:
+            raise ValueError(
+                f"model.sources: {given} given; a {self.pipeline_class.__name__} takes {least} to {most} source "
+                "pictures a prompt"
+            )
+
     def _check_guidance(self) -> None:
         negative, kind = self._config.negative_prompt, self.pipeline_class.__name__
         if negative is None:
@@ -284,6 +364,21 @@ class FlowModel:
                 f"model.guidance_scale: {self.guidance_scale:g} given; with model.negative_prompt a {kind} needs more "
                 f"than {self.least_scale:g}; without guidance leave model.negative_prompt out"
             )
+
+
+def describe_model(config: ModelConfig) -> tuple[type[FlowModel], Description]:
+    """The family of a pipeline, and what its configuration files say.
+
+    Raises:
+        ValueError: one line; there is no pipeline of a known family.
+    """
+    own = imported(config.family) if config.family else None
+    if own is not None and not (isinstance(own, type) and issubclass(own, FlowModel)):
+        raise ValueError(f"model.family: {config.family} given, which is no subclass of g2rpo_ray.models.FlowModel")
+    description = describe_pipeline(config, (own.pipeline_class.__name__,) if own else tuple(FAMILIES))
+    family = own or importlib.import_module(f"{__package__}.{FAMILIES[description.kind]}").Model
+    FlowModel._by_transformer[family.transformer_class] = family  # others may have the same transformer
+    return family, description
 
 
 def family_of(transformer: Any) -> type[FlowModel]:

@@ -1,7 +1,7 @@
 """FLUX.1: guidance-distilled; CLIP's pooled embedding beside T5's sequence."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -11,7 +11,8 @@ from g2rpo_ray.models.packed import PackedModel
 
 
 class Model(PackedModel):
-    pipeline_class, transformer_class, vae_class = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
+    pipeline_class: ClassVar[Any] = FluxPipeline
+    transformer_class, vae_class = FluxTransformer2DModel, AutoencoderKL
     arguments = (("prompt_embeds", "encoder_hidden_states"), ("pooled_prompt_embeds", "pooled_projections"))
     once = ("pos_embed",)
     once_a_row = ("context_embedder", "time_text_embed.text_embedder", "time_text_embed.guidance_embedder")

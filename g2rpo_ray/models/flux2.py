@@ -1,4 +1,5 @@
-"""FLUX.2 dev: guidance-distilled; latents normalised by the VAE's batch norm, a shift that knows the steps."""
+"""FLUX.2 dev: guidance-distilled; latents normalised by the VAE's batch norm, a shift that knows the steps; it edits
+several sources, each seen at its own size, up to a megapixel."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -6,12 +7,16 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL.Image import Image
 from torch import Tensor
 
-from g2rpo_ray.models.base import ATTENTION, TEXT_ATTENTION, FlowModel
+from g2rpo_ray.models.base import ATTENTION, TEXT_ATTENTION
+from g2rpo_ray.models.editing import EditingModel, Layout
+
+SOURCE_AREA = 1024 * 1024  # pixels that a source has at most
 
 
-class Model(FlowModel):
+class Model(EditingModel):
     pipeline_class: ClassVar[Any] = Flux2Pipeline
     transformer_class, vae_class = Flux2Transformer2DModel, AutoencoderKLFlux2
     arguments = (("prompt_embeds", "encoder_hidden_states"),)
@@ -33,11 +38,27 @@ class Model(FlowModel):
 
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
         kind, device, guided = self.pipeline_class, self._device, self.network["guidance_embeds"]
-        return {
-            "guidance": torch.full((n,), self.guidance_scale, device=device) if guided else None,
-            "txt_ids": kind._prepare_text_ids(text["encoder_hidden_states"][:1]).to(device),
-            "img_ids": kind._prepare_latent_ids(torch.empty(self._noise_shape(), device="meta")).to(device),
-        }
+        with torch.device(device):  # a copy to the device would wait for the evaluations before it
+            return {
+                "guidance": torch.full((n,), self.guidance_scale) if guided else None,
+                "txt_ids": kind._prepare_text_ids(text["encoder_hidden_states"][:1]),
+                "img_ids": self._with_places(
+                    kind._prepare_latent_ids(torch.empty(self._noise_shape(), device="meta")), text
+                ),
+            }
+
+    def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
+        processor, patch = self._pipeline.image_processor, 2 * self._scale
+        processor.check_image_input(picture)
+        picture = processor._resize_if_exceeds_area(picture, SOURCE_AREA)
+        height, width = picture.height // patch * patch, picture.width // patch * patch
+        pixels = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None)
+        return self._pack(latent)[0], tuple(latent.shape[2:])
+
+    def _source_places(self, layout: Layout) -> Tensor:
+        ids: Tensor = self.pipeline_class._prepare_image_ids([torch.empty(1, 1, *size) for size in layout])
+        return ids[0]
 
     def _mu(self, steps: int) -> float:
         return compute_empirical_mu(self.image_tokens, steps)

@@ -1,37 +1,12 @@
-"""What makes rollout's velocities cheaper than training's, and changes them by rounding alone. For inference only."""
+"""Evaluates once a unit what the prompt or the resolution alone decides. For inference only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from g2rpo_ray.models.base import family_of
-
-
-def fold_lora(transformer: nn.Module) -> None:
-    """Have each LoRA layer add itself to its base layer's output in one product, in the base's dtype.
-
-    PEFT widens the activations to the LoRA's float32, multiplies there, scales and adds: on a bfloat16 base that is six
-    passes over tensors of twice the size, and products at a fraction of the rate.
-    """
-    for module in transformer.modules():
-        if isinstance(module, LoraLinear):
-            module.forward = partial(_lora_linear, module)  # type: ignore[method-assign]
-
-
-def _lora_linear(layer: Any, x: Tensor) -> Tensor:
-    result: Tensor = layer.base_layer(x)
-    if layer.disable_adapters:
-        return result
-    for adapter in layer.active_adapters:
-        down, up = (part[adapter].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
-        low = F.linear(x, down).flatten(0, -2)
-        result.view(len(low), -1).addmm_(low, up.T, alpha=layer.scaling[adapter])
-    return result
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A diffusers pipeline on disk or on the hub: what its configuration files say, and those parts that are asked for."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from g2rpo_ray.config import ModelConfig
-from g2rpo_ray.files import resolve
+from g2rpo_ray.paths import resolve
 
 NOT_TEXT = ("transformer", "vae", "scheduler")
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.-]+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,45 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
         if kind not in kinds:
             raise ValueError(f"it holds a {kind}; known are {', '.join(kinds)}")
         parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0] is not None)
-        network, autoencoder = (  # any class of models reads config.json
-            AutoencoderKL.load_config(path, subfolder=part, revision=revision) for part in ("transformer", "vae")
-        )
+        encoders = [part for part in parts if (Path(path) / part / "config.json").is_file() and part not in NOT_TEXT]
+        settings = {  # any class of models reads config.json
+            part: AutoencoderKL.load_config(path, subfolder=part, revision=revision)
+            for part in ("transformer", "vae", *encoders)
+        }
+    for part, given in settings.items():
+        if quantized := given.get("quantization_config"):
+            raise ValueError(
+                f"model.path: {config.path} is saved with quantized weights ({_quantization(quantized)}) in {part}; "
+                "give the pipeline as it was before, such as in bfloat16"
+            )
+    network, autoencoder = settings["transformer"], settings["vae"]
     return Description(kind, parts, network, autoencoder)
 
 
-def load_parts(kind: Any, config: ModelConfig, description: Description, parts: Sequence[str]) -> Any:
+def _quantization(settings: Any) -> str:
+    """The method, such as `bitsandbytes, load_in_4bit`."""
+    known = settings if isinstance(settings, dict) else {}
+    bits = [key for key, value in known.items() if key.startswith("load_in_") and value is True]
+    return ", ".join([str(known.get("quant_method", "unknown method")), *bits])
+
+
+def _only_variant(path: Path, parts: Sequence[str]) -> str | None:
+    """The variant, such as fp16, of a local pipeline of which a part has its weights in no other."""
+    for part in parts:
+        files = (path / part).iterdir() if (path / part).is_dir() else ()
+        variants = {found[1] for file in files if (found := WEIGHTS.fullmatch(file.name))}
+        if variants and None not in variants:
+            return min(variants)
+    return None
+
+
+def load_parts(
+    kind: Any, config: ModelConfig, description: Description, parts: Sequence[str], optional: Sequence[str]
+) -> Any:
     """A pipeline of this class with these parts, frozen, and its scheduler; None for the others.
+
+    Args:
+        optional: parts that the pipeline may lack.
 
     Raises:
         ValueError: one line; a part is missing or cannot be read.
@@ -67,11 +100,12 @@ def load_parts(kind: Any, config: ModelConfig, description: Description, parts: 
         for part in wanted:  # without its folder diffusers would look for the part beside model_index.json
             if Path(path).is_dir() and not (Path(path) / part).is_dir():
                 raise ValueError(f"it has no folder {part}")
-        others = {part: None for part in description.parts if part not in wanted}
+        others = {part: None for part in (*description.parts, *optional) if part not in wanted}
         dtype = getattr(torch, config.dtype)
         for logging in (diffusers_logging, transformers_logging):
             logging.disable_progress_bar()  # of parts: it would be between a user and a line that says what is wrong
-        pipeline = kind.from_pretrained(path, revision=config.revision, dtype=dtype, **others)
+        variant = _only_variant(Path(path), description.parts)
+        pipeline = kind.from_pretrained(path, revision=config.revision, variant=variant, dtype=dtype, **others)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

@@ -1,7 +1,8 @@
-"""Qwen-Image: prompts of any length, guidance rescaled to the norm of the prompt's velocity, a video VAE."""
+"""Qwen-Image: prompts that are not padded, guidance rescaled to the norm of the prompt's velocity, a video VAE."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -12,11 +13,13 @@ from g2rpo_ray.models.packed import PackedModel
 
 
 class Model(PackedModel):
-    pipeline_class, transformer_class = QwenImagePipeline, QwenImageTransformer2DModel
+    pipeline_class: ClassVar[Any] = QwenImagePipeline
+    transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
     lora_idle = ("attn.add_q_proj", "attn.to_add_out")
     once_a_row = ("txt_norm", "txt_in")
     scale_name = "true_cfg_scale"
+    template_tokens = 34  # before the prompt: `prompt_template_encode_start_idx` of the pipeline
 
     @staticmethod
     def vae_scale(autoencoder: Mapping[str, Any]) -> int:
@@ -41,7 +44,13 @@ class Model(PackedModel):
         guided = super()._guide(v, unguided)
         return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def _to_vae(self, x: Tensor) -> Tensor:
+    @cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Of the VAE's latents, [1, C, 1, 1, 1]. Cached: a copy to the device for each batch would wait for it."""
         config = self._pipeline.vae.config
-        mean, std = (x.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        mean, std = (torch.tensor(each, device=self._device) for each in (config.latents_mean, config.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def _to_vae(self, x: Tensor) -> Tensor:
+        mean, std = self._mean_and_std
         return self._unpack(x) * std + mean

@@ -1,10 +1,11 @@
-"""Z-Image: lists of prompts of any length, time from 0 at noise to 1, guidance from the prompt's velocity on."""
+"""Z-Image: lists of prompts that are not padded, time from 0 at noise to 1, guidance from the prompt's velocity on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 
 from g2rpo_ray.models.base import FlowModel
@@ -29,6 +30,9 @@ class Model(FlowModel):
         latents = list(x.to(self._dtype).unsqueeze(2).unbind(0))  # a frame each
         output = self.transformer(latents, 1 - sigma, return_dict=False, **text)[0]
         return -torch.stack(output).squeeze(2).float()
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(steps), mu=self._mu(steps))
 
     def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
         return v + self.guidance_scale * (v - unguided)

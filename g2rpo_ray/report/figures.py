@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from g2rpo_ray.comparison.statistics import interval
-from g2rpo_ray.record.svg import PALETTE, drawing
-from g2rpo_ray.report.read import Run
+from g2rpo_ray.analysis.statistics import interval
+from g2rpo_ray.analysis.svg import PALETTE, drawing
+from g2rpo_ray.runs.reader import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from g2rpo_ray.report.read import Evaluation, Run
-from g2rpo_ray.types import Images
+from g2rpo_ray.runs.reader import Evaluation, Run
+from g2rpo_ray.types import Images, text_of
 
-LARGEST = 320  # pixels: wider pictures are made smaller
-MOST = 12  # evaluations shown, the first and the last among them
+MAX_WIDTH = 320  # pixels; wider pictures are scaled down
+MAX_EVALUATIONS = 12  # shown, including the first and the last
 
 
 def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Prompts, iterations, and for each column (the base, then a run each) its pictures [iteration][prompt]."""
+    """Prompts, iterations, and for each column (the sources, if there are any, the base, then a run each) its pictures
+    [iteration][prompt]."""
     shown = [run for run in runs if any(evaluation.pictures for evaluation in run.evaluations.values())]
     if not shown:
         return None
@@ -25,17 +26,21 @@ def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not prompts:
         return None
     every = sorted({done for run in shown for done in run.evaluations})
-    iterations = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, MOST).round().astype(int))]
+    iterations = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, MAX_EVALUATIONS).round().astype(int))]
     first = shown[0].evaluations[min(shown[0].evaluations)]
     columns = [{"name": "before", "pictures": [[_shown(first, prompt) for prompt in prompts]] * len(iterations)}]
+    if sources := dict(zip(of_run[0], shown[0].sources, strict=False)):
+        told = [{"source": data_uri(sources[prompt]), "scores": ""} for prompt in prompts]
+        columns.insert(0, {"name": "source", "pictures": [told] * len(iterations)})
     for run in shown:
         made: dict[int, list[dict[str, str]]] = {}
         for done in iterations:
             at = max((d for d in run.evaluations if d <= done), default=min(run.evaluations))
             made[done] = [_shown(run.evaluations[at], prompt) for prompt in prompts]
         columns.append({"name": run.name if len(runs) > 1 else "now", "pictures": list(made.values())})
-    small = first.pictures[0].shape[1] < LARGEST / 2
-    return {"prompts": prompts, "iterations": iterations, "columns": columns, "small": small}
+    small = first.pictures[0].shape[1] < MAX_WIDTH / 2
+    texts = [text_of(prompt) for prompt in prompts]
+    return {"prompts": texts, "iterations": iterations, "columns": columns, "small": small}
 
 
 def _prompts(run: Run) -> list[str]:
@@ -52,11 +57,11 @@ def _shown(evaluation: Evaluation, prompt: str) -> dict[str, str]:
 def data_uri(picture: Images) -> str:
     """The picture [H, W, 3] as a page holds it: small ones exactly, others smaller and as WebP."""
     image, stream = Image.fromarray(picture), io.BytesIO()
-    if image.width <= LARGEST / 2:
+    if image.width <= MAX_WIDTH / 2:
         image.save(stream, "PNG", optimize=True)
         kind = "png"
     else:
-        image.thumbnail((LARGEST, LARGEST))
+        image.thumbnail((MAX_WIDTH, MAX_WIDTH))
         image.save(stream, "WEBP", quality=80)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

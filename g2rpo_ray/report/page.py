@@ -1,24 +1,30 @@
-"""What the page says, as values for the template: nothing here is HTML."""
+"""The values of the report's template; no HTML here."""
 
 import base64
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-from g2rpo_ray.comparison.statistics import Row, interval, row
-from g2rpo_ray.record.panel import LIMITS
-from g2rpo_ray.record.svg import PALETTE
+from g2rpo_ray.analysis.statistics import Comparison, compare, interval
+from g2rpo_ray.analysis.svg import PALETTE
 from g2rpo_ray.report import figures
 from g2rpo_ray.report.gallery import gallery
-from g2rpo_ray.report.read import Run
+from g2rpo_ray.runs.hacking import LIMITS
+from g2rpo_ray.runs.reader import Run, read_run
+from g2rpo_ray.runs.storage import Folder, replace_text
+
+logger = logging.getLogger(__name__)
 
 FAULTS = {
-    "rollout/restarts": "actors replaced",
+    "pool/restarts": "actors replaced",
     "rollout/units_retried": "units sent again",
-    "rollout/hung": "calls that hung",
+    "pool/hung": "calls that hung",
     "rollout/copies": "units of slow actors copied",
     "learner/restarts": "learner started again",
 }
@@ -47,17 +53,30 @@ def render(runs: Sequence[Run]) -> str:
         differences=_differences(runs) if len(runs) > 1 else [],
         gallery=gallery(runs),
         panels=[_panel(run) for run in runs],
-        curves={
-            "Rewards": [_reward(runs, name, name in trained) for name in (*trained, *unseen)],
-            "Update": _update(runs),
-            "Signal": _signal(runs),
-            "Time": [_time(runs, run) for run in runs if run.done],
-        },
+        curves=_curves(runs, trained, unseen) if any(run.done for run in runs) else {},
         phases=[_phases(run) for run in runs],
         timelines=[(run.name, *run.timeline) for run in runs if run.timeline],
         settings=_settings(runs),
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
     )  # fmt: skip
+
+
+def write_report(run: Path, kept: Folder | None = None) -> None:
+    """Write report.html about a run in a folder here, `kept` elsewhere. What goes wrong is logged, and ends no run."""
+    try:
+        replace_text(run / "report.html", render([replace(read_run(str(run)), place=str(kept or run))]))
+    except Exception as error:
+        logger.warning("no report could be written: %s: %s", type(error).__name__, error)
+
+
+def _curves(runs: Sequence[Run], trained: Sequence[str], unseen: Sequence[str]) -> dict[str, list[Figure]]:
+    """The figures by iteration, by section."""
+    return {
+        "Rewards": [_reward(runs, name, name in trained) for name in (*trained, *unseen)],
+        "Update": _update(runs),
+        "Signal": _signal(runs),
+        "Time": [_time(runs, run) for run in runs if run.done],
+    }
 
 
 def _about(run: Run, colour: str) -> dict[str, Any]:
@@ -72,23 +91,24 @@ def _about(run: Run, colour: str) -> dict[str, Any]:
     faults["scores missing"] = int(sum(run.total(f"reward/{name}/missing") for name in (*run.trained, *run.unseen)))
     seconds, lost = run.total("timing_s/step"), run.total("perf/lost_s")
     return {
-        "name": run.name, "place": run.place, "colour": colour, "state": state, "ended": bool(run.summary),
+        "name": run.name, "place": run.place.partition("?")[0], "colour": colour, "state": state,
+        "ended": bool(run.summary),
         "method": settings.get("method"), "model": settings["model"]["path"], "seed": settings["seed"],
         "share": min(1.0, run.done / run.planned), "judged_at": last, "log": run.log, "faults": faults,
         "lost_s": lost, "lost_share": lost / seconds if seconds else 0.0, "seconds": _duration(seconds),
         "prompts": len(run.evaluations[last].prompts) if run.evaluations else 0,
-        "trained": run.trained, "unseen": run.unseen, "changes": run.changes,
+        "trained": run.trained, "unseen": run.unseen, "origin": run.origin,
     }  # fmt: skip
 
 
-def _result(run: Run) -> list[Row]:
-    """The newest held-out scores against those before training, trained rewards first."""
+def _result(run: Run) -> dict[str, Comparison]:
+    """The newest held-out scores against those before training, by reward, trained ones first."""
     done = sorted(run.evaluations)
     if len(done) < 2:
-        return []
+        return {}
     before, after = run.evaluations[done[0]].scores, run.evaluations[done[-1]].scores
     rewards = [name for name in (*run.trained, *run.unseen) if name in before and name in after]
-    return [row(0, run.name, name, name in run.trained, after[name], before[name]) for name in rewards]
+    return {name: compare(before[name], after[name]) for name in rewards}
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -100,7 +120,7 @@ def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if first and last and list(first.prompts) == list(last.prompts):
             for name in first.scores.keys() & last.scores.keys():
                 if first.scores[name].shape == last.scores[name].shape:
-                    paired = interval(last.scores[name] - first.scores[name])
+                    paired = compare(first.scores[name], last.scores[name])
                     found.append({"run": other.name, "reward": name, "paired": paired})
     return sorted(found, key=lambda one: (str(one["reward"]), str(one["run"])))
 
@@ -135,14 +155,19 @@ def _in_words(runs: Sequence[Run], reward: str) -> str:
 
 def _update(runs: Sequence[Run]) -> list[Figure]:
     wanted: list[tuple[str, dict[str, str], str, bool]] = [
-        ("largest |ratio − 1|", {"actor/ratio_max_dev": "in the iteration"}, "|ratio − 1|", True),
-        ("clip fraction", {"actor/clip_fraction": "clipped"}, "share of edges", False),
+        ("largest |ratio − 1|", {"learner/ratio_max_dev": "in the iteration"}, "|ratio − 1|", True),
+        ("clip fraction", {"learner/clip_fraction": "clipped"}, "share of edges", False),
         ("advantages", {"advantage/std": "std", "advantage/zero_std_groups": "groups without spread"}, "", False),
-        ("gradient norm, before clipping", {"actor/grad_norm": "norm"}, "norm", False),
-        ("KL to the model without LoRA", {"actor/kl": "KL"}, "nats", False),
+        ("rollout against learner", {"mismatch/velocity": "velocity, relative error"}, "", True),
+        (
+            "edges lost to rounding",
+            {"mismatch/lost_edges": "without gradient, by the rollout's ratios"},
+            "share",
+            False,
+        ),
+        ("gradient norm, before clipping", {"learner/grad_norm": "norm"}, "norm", False),
+        ("KL to the model without LoRA", {"learner/kl": "KL"}, "nats", False),
     ]
-    if len(runs) == 1:
-        wanted[0][1]["actor/ratio_initial_max_dev"] = "before the first step"
     return _drawn(runs, wanted)
 
 

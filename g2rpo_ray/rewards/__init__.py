@@ -1,7 +1,17 @@
 """Reward models: pictures and prompts in, a score each out. One file a model, built by name on first use."""
 
-from g2rpo_ray.rewards.options import check_reward, prompt_check, serving
-from g2rpo_ray.rewards.registry import KINDS, PARTS, NotScores, Reward, ask, ask_parts, build_reward
+from g2rpo_ray.rewards.options import check_reward, longest_s, prompt_check, serving
+from g2rpo_ray.rewards.registry import (
+    KINDS,
+    PARTS,
+    NotScores,
+    Reward,
+    ask,
+    ask_in_chunks,
+    build_reward,
+    open_reward,
+    scores_of,
+)
 
 __all__ = [
     "KINDS",
@@ -9,9 +19,12 @@ __all__ = [
     "NotScores",
     "Reward",
     "ask",
-    "ask_parts",
+    "ask_in_chunks",
     "build_reward",
     "check_reward",
+    "longest_s",
+    "open_reward",
     "prompt_check",
+    "scores_of",
     "serving",
 ]

@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers: several in turn, bounded time, retries, and a key that no message holds.
+"""A client of OpenAI-compatible servers, with several servers, time limits and retries. No message contains the key.
 
 HTTP is httpx's, retries are tenacity's. What neither has is by hand: a bound on the time and the size of a whole
 answer, and Retry-After.
@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 MAX_WAIT = 60.0  # seconds between two attempts, whatever Retry-After says
 MAX_ANSWER = 2**20  # bytes
 EXPECTED_URL = "http://host:port, without a password, that answers GET /v1/models"
+END_OF_TURN = re.compile(r"(?:\s*(?:<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z", re.IGNORECASE)
+NO_REASONING = "serve the model without --reasoning-parser, or raise max_tokens if it was still thinking"
 T = TypeVar("T")
 
 
@@ -41,7 +44,7 @@ class RequestFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a server is; `prefix` is the path in front of /v1."""
+    """The address of a server; `prefix` is the path before /v1."""
 
     scheme: str
     host: str
@@ -73,7 +76,10 @@ class ChatClient:
     """Asks the servers in turn; may be used by any number of threads."""
 
     def __init__(self, servers: Sequence[Server], key: str, timeout: float, retries: int, backoff: float) -> None:
-        """`timeout`: seconds an attempt may take; `backoff`: seconds before the second, doubled before each other."""
+        """`timeout`: seconds for each of connecting, the wait for an answer, and its end; `backoff`: seconds before the
+        second attempt, doubled before each other."""
+        self.longest_s = (1 + retries) * 3 * timeout + retries * MAX_WAIT
+        """Seconds that `ask` may take, every attempt and every wait between them as long as it may be."""
         self._servers, self._timeout, self._backoff = servers, timeout, backoff
         for library in ("httpx", "httpcore"):  # below warnings they log what servers send, where a key may be
             logging.getLogger(library).setLevel(logging.WARNING)
@@ -92,7 +98,7 @@ class ChatClient:
         )  # fmt: skip
 
     def ask(self, body: Mapping[str, Any], turn: int, read: "Read[T]") -> T:
-        """What `read` finds in the answer to a chat of the server whose turn it is; after a failure the next is asked.
+        """The result of `read` on the answer of the next server; after a failure another server is asked.
 
         Raises:
             RequestFailed: no attempt gave an answer, or one can't be expected.
@@ -130,11 +136,11 @@ class ChatClient:
         if len(failures) == len(self._servers):
             raise ValueError(f"base_urls: no server can be used ({'; '.join(failures)}); expected {EXPECTED_URL}")
         for line in failures:
-            logger.warning("%s; goes on with the others", line)
+            logger.warning("%s; the other servers are used", line)
         return names
 
     def _read(self, response: httpx.Response) -> bytes:
-        """What the server sends within the timeout: one that sends a byte now and then is as good as silent."""
+        """The answer of the server within the timeout, also if it sends a byte now and then."""
         content, deadline = b"", time.monotonic() + self._timeout
         for part in response.iter_raw():
             content += part
@@ -163,24 +169,36 @@ class ChatClient:
 
 
 def read_text(server: Server, answer: Any) -> str:
-    """The text of an answer. RequestFailed where there is none, or it was cut off."""
+    """The text of an answer, without CR and without a token that ends it. RequestFailed where there is none, or it was
+    cut off."""
     try:
         choice = answer["choices"][0]
         text, end = choice["message"]["content"], choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed(server, "an answer without choices[0].message.content", again=False) from None
-    if not isinstance(text, str) or end == "length":  # what is cut may lack the digits after a point
-        raise RequestFailed(server, "an answer that was cut off, or has no text; raise max_tokens", again=False)
-    return text
+    _refuse_reasoning(server, choice["message"])
+    if end == "length":  # what is cut may lack the digits after a point
+        raise RequestFailed(server, "an answer that was cut off; raise max_tokens", again=False)
+    if not isinstance(text, str):
+        raise RequestFailed(server, "an answer without text in choices[0].message.content", again=False)
+    return END_OF_TURN.sub("", text.replace("\r\n", "\n"))
+
+
+def _refuse_reasoning(server: Server, message: Any) -> None:
+    """Raise RequestFailed where a server's parser took all of an answer for what the model thinks before it answers."""
+    for field in ("reasoning_content", "reasoning"):
+        if isinstance(message, Mapping) and message.get(field) and not message.get("content"):
+            raise RequestFailed(server, f"an answer that is only in {field}; {NO_REASONING}", again=False)
 
 
 def read_first_token(server: Server, answer: Any) -> dict[str, float]:
     """The probabilities of an answer's likeliest first tokens, by their text. RequestFailed where none are listed."""
     found: dict[str, float] = {}
     try:
+        _refuse_reasoning(server, answer["choices"][0].get("message"))
         for listed in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[listed["token"]] = found.get(listed["token"], 0.0) + math.exp(min(0.0, listed["logprob"]))
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, AttributeError):
         found = {}
     if not found:
         why = "an answer without top_logprobs; serve a model that lists them (vLLM: --max-logprobs 20)"

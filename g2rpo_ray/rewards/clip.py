@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from open_clip.tokenizer import SimpleTokenizer
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.features import Scale, check_scale, clip_pixels, cosines, scale_factor
 from g2rpo_ray.rewards.files import locate, read_json
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
-from g2rpo_ray.words import one_line
 
 CHECKPOINT = "apple/DFN5B-CLIP-ViT-H-14:open_clip_pytorch_model.bin"
 KEYS = ("embed_dim", "vision_cfg", "text_cfg")

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from g2rpo_ray.files import EMBEDDED
-from g2rpo_ray.words import one_line
+from g2rpo_ray.messages import one_line
+from g2rpo_ray.paths import EMBEDDED
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILE = re.compile(HUB_ID.pattern + r":\S+")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from g2rpo_ray.words import one_line
+from g2rpo_ray.messages import one_line
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MAX_OBJECTS = 16  # of a class, those with the highest scores

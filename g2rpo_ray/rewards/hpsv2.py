@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.features import CLIP_MEAN, CLIP_STD, cosines
 from g2rpo_ray.rewards.files import locate, read_json
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
-from g2rpo_ray.words import one_line
 
 CHECKPOINT = "xswu/HPSv2:HPS_v2.1_compressed.pt"
 

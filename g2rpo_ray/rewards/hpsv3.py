@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.features import finite
 from g2rpo_ray.rewards.files import locate
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, pretrained, read_weights
-from g2rpo_ray.words import one_line
 
 CHECKPOINT = "MizzenAI/HPSv3:HPSv3.safetensors"
 PIXELS = 256 * 28 * 28  # of a picture, about: 448 × 448 if it is square

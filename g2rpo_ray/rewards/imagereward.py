@@ -16,12 +16,12 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.aesthetic import ScoreHead
 from g2rpo_ray.rewards.features import clip_pixels, finite
 from g2rpo_ray.rewards.files import locate, read_json
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
-from g2rpo_ray.words import one_line
 
 CHECKPOINT = "THUDM/ImageReward:ImageReward.pt"
 VOCABULARY = "google-bert/bert-base-uncased:vocab.txt"

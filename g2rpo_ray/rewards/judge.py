@@ -12,13 +12,16 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from g2rpo_ray.paths import resolve
 from g2rpo_ray.rewards.chat import ChatClient, Read, RequestFailed, parse_url, read_text
 from g2rpo_ray.rewards.images import check_images, encoded
+from g2rpo_ray.types import sources_in
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,11 +38,13 @@ class Judge:
 
     def __init__(self, client: ChatClient, served_model: str, image_format: str, max_tokens: int, concurrency: int):
         self._client, self._model, self._format, self._max_tokens = client, served_model, image_format, max_tokens
+        self.waits = client.longest_s, concurrency
+        """See `Reward`."""
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
         self._turns = itertools.count()
 
     def ask(self, images: Sequence[Image], question: str, read: Read[T], **more: Any) -> T:
-        """What `read` finds in the answer to a question about images uint8 [H, W, 3]. RequestFailed without one."""
+        """The result of `read` on the answer to a question about images uint8 [H, W, 3]. Raises RequestFailed."""
         urls = [base64.b64encode(encoded(image, self._format)).decode() for image in images]
         pictures = [
             {"type": "image_url", "image_url": {"url": f"data:image/{self._format};base64,{url}"}} for url in urls
@@ -61,36 +66,82 @@ class Judge:
         return list(self._threads.map(one, prompts, *arguments))
 
 
+def with_sources(images: Sequence[Image], known: Mapping[str, Any]) -> list[Image]:
+    """The images that a judge of edits receives: the sources in a prompt's metadata, then the results."""
+    return [*sources_in(known), *images]
+
+
 class Template:
     """A question about each picture, and numbers that stand in the answer: its parts, one of which is the score."""
 
     def __init__(
-        self, name: str, judge: Judge, instruction: str, read: Mapping[str, Callable[[str], float]], part: str = ""
+        self,
+        name: str,
+        judge: Judge,
+        instruction: str,
+        read: Mapping[str, Callable[[str], float]],
+        part: str = "",
+        edits: bool = False,
     ):
-        """`read` makes each part of an answer, or raises Unparsed: then none of it is used."""
-        if "{prompt}" not in instruction:
-            raise ValueError("instruction: has no {prompt}; expected a text with that where the prompt belongs")
-        self._name, self._judge, self._instruction, self._read, self._part = name, judge, instruction, read, part
+        """`read` makes each part of an answer, or raises Unparsed: then that part is missing. `edits`: show the
+        sources of prompts, too."""
+        self._name, self._judge, self._read, self._part, self._edits = name, judge, read, part, edits
+        self._instruction = read_instruction(instruction)
+        self.waits = judge.waits
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+    def score(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> NDArray[np.float32]:
         """Scores float32 [N] of images uint8 [N, H, W, 3] for their prompts; NaN where there is none."""
-        return self.score_parts(images, prompts)[self._part]
+        return self.score_parts(images, prompts, metadata)[self._part]
 
-    def score_parts(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def score_parts(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, NDArray[np.float32]]:
         """All parts [N] of the answers, by name, from one request a picture."""
         check_images(self._name, images, prompts)
-        found = self._judge.each(self._name, prompts, self._ask, images)
+        known = metadata if self._edits and metadata else [{}] * len(images)
+        shown = [with_sources([image], of_one) for image, of_one in zip(images, known, strict=True)]
+        found = self._judge.each(self._name, prompts, self._ask, shown)
         return {
             name: np.array([(answer or {}).get(name, np.nan) for answer in found], np.float32) for name in self._read
         }
 
-    def _ask(self, prompt: str, image: Image) -> dict[str, float]:
-        answer = self._judge.ask([image], self._instruction.replace("{prompt}", prompt), read_text)
-        return {part: read(answer) for part, read in self._read.items()}
+    def _ask(self, prompt: str, shown: Sequence[Image]) -> dict[str, float]:
+        answer = self._judge.ask(shown, self._instruction.replace("{prompt}", prompt), read_text)
+        found: dict[str, float] = {}
+        for part, read in self._read.items():
+            try:
+                found[part] = read(answer)
+            except Unparsed as failure:
+                logger.warning("%s: no score for %r: %s", self._name, prompt, failure)
+        return found
+
+
+def read_instruction(given: str) -> str:
+    """The text of a question with {prompt} in it: `given` itself, or what the file of that name holds, word for word.
+
+    Raises:
+        ValueError: one line; there is no such file, it is not UTF-8, or its text has no {prompt}.
+    """
+    if "{prompt}" in given:
+        return given
+    expected = "expected a text with {prompt} where the prompt belongs, or a file that holds one"
+    if not given.strip() or "\n" in given:
+        raise ValueError(f"instruction: has no {{prompt}}; {expected}")
+    try:
+        text = Path(resolve(given)).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        known = f"{given[:100]!r} has no {{prompt}} and is no file ({reason})"
+        raise ValueError(f"instruction: {known}; {expected}") from None
+    if "{prompt}" not in text:
+        raise ValueError(f"instruction: the file {given[:100]!r} has no {{prompt}}; {expected}")
+    return text
 
 
 def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: str) -> Callable[[str], float]:
-    """What reads the one number that the pattern's group finds in an answer, the same wherever it is repeated."""
+    """A function that reads the number in the pattern's group; repetitions must be equal."""
 
     def read(answer: str) -> float:
         try:
@@ -102,6 +153,17 @@ def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: st
         return score
 
     return read
+
+
+def grade(label: str) -> Callable[[str], float]:
+    """A function that reads a grade from 1 to 5: the label, an optional "(1-5)", a number, an optional "/5", line end.
+
+    Markdown, a full stop, and a line break before the number may stand there, too.
+    """
+    beside = r"[ \t*_`]*"
+    found = rf"{beside}:{beside}\n?{beside}([0-9]+(?:\.[0-9]+)?){beside}(?:/ ?5)?[ \t*_`.]*$"
+    pattern = rf"{label}{beside}(?:\(1[-–]5\))?{found}"
+    return number(re.compile(pattern, re.MULTILINE), 1, 5, f"'{label}: 1…5'")
 
 
 def open_judge(
@@ -167,11 +229,11 @@ def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, hig
     if not lowest < highest:
         raise ValueError(f"lowest: {lowest:g} given; expected less than highest={highest:g}")
     read = number(compiled, lowest, highest, f"match of {pattern!r} from {lowest:g} to {highest:g}")
-    return Template("judge", judge, instruction, {"": read})
+    return Template("judge", judge, instruction, {"": read}, edits=True)
 
 
 def _key(variable: str) -> str:
-    """The key in that environment variable, "" without one; what is wrong with it is told without it."""
+    """The key in that environment variable, "" without one. Error messages never contain the key."""
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()

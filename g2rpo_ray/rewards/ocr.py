@@ -1,25 +1,32 @@
 """OCR, Flow-GRPO's second task (arXiv 2505.05470): whether a picture shows the text that its prompt has in quotes.
 
 rapidocr reads the picture with the PP-OCR models of its wheel. A score is 1 − min(distance, L) / L, with the
-Levenshtein distance of what was read to the text and its length L, both without spaces and in lower case. Legend: N
-images and prompts.
+Levenshtein distance of what was read to the text and its length L, both without spaces, in lower case, in NFKC form and
+with one kind of apostrophe. Legend: N images and prompts.
 """
 
 import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.images import check_images
-from g2rpo_ray.words import one_line
 
 logger = logging.getLogger(__name__)
 
 Definition = Literal["flow_grpo", "strict"]
-QUOTED = re.compile('"([^"]*)"|“([^”]*)”')
+PAIRS = ('""', "“”", "„“", "„”", "””", "«»", "»«", "「」", "『』", "＂＂")  # of quotation marks, opening and closing
+CURLY = "“”„"  # none of them stands in a text between two of them
+QUOTED = re.compile("|".join(f"{p[0]}([^{CURLY if p[0] in CURLY else p}]*){p[1]}" for p in PAIRS))
+MARK = re.compile(f"[{''.join(PAIRS)}]")
+INCHES = re.compile('[0-9]["”＂]')
+APOSTROPHES = str.maketrans(dict.fromkeys("‘’‛ʼ＇`´′", "'"))
+REMEDY = 'write the text of the picture as "text" or “text”, and inches as ″ (U+2033) or in words'
 SAMPLE = "Read me"  # what a working engine reads in a picture of it
 
 
@@ -40,9 +47,10 @@ class OCR:
         return "".join(getattr(found, "txts", None) or ())
 
     def _score_one(self, image: NDArray[np.uint8], prompt: str) -> float:
-        texts = quoted(prompt)
-        if not texts:
-            logger.warning("ocr: no score for %r: it has no text in quotes", prompt)
+        try:
+            texts = quoted(prompt)
+        except ValueError as error:
+            logger.warning("ocr: no score for %r: it %s", prompt, error)
             return float("nan")
         return similarity(self.read(image), texts, self._definition)
 
@@ -69,14 +77,23 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def quoted(prompt: str) -> list[str]:
-    """The texts between quotation marks, straight or curly, without blank ones."""
-    return [text for pair in QUOTED.findall(prompt) if _plain(text := "".join(pair))]
+    """The texts between the quotation marks of a prompt, without blank ones.
+
+    Raises:
+        ValueError: its text continues "the prompt …"; there is no text in quotes, or the quotes are ambiguous.
+    """
+    found = list(QUOTED.finditer(prompt))
+    if any(INCHES.match(prompt, max(0, match.start() - 1)) for match in found) or MARK.search(QUOTED.sub("", prompt)):
+        raise ValueError(f"has a quotation mark that closes or opens nothing, or stands for inches: {REMEDY}")
+    texts = ["".join(group or "" for group in match.groups()) for match in found]
+    if not any(map(_plain, texts)):
+        raise ValueError(f"has no text in quotes, which ocr looks for in pictures: {REMEDY}, or leave the prompt out")
+    return [text for text in texts if _plain(text)]
 
 
 def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
     """Raise ValueError for a prompt that no picture can be scored for."""
-    if not quoted(prompt):
-        raise ValueError('has no text in quotes, which ocr looks for in pictures: write it as "text", or leave it out')
+    quoted(prompt)
 
 
 def build(definition: Definition = "flow_grpo", device: str = "cpu") -> OCR:
@@ -127,4 +144,4 @@ def _picture_of(text: str) -> NDArray[np.uint8]:
 
 
 def _plain(text: str) -> str:
-    return "".join(text.split()).lower()
+    return "".join(unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).split()).lower()

@@ -1,15 +1,19 @@
-"""What can be told of a reward before anything starts, without importing its model's packages."""
+"""Checks of a reward's options before anything starts, without importing its model's packages."""
 
 import ast
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from g2rpo_ray.files import resolve
+from g2rpo_ray.functions import PYTHON
+from g2rpo_ray.messages import shown
+from g2rpo_ray.paths import path_fault, resolve
 from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
-from g2rpo_ray.rewards.registry import KINDS, PARTS
+from g2rpo_ray.rewards.registry import KINDS, PARTS, build_reward
 
 if TYPE_CHECKING:
     from g2rpo_ray.config import RewardConfig
@@ -17,37 +21,56 @@ if TYPE_CHECKING:
 REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone", "colour_model")  # a directory, or a repository on the hub
+WITHOUT_WEIGHTS = (("hpsv3", "backbone"), ("pickscore", "processor"))  # by kind: only tokenizer and configuration
 SERVER_OPTIONS = ("base_urls",)
 PACKAGES = {
     "hpsv2": ("hpsv2", ", whose own pins are too old for the rest: pip install --no-deps hpsv2==1.2.0 clint args"),
     "ocr": ("rapidocr", ": pip install rapidocr onnxruntime, on a GPU onnxruntime-gpu in place of the latter"),
 }
 """By kind, what must be installed beside the package's own dependencies, and how."""
+QUESTIONS = {
+    "pairwise": "g2rpo_ray.rewards.pairwise:questions",
+    "soft_tifa": "g2rpo_ray.rewards.soft_tifa:questions",
+}
+"""By kind, how many questions it asks about so many pictures of a prompt with such metadata; else one a picture."""
 PROMPT_CHECKS = {
     "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
     "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
     "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt",
+    "preservation": "g2rpo_ray.rewards.preservation:check_prompt",
+    "preservation_dino": "g2rpo_ray.rewards.preservation:check_prompt",
 }
 """By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
 
 
-def check_reward(key: str, kind: str, options: Mapping[str, Any], elsewhere: bool = False) -> list[str]:
-    """Check kind, option names and files; a line for each file that could not be looked at.
-
-    `elsewhere`: its packages are those of an environment of its own.
+def check_reward(key: str, reward: "RewardConfig") -> list[str]:
+    """Check kind, option names and files of a section; a line for each file that could not be looked at.
 
     Raises:
         ValueError: one line that names the key in the configuration, what was given and what is allowed.
     """
+    kind, options, gpus = reward.kind, reward.options, reward.resources.get("GPU", 0)
+    if kind == PYTHON:
+        try:
+            build_reward(kind, **options)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from None
+        return []
     if kind not in KINDS and ":" not in kind:
         raise ValueError(f"{key}.kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory as module:factory")
     if kind not in KINDS:
         return []
     package, remedy = PACKAGES.get(kind, ("", ""))
-    if package and not elsewhere and find_spec(package) is None:
+    if package and not reward.runtime_env and find_spec(package) is None:
         raise ValueError(f"{key}.kind: {kind} needs the package {package}{remedy}")
+    if gpus and not has_device(kind):
+        raise ValueError(
+            f"{key}.resources: GPU: {gpus:g} given or by default, but {kind} computes on the CPU alone; give {{CPU: 1}}"
+        )
     known = option_defaults(kind)
     for name in options:
+        if name == "device" and has_device(kind):
+            raise ValueError(f"{key}.options.device: give it as {key}.device; unset, it follows {key}.resources")
         if name not in known:
             allowed = ", ".join(known) or "none"
             raise ValueError(f"{key}.options.{name}: {kind} has no such option; allowed are {allowed}")
@@ -60,12 +83,26 @@ def check_reward(key: str, kind: str, options: Mapping[str, Any], elsewhere: boo
 
 
 def prompt_check(kind: str) -> Callable[[str, Mapping[str, Any]], None]:
-    """What raises ValueError for a prompt, given with its metadata, that a reward of this kind can't score."""
-    if kind not in PROMPT_CHECKS:
-        return lambda prompt, metadata: None
-    module_name, _, name = PROMPT_CHECKS[kind].partition(":")
-    check: Callable[[str, Mapping[str, Any]], None] = getattr(import_module(module_name), name)
+    """A function that raises ValueError for a prompt, with its metadata, that a reward of this kind cannot score."""
+    check: Callable[[str, Mapping[str, Any]], None] = _of_kind(PROMPT_CHECKS, kind) or (lambda prompt, metadata: None)
     return check
+
+
+def longest_s(
+    config: "RewardConfig", images: int, metadata: Mapping[str, Any], waits: tuple[float, int], group: bool
+) -> float:
+    """Seconds that scores of so many pictures of one prompt may take a reward with these `waits` (see `Reward`)."""
+    seconds, at_once = waits
+    questions: Callable[[int, Mapping[str, Any]], int] = _of_kind(QUESTIONS, config.kind) or (
+        lambda images, known: images
+    )
+    size = images if group else min(images, config.batch_size)  # asked about together
+    return seconds * math.ceil(images / size) * math.ceil(questions(size, metadata) / at_once)
+
+
+def _of_kind(functions: Mapping[str, str], kind: str) -> Any:
+    module_name, _, name = functions.get(kind, "").partition(":")
+    return getattr(import_module(module_name), name) if module_name else None
 
 
 def serving(rewards: "Mapping[str, RewardConfig]") -> dict[str, str]:
@@ -84,7 +121,12 @@ def _whole(reward: "RewardConfig") -> "RewardConfig":
 
 def option_defaults(kind: str) -> dict[str, Any]:
     """The options of a kind of KINDS and their defaults, or REQUIRED: read from the source, which is not run."""
-    return _parameters(*KINDS[kind].split(":"))
+    return {name: given for name, given in _parameters(*KINDS[kind].split(":")).items() if name != "device"}
+
+
+def has_device(kind: str) -> bool:
+    """Whether a kind of KINDS computes on the device that its section says."""
+    return "device" in _parameters(*KINDS[kind].split(":"))
 
 
 def _parameters(module_name: str, name: str) -> dict[str, Any]:
@@ -93,8 +135,9 @@ def _parameters(module_name: str, name: str) -> dict[str, Any]:
     assert spec.origin is not None, f"{module_name} has a source file"
     constants: dict[str, Any] = {}
     for node in ast.parse(Path(spec.origin).read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            constants[ast.unparse(node.targets[0])] = node.value.value
+        if isinstance(node, ast.Assign):
+            with suppress(ValueError):  # no literal
+                constants[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
         if isinstance(node, ast.FunctionDef) and node.name == name:
             names = [argument.arg for argument in node.args.args]
             given = [_constant(default, constants) for default in node.args.defaults]
@@ -107,21 +150,23 @@ def _parameters(module_name: str, name: str) -> dict[str, Any]:
 
 
 def _constant(node: ast.expr, constants: Mapping[str, Any]) -> Any:
-    return constants.get(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
+    return constants[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _check_file(key: str, name: str, given: str) -> str:
     """A line if `given` is looked for at start only, else ""; ValueError if it can be neither a file nor a hub name."""
     path = Path(resolve(given))
+    if given and name in (*FILE_OPTIONS, *FOLDER_OPTIONS, "architecture") and (fault := path_fault(given)):
+        raise ValueError(f"{key}: {shown(given)} given; {fault}")
     if name in SERVER_OPTIONS:
         return f"{key}: {given} is asked at start"
     if name in FILE_OPTIONS and not path.is_file():
         if is_hub_file(given):
-            return f"{key}: {given} is taken for a file on the hub, looked for at start"
+            return f"{key}: {given} is a file on the hub, which is looked up at the start"
         raise ValueError(f"{key}: no file {given}; give a path, or a hub file as repo:file")
     if name in FOLDER_OPTIONS and not path.is_dir():
         if is_hub_id(given):
-            return f"{key}: {given} is taken for a hub id, looked for at start"
+            return f"{key}: {given} is a hub id, which is looked up at the start"
         raise ValueError(f"{key}: no directory {given}; give one as transformers saves it, or a hub id like org/name")
     if name == "architecture" and given.endswith(".json") and not path.is_file():
         raise ValueError(f"{key}: no file {given}; give the path of a JSON file")

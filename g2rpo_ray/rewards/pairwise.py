@@ -4,18 +4,19 @@ E.g. `vllm serve CodeGoat24/UnifiedReward-Think-qwen-7b`. Legend: N images of on
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from g2rpo_ray.algo.win_rate import shares
 from g2rpo_ray.rewards.chat import read_text
 from g2rpo_ray.rewards.images import check_images
-from g2rpo_ray.rewards.judge import Image, Judge, Unparsed, judged
-from g2rpo_ray.rewards.win_rate import shares
+from g2rpo_ray.rewards.judge import Image, Judge, Unparsed, judged, read_instruction, with_sources
 
-# What UnifiedReward-Think was trained with, word for word; another wording gives other answers.
+# What UnifiedReward-Think-qwen-7b was trained with, word for word; another wording gives other answers.
 INSTRUCTION = (
     "Given a caption and two images generated based on this caption, please analyze in detail the two provided images. "
     "Evaluate them on various dimensions such as semantic consistency (how closely the image content aligns with the "
@@ -37,7 +38,7 @@ PATTERN = (
     r"<answer>\s*(?:(?P<first>Image 1 is better)|(?P<second>Image 2 is better)|(?P<tie>Both images are equally good))"
     r"\.?\s*</answer>"
 )
-WORTH = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of a verdict, to the first picture
+POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of a verdict, to the first picture
 
 
 class Pairwise:
@@ -48,26 +49,35 @@ class Pairwise:
     def __init__(self, judge: Judge, instruction: str, pattern: re.Pattern[str], both_orders: bool):
         self._judge, self._instruction, self._pattern = judge, instruction, pattern
         self._pairs = permutations if both_orders else combinations
+        self.waits = judge.waits
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+    def score(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> NDArray[np.float32]:
         """Shares float32 [N], 0 to 1, of images uint8 [N, H, W, 3] of one prompt; NaN where none was compared."""
         check_images("pairwise", images, prompts)
         if len(set(prompts)) != 1:
             raise ValueError("reward pairwise: pictures of several prompts given; expected those of one group")
         pairs = list(self._pairs(range(len(images)), 2))
-        shown = [(images[first], images[second]) for first, second in pairs]
+        known = metadata[0] if metadata else {}
+        shown = [with_sources((images[first], images[second]), known) for first, second in pairs]
         verdicts = self._judge.each("pairwise", [prompts[0]] * len(pairs), self._ask, shown)
         won = np.full((len(images), len(images)), np.nan)
         for (first, second), worth in zip(pairs, verdicts, strict=True):
             won[first, second] = np.nan if worth is None else worth
         return shares(np.stack([won, 1 - won.T]))  # by the first picture and by the second
 
-    def _ask(self, prompt: str, pair: tuple[Image, Image]) -> float:
-        answer = self._judge.ask(pair, self._instruction.replace("{prompt}", prompt), read_text)
+    def _ask(self, prompt: str, shown: Sequence[Image]) -> float:
+        answer = self._judge.ask(shown, self._instruction.replace("{prompt}", prompt), read_text)
         verdicts = {found.lastgroup for found in self._pattern.finditer(answer)}
         if len(verdicts) != 1:
             raise Unparsed("no single verdict in the answer")
-        return WORTH[str(verdicts.pop())]
+        return POINTS[str(verdicts.pop())]
+
+
+def questions(images: int, metadata: Mapping[str, Any]) -> int:
+    """Largest number of questions about a group: each pair of pictures in both orders."""
+    return images * (images - 1)
 
 
 @judged
@@ -81,10 +91,8 @@ def build(judge: Judge, instruction: str = INSTRUCTION, pattern: str = PATTERN, 
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from None
-    if not {"first", "second"} <= compiled.groupindex.keys() <= WORTH.keys() or compiled.groups != len(
+    if not {"first", "second"} <= compiled.groupindex.keys() <= POINTS.keys() or compiled.groups != len(
         compiled.groupindex
     ):
         raise ValueError(f"pattern: {pattern!r}; expected the named groups first, second, perhaps tie, and no others")
-    if "{prompt}" not in instruction:
-        raise ValueError("instruction: has no {prompt}; expected a text with that where the prompt belongs")
-    return Pairwise(judge, instruction, compiled, both_orders)
+    return Pairwise(judge, read_instruction(instruction), compiled, both_orders)

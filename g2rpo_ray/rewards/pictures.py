@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from g2rpo_ray.data import read_records
-from g2rpo_ray.quickstart.shapes import COLOURS, SHAPES, caption, render
-from g2rpo_ray.words import one_line
+from g2rpo_ray.messages import one_line
+from g2rpo_ray.worlds.quickstart.shapes import COLOURS, SHAPES, caption, render
 
 LEGIBLE = 128  # pixels a side from which on text is drawn, too
 MOST = 256  # pictures of a folder
@@ -46,9 +46,9 @@ def references(height: int, width: int) -> list[Picture]:
     return pictures
 
 
-def read_pictures(folder: Path) -> list[Picture]:
+def read_pictures(folder: Path, sources: int = 0) -> list[Picture]:
     """The pictures of a folder. The prompt of NAME.png is in NAME.txt, or in NAME.jsonl with its metadata, as prompt
-    files have it; else it is the name, with blanks for underscores.
+    files have it, with up to `sources` source pictures; else it is the name, with blanks for underscores.
 
     Raises:
         ValueError: one line; there are none, or a file is no picture.
@@ -59,7 +59,7 @@ def read_pictures(folder: Path) -> list[Picture]:
     pictures = []
     for file in files:
         beside = [file.with_suffix(ending) for ending in (".txt", ".jsonl") if file.with_suffix(ending).is_file()]
-        told = read_records(str(beside[0]), "IMAGES") if beside else {file.stem.replace("_", " "): {}}
+        told = read_records(str(beside[0]), "IMAGES", sources) if beside else {file.stem.replace("_", " "): {}}
         if len(told) > 1:
             raise ValueError(f"IMAGES: {beside[0]} holds {len(told)} prompts; write the one of {file.name}")
         try:

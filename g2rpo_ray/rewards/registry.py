@@ -1,31 +1,40 @@
 """The reward protocol, and rewards by name. A model's file, and what it imports, is loaded when it is built."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Protocol, runtime_checkable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
+from g2rpo_ray.functions import PYTHON
+from g2rpo_ray.imports import imported
+from g2rpo_ray.messages import one_line, shown
+from g2rpo_ray.paths import resolve
 
-from g2rpo_ray.files import resolve
-from g2rpo_ray.words import one_line
+if TYPE_CHECKING:  # not loaded with the package, which `python -m g2rpo_ray.rewards` loads before its entry
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from g2rpo_ray.config import RewardConfig
 
 
 class NotScores(ValueError):
-    """What a reward returned can never be scores: asking again does not help."""
+    """A reward returned something that cannot be scores; a retry would not help."""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """What the rewards actor calls. The caller decides how many pictures are scored together."""
+    """The protocol of a reward. The caller decides how many images are scored together."""
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Scores float32 [N], higher is better, of images uint8 [N, H, W, 3], each with its own prompt.
+    def score(self, images: "NDArray[np.uint8]", prompts: Sequence[str]) -> "NDArray[np.float32]":
+        """Scores [N], higher is better, of images uint8 [N, H, W, 3], each with its own prompt.
 
-        NaN where one picture could not be scored: a missing score is never 0. A reward that has a third argument
-        `metadata` is given a mapping for each prompt, what its file says of it: see `data.read_records`. One whose
-        `scope` is "group" is given all pictures at once that credit compares, of one prompt; without it, any of them.
+        An array, tensor or list. NaN or None where one picture could not be scored: a missing score is never 0. A
+        reward that has a third argument `metadata` is given a mapping for each prompt, what its file says of it: see
+        `data.read_records`. Of a prompt with pictures it has them, too, uint8 [H, W, 3] and each of its own size:
+        `source`, a tuple of them, `target`, `mask`. One whose `scope` is "group" is given all pictures at once that
+        credit compares, of one prompt; without it, any of them. One that asks somebody else may have `waits`, the most
+        seconds that a question takes and how many are asked at a time: its server isn't taken for hung before it has
+        had that time for every picture.
         """
         ...
 
@@ -35,14 +44,14 @@ PARTS = ("unified_reward_2", "soft_tifa")
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
     "hpsv3": "g2rpo_ray.rewards.hpsv3:build",
-    "colour_accuracy": "g2rpo_ray.quickstart.rules:colour_accuracy",
-    "shape_accuracy": "g2rpo_ray.quickstart.rules:shape_accuracy",
-    "scenes_attributes": "g2rpo_ray.scenes.rules:scenes_attributes",
-    "scenes_relation": "g2rpo_ray.scenes.rules:scenes_relation",
-    "scenes_count": "g2rpo_ray.scenes.rules:scenes_count",
-    "scenes_correct": "g2rpo_ray.scenes.rules:scenes_correct",
-    "scenes_quality": "g2rpo_ray.scenes.fidelity:quality",
-    "scenes_background": "g2rpo_ray.scenes.fidelity:background",
+    "colour_accuracy": "g2rpo_ray.worlds.quickstart.rules:colour_accuracy",
+    "shape_accuracy": "g2rpo_ray.worlds.quickstart.rules:shape_accuracy",
+    "scenes_attributes": "g2rpo_ray.worlds.scenes.rules:scenes_attributes",
+    "scenes_relation": "g2rpo_ray.worlds.scenes.rules:scenes_relation",
+    "scenes_count": "g2rpo_ray.worlds.scenes.rules:scenes_count",
+    "scenes_correct": "g2rpo_ray.worlds.scenes.rules:scenes_correct",
+    "scenes_quality": "g2rpo_ray.worlds.scenes.fidelity:quality",
+    "scenes_background": "g2rpo_ray.worlds.scenes.fidelity:background",
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",
@@ -53,10 +62,19 @@ KINDS = {
     "unified_reward_2": "g2rpo_ray.rewards.unified_reward_2:build",
     "soft_tifa": "g2rpo_ray.rewards.soft_tifa:build",
     "judge": "g2rpo_ray.rewards.judge:build",
+    "answer_tokens": "g2rpo_ray.rewards.answer_tokens:build",
     "pairwise": "g2rpo_ray.rewards.pairwise:build",
+    "preservation": "g2rpo_ray.rewards.preservation:build",
+    "preservation_dino": "g2rpo_ray.rewards.preservation:build_dino",
     "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "g2rpo_ray.rewards.jpeg:incompressibility",
 }
+
+
+def open_reward(config: "RewardConfig") -> Reward:
+    """The reward of a section of the settings, on the section's device if its factory has an argument `device`."""
+    placed = {"device": config.device} if "device" in signature(_factory(config.kind)).parameters else {}
+    return build_reward(config.kind, **(placed | config.options))
 
 
 def build_reward(kind: str, **options: Any) -> Reward:
@@ -86,55 +104,107 @@ def build_reward(kind: str, **options: Any) -> Reward:
     return reward
 
 
+def from_python(function: Any) -> Reward:
+    """A reward that the caller gave as `score(images, prompts)`, or as an object that has it.
+
+    Raises:
+        ValueError: one line; the settings are a file's, which has its name alone.
+    """
+    if isinstance(function, Reward):
+        return function
+    if not callable(function):
+        raise ValueError(f"options.function: {one_line(function)}")
+    return SimpleNamespace(score=function)
+
+
 def _factory(kind: str) -> Callable[..., Reward]:
-    module_name, separator, name = KINDS.get(kind, kind).partition(":")
-    if not separator:
+    if kind == PYTHON:
+        return from_python
+    if kind not in KINDS and ":" not in kind:
         raise ValueError(f"reward kind: {kind!r} is not one of {', '.join(KINDS)}, nor a factory as 'module:factory'")
     try:
-        factory: Callable[..., Reward] = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"reward kind: {kind!r} can't be imported ({reason}); install or correct it") from error
+        factory: Callable[..., Reward] = imported(KINDS.get(kind, kind))
+    except ValueError as error:
+        raise ValueError(f"reward kind: {error}") from error
     return factory
 
 
 def ask(
     reward: Reward,
-    images: NDArray[np.uint8],
+    images: "NDArray[np.uint8]",
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
-) -> NDArray[np.float32]:
+) -> "NDArray[np.float32]":
     """The reward's scores [N] of images [N, H, W, 3]; it is told the `metadata` of the prompts if it asks for that.
 
+    It may return an array, a tensor or a list, in which None is a missing score.
+
     Raises:
-        NotScores: what it returned is no float32 array of that length.
+        NotScores: what it returned is not as many numbers.
     """
-    return _checked(reward.score(images, prompts, **_told(reward.score, prompts, metadata)), len(images))
+    return _checked(reward.score(images, _texts(prompts), **_told(reward.score, prompts, metadata)), len(images))
 
 
 def ask_parts(
     reward: Reward,
-    images: NDArray[np.uint8],
+    images: "NDArray[np.uint8]",
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, NDArray[np.float32]]:
+) -> "dict[str, NDArray[np.float32]]":
     """The same of all parts that the reward has, by name; of one without parts under ""."""
     all_parts = getattr(reward, "score_parts", None)
     if all_parts is None:
         return {"": ask(reward, images, prompts, metadata)}
-    found = all_parts(images, prompts, **_told(all_parts, prompts, metadata))
+    found = all_parts(images, _texts(prompts), **_told(all_parts, prompts, metadata))
     return {part: _checked(scores, len(images)) for part, scores in found.items()}
 
 
+def ask_in_chunks(
+    reward: Reward, images: "NDArray[np.uint8]", prompt: str, metadata: Mapping[str, Any], size: int
+) -> "dict[str, NDArray[np.float32]]":
+    """`ask_parts` of all images of one unit, at most `size` at a time.
+
+    A forward pass holds these images alone, in chunks of a fixed size: the last bits of a matrix product depend on its
+    batch, and a score must not depend on what else was waiting.
+    """
+    import numpy as np
+
+    chunks = [images[at : at + size] for at in range(0, len(images), size)]
+    found = [ask_parts(reward, chunk, [prompt] * len(chunk), [metadata] * len(chunk)) for chunk in chunks]
+    return {part: np.concatenate([scores[part] for scores in found]) for part in found[0]}
+
+
+def scores_of(config: "RewardConfig", answer: "Mapping[str, NDArray[np.float32]]") -> "NDArray[np.float32]":
+    """The scores of an answer by part that the reward of this section uses."""
+    return answer[""] if "" in answer else answer[config.options["part"]]
+
+
 def _told(method: Callable[..., Any], prompts: Sequence[str], metadata: Any) -> dict[str, Any]:
-    return {"metadata": metadata or [{}] * len(prompts)} if "metadata" in signature(method).parameters else {}
+    if "metadata" not in signature(method).parameters:
+        return {}
+    from g2rpo_ray.data.pictures import with_pictures
+
+    known = metadata or [{}] * len(prompts)
+    decoded = {id(one): with_pictures(one) for one in known}  # most are the same one
+    return {"metadata": [decoded[id(one)] for one in known]}
 
 
-def _checked(scores: Any, count: int) -> NDArray[np.float32]:
-    if not isinstance(scores, np.ndarray):
-        given = f"a {type(scores).__name__}"
-    elif scores.dtype != np.float32 or scores.shape != (count,):
-        given = f"an array of {scores.dtype} and shape {scores.shape}"
-    else:
-        return scores
-    raise NotScores(f"score() returned {given}; expected a numpy array of float32 and shape ({count},)")
+def _texts(prompts: Sequence[str]) -> list[str]:
+    from g2rpo_ray.types import text_of  # imports numpy: a command that only checks settings need not
+
+    return [text_of(prompt) for prompt in prompts]
+
+
+def _checked(scores: Any, count: int) -> "NDArray[np.float32]":
+    import numpy as np
+
+    if callable(getattr(scores, "detach", None)):  # a tensor, which may be a GPU's, or bfloat16, unknown to numpy
+        scores = scores.detach().float().cpu()
+    try:
+        found = np.asarray(scores)
+        numbers = found.astype(np.float32) if found.dtype.kind in "fiubO" else None
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or numbers.shape != (count,):
+        raise NotScores(f"score() returned {one_line(shown(scores), 80)}; expected {count} numbers, one an image")
+    return numbers

@@ -23,7 +23,7 @@ class SoftTIFA:
     """A question for each atom, answered in one token; the parts are the means of what the right tokens get."""
 
     def __init__(self, judge: Judge, part: str):
-        self._judge, self._part = judge, part
+        self._judge, self._part, self.waits = judge, part, judge.waits
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -72,6 +72,11 @@ def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
             "has no vqa_list in its metadata, which soft_tifa asks: give pairs of a question and the answer that is "
             'expected, as in [["Are the bicycles white?", "Yes"]], in a .jsonl or .parquet file'
         )
+
+
+def questions(images: int, metadata: Mapping[str, Any]) -> int:
+    """Number of questions about pictures of one prompt."""
+    return images * len(metadata["vqa_list"])
 
 
 def _is_pair(pair: Any) -> bool:

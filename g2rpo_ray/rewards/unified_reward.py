@@ -3,9 +3,7 @@
 E.g. `vllm serve CodeGoat24/UnifiedReward-7b-v1.5`.
 """
 
-import re
-
-from g2rpo_ray.rewards.judge import Judge, Template, judged, number
+from g2rpo_ray.rewards.judge import Judge, Template, grade, judged
 
 # What the model was trained with, word for word; another wording gives other scores.
 INSTRUCTION = (
@@ -16,9 +14,7 @@ INSTRUCTION = (
     "preservation, color accuracy, and overall aesthetic appeal.\nBased on the above criteria, assign a score from 1 "
     "to 5 after 'Final Score:'.\nYour task is provided as follows:\nText Caption: [{prompt}]"
 )
-# The label, one number, the end of the line; Markdown's stars and a full stop may stand beside them.
-FINAL_SCORE = re.compile(r"Final Score:[ \t*]*\n?[ \t*]*([0-9]+(?:\.[0-9]+)?)[ \t*.]*$", re.MULTILINE)
-read_grade = number(FINAL_SCORE, 1, 5, "'Final Score: 1…5'")
+read_grade = grade("Final Score")
 
 
 @judged

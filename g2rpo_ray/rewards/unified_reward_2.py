@@ -4,10 +4,9 @@ E.g. `vllm serve CodeGoat24/UnifiedReward-2.0-qwen3vl-8b`. Three rewards, a `par
 Question and answer are those of its repository (point_score_ACS_image_generation.py).
 """
 
-import re
 from typing import Literal, get_args
 
-from g2rpo_ray.rewards.judge import Judge, Template, judged, number
+from g2rpo_ray.rewards.judge import Judge, Template, grade, judged
 
 Part = Literal["alignment", "coherence", "style"]
 # What the model was trained with, word for word; another wording gives other scores.
@@ -20,13 +19,7 @@ INSTRUCTION = (
     "\n\nOutput your evaluation using the format below:\n\nAlignment Score (1-5): X\nCoherence Score (1-5): Y\n"
     "Style Score (1-5): Z\n\nYour task is provided as follows:\nText Caption: [{prompt}]"
 )
-GRADES = {
-    part: number(
-        re.compile(rf"^{part.title()} Score \(1-5\):[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t.]*$", re.MULTILINE),
-        *(1, 5, f"'{part.title()} Score (1-5): 1…5'"),
-    )
-    for part in get_args(Part)
-}
+GRADES = {part: grade(f"{part.title()} Score") for part in get_args(Part)}
 
 
 @judged

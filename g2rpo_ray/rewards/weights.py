@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.files import is_hub_id
-from g2rpo_ray.words import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,45 +1,31 @@
-"""What the settings stand for in the algorithm's terms: a prompt's tree, its cost, the noise levels."""
+"""What the settings stand for in the algorithm's terms: a prompt's tree, its units, the learner's states."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from g2rpo_ray.algo import Choice, Subtree, Tree, compared_leaves, plan_tree, resolution_shift, shifted_sigmas
-from g2rpo_ray.config import Config, SamplerConfig
-from g2rpo_ray.rewards.win_rate import win_rates
-from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.types import BranchUnit, FloatArray, TrunkUnit
+from g2rpo_ray.algo.completion import Choice
+from g2rpo_ray.algo.tree import Subtree, Tree, compared_leaves, plan_tree
+from g2rpo_ray.algo.win_rate import win_rates
+from g2rpo_ray.config import Config, LearnerConfig, SamplerConfig
+from g2rpo_ray.types import BranchUnit, FloatArray, Images, Ints, PromptRollout, Samples, SampleUnit, TrunkUnit
 
 BACKWARD = 3  # evaluations that a state of the learner counts, forward and backward
 
-
-class Schedule(Protocol):
-    """What of a model decides the noise levels."""
-
-    @property
-    def image_tokens(self) -> int: ...
-    def sigmas(self, steps: int) -> Tensor: ...
-
-
-def sigma_grid(config: SamplerConfig, model: Schedule) -> Tensor:
-    """The float32 noise levels [T + 1]."""
-    if config.shift == "pipeline":
-        return model.sigmas(config.steps)
-    shift = resolution_shift(model.image_tokens) if config.shift == "dynamic" else float(config.shift)
-    return shifted_sigmas(config.steps, shift)
+StepKey = tuple[int, int | None]
+"""An optimizer step: part of the iteration's prompts, and schedule index at which the edges start; None: at any."""
 
 
 def prompt_tree(config: Config, iteration: int, slot: int, prompt: str, choice: Choice | None = None) -> Tree:
     """The tree of one prompt of an iteration: whoever asks gets the same. `choice`: the iteration's, of `auto`."""
-    key = (config.seed, iteration, slot, prompt)
-    sampler = config.sampler.decided(choice, config.sampler.probes(iteration, slot))
+    key, probing = (config.seed, iteration, slot, prompt), config.sampler.probes(iteration, slot)
+    sampler = config.sampler.decided(choice, probing)
     tree = plan_tree(sampler.shape(_branch_steps(sampler, iteration, key), config.evaluation.anchors))
-    return _with_drawn(tree, sampler.trained_share, key)
+    tree = _with_drawn(tree, sampler.trained_share, key)
+    return replace(tree, probe=True) if probing else tree
 
 
 def possible_trees(config: Config, choice: Choice | None = None, probing: bool = False) -> list[Tree]:
@@ -52,7 +38,7 @@ def possible_trees(config: Config, choice: Choice | None = None, probing: bool =
     if sampler.branch_schedule == "slide":
         placements = [_slid(sampler, iteration) for iteration in range(config.iterations)]
     trees = [plan_tree(sampler.shape(steps, config.evaluation.anchors)) for steps in placements]
-    return [_with_drawn(tree, sampler.trained_share, (config.seed,)) for tree in trees]
+    return [replace(_with_drawn(tree, sampler.trained_share, (config.seed,)), probe=probing) for tree in trees]
 
 
 def _branch_steps(sampler: SamplerConfig, iteration: int, key: tuple[int | str, ...]) -> tuple[int, ...]:
@@ -60,7 +46,11 @@ def _branch_steps(sampler: SamplerConfig, iteration: int, key: tuple[int | str, 
     if sampler.branch_schedule == "slide":
         return _slid(sampler, iteration)
     placements = sampler.placements()
-    return placements[int(torch.randint(len(placements), (), generator=generator("branch step", *key)))]
+    if len(placements) == 1:
+        return placements[0]
+    from g2rpo_ray.rollout.noise import draw_one  # which needs torch
+
+    return placements[draw_one(len(placements), "branch step", *key)]
 
 
 def _slid(sampler: SamplerConfig, iteration: int) -> tuple[int, ...]:
@@ -73,11 +63,13 @@ def _with_drawn(tree: Tree, share: float, key: tuple[int | str, ...]) -> Tree:
     """The tree with a share, rounded down but at least one, of the steps of each child that may be trained."""
     if share == 1:
         return tree
+    from g2rpo_ray.rollout.noise import shuffled  # which needs torch
+
     trained = tree.trained.copy()
     for subtree in tree.subtrees:
         edges = np.array(subtree.edges)
         starts = np.unique(tree.start[edges][tree.trained[edges]])
-        order = torch.randperm(len(starts), generator=generator("trained", *key, *address(subtree))).numpy()
+        order = shuffled(len(starts), "trained", *key, *address(subtree))
         kept = starts[order[: max(1, int(share * len(starts)))]]
         trained[edges] &= np.isin(tree.start[edges], kept)
     return replace(tree, trained=trained)
@@ -88,7 +80,7 @@ def address(subtree: Subtree) -> tuple[int, int, int]:
     return subtree.root, subtree.branch_step, subtree.child
 
 
-class Place(Protocol):
+class PromptPlace(Protocol):
     """Which prompt of which iteration: units and rollouts tell."""
 
     @property
@@ -99,7 +91,7 @@ class Place(Protocol):
     def prompt(self) -> str: ...
 
 
-def edge_key(config: Config, place: Place, tree: Tree, edge: int) -> tuple[int | str, ...]:
+def edge_key(config: Config, place: PromptPlace, tree: Tree, edge: int) -> tuple[int | str, ...]:
     """The key of a stochastic edge's noise."""
     subtree = tree.subtrees[bisect_right(tree.subtrees, edge, key=lambda subtree: subtree.edges.start) - 1]
     return (
@@ -108,7 +100,7 @@ def edge_key(config: Config, place: Place, tree: Tree, edge: int) -> tuple[int |
     )
 
 
-def image_key(config: Config, place: Place, tree: Tree, node: int, draw: int) -> tuple[int | str, ...]:
+def image_key(config: Config, place: PromptPlace, tree: Tree, node: int, draw: int) -> tuple[int | str, ...]:
     """The key of the noise that an image gets again for the learner."""
     subtree = tree.subtrees[bisect_right(tree.subtrees, node, key=lambda subtree: subtree.nodes.start) - 1]
     return (
@@ -127,6 +119,48 @@ def branch_units(config: Config, tree: Tree, trunk: TrunkUnit) -> Iterator[Branc
             yield BranchUnit(trunk.iteration, trunk.slot, trunk.prompt, step, first, members, trunk.choice)
 
 
+def exact_units(config: Config, tree: Tree, trunk: TrunkUnit) -> list[BranchUnit]:
+    """The same units by exact completions, of a prompt that is completed both ways; their scores alone are used."""
+    if not config.rollout.completions.probes(trunk.iteration, trunk.slot):
+        return []
+    return [replace(unit, exact=True) for unit in branch_units(config, tree, trunk)]
+
+
+def rollout_evaluations(config: Config, tree: Tree, iteration: int, slot: int) -> int:
+    """Velocity evaluations of one prompt's rollout, those of its exact completions, too."""
+    twice = config.rollout.completions.probes(iteration, slot)
+    return config.velocity_cost * (tree.evaluations + twice * tree.completions)
+
+
+def state_places(
+    tree: Tree, slot: int, prompts: int, learner: LearnerConfig
+) -> Iterator[tuple[StepKey, int, Ints, int]]:
+    """The learner's states of a prompt: the optimizer step of each, its node, the trained edges it serves, its draw.
+
+    The forward process has `draws` of each image, which serve the last edge before it.
+    """
+    part = slot * learner.updates_per_rollout // prompts
+    for node in (tree.trained_images if learner.forward else tree.states).tolist():
+        served = tree.last_edge[[node]] if learner.forward else np.flatnonzero((tree.source == node) & tree.trained)
+        start = int(tree.start[served[0]]) if learner.schedule == "per_step" else None
+        for draw in range(learner.draws if learner.forward else 1):
+            yield (part, start), node, served, draw
+
+
+def in_order(key: StepKey) -> tuple[int, int]:
+    """The order of an iteration's optimizer steps."""
+    return key[0], key[1] or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The samples of one held-out prompt."""
+
+    picture: Images  # [H, W, 3], of the first seed
+    scores: Mapping[str, FloatArray]  # [S] by reward
+    traces: dict[str, float]  # of the images: see runs/hacking.py
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What of a tree a unit grows."""
@@ -136,7 +170,7 @@ class Part:
     leaves: list[int]  # places in tree.leaf
     images: list[int]  # nodes, ascending: the order of the unit's images
     evaluations: int
-    touched: list[int]  # ascending, what the learner needs: nodes that trained edges start or end at, or images
+    touched: list[int]  # ascending, what the learner needs: nodes that its edges start or end at, or images
 
 
 def trunk_part(tree: Tree) -> Part:
@@ -151,8 +185,8 @@ def branch_part(tree: Tree, unit: BranchUnit, forward: bool = False) -> Part:
     nodes, edges, leaves = (
         [number for subtree in subtrees for number in getattr(subtree, kind)] for kind in ("nodes", "edges", "leaves")
     )
-    trained = [edge for edge in edges if tree.trained[edge]]
-    touched = set(tree.source[trained].tolist()) | set(tree.target[trained].tolist())
+    wanted = [edge for edge in edges if tree.trained[edge] or tree.probe]
+    touched = set(tree.source[wanted].tolist()) | set(tree.target[wanted].tolist())
     touched = set(tree.trained_images.tolist()) if forward else touched
     return _part(tree, nodes, edges, leaves, touched=sorted(touched.intersection(nodes)))
 
@@ -162,11 +196,39 @@ def _part(tree: Tree, nodes: list[int], edges: list[int], leaves: list[int], tou
     return Part(nodes, edges, leaves, images, int(tree.inner[nodes].sum()), list(touched))
 
 
-def put_scores(scores: FloatArray, tree: Tree, part: Part, found: Sequence[FloatArray]) -> None:
-    """Put the scores [I] by reward of a part's images into those of the tree's leaves [R, Q]; none: nothing to put."""
-    if found:
-        place = {node: number for number, node in enumerate(part.images)}
-        scores[:, part.leaves] = np.stack(found)[:, [place[int(node)] for node in tree.leaf[part.leaves]]]
+def leaf_scores(config: Config, tree: Tree, parts: Iterable[tuple[Part, Mapping[str, FloatArray]]]) -> FloatArray:
+    """Scores [R, Q] of a tree's leaves by trained reward, of those [I] by name of its parts' images; NaN for none."""
+    scores = np.full((len(config.rewards), len(tree.leaf)), np.nan, np.float32)
+    for part, found in parts:
+        if found:
+            place = {node: number for number, node in enumerate(part.images)}
+            images = [place[int(node)] for node in tree.leaf[part.leaves]]
+            scores[:, part.leaves] = np.stack([found[name] for name in config.rewards])[:, images]
+    return scores
+
+
+def heldout_units(config: Config, prompts: Sequence[str]) -> list[SampleUnit]:
+    """A unit a held-out prompt: the same noise at every evaluation."""
+    return [SampleUnit(prompt, tuple(range(config.evaluation.seeds))) for prompt in prompts]
+
+
+def heldout_samples(config: Config, prompts: Sequence[str], looks: Sequence[Look], evaluations: int) -> Samples:
+    """The evaluation that these looks at held-out prompts are, one a prompt."""
+    scores = {name: np.stack([look.scores[name] for look in looks]) for name in config.all_rewards}
+    pictures = [look.picture for look in looks[: config.evaluation.grid_prompts]]
+    return Samples(list(prompts), scores, pictures, evaluations, [look.traces for look in looks])
+
+
+def with_credit_scores(rollouts: Sequence[PromptRollout], config: Config) -> list[PromptRollout]:
+    """The rollouts with the scores that credit takes, [R, Q]; of `credit.normalise: sum` [1, Q], their weighted sum.
+
+    A leaf without one of its scores has no sum.
+    """
+    if config.credit.normalise == "each":
+        return list(rollouts)
+    weights = np.array([[reward.weight] for reward in config.rewards.values()])
+    sums = [(weights * rollout.scores).sum(0, keepdims=True) for rollout in rollouts]  # in float64
+    return [replace(rollout, scores=total.astype(np.float32)) for rollout, total in zip(rollouts, sums, strict=True)]
 
 
 def put_win_rates(scores: FloatArray, tree: Tree, config: Config) -> None:

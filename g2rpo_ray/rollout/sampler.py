@@ -8,12 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2rpo_ray.algo import Tree, Velocity, grow, integrate
+from g2rpo_ray.algo.growth import Velocity, grow, integrate
+from g2rpo_ray.algo.tree import Tree
 from g2rpo_ray.config import Config
-from g2rpo_ray.models import FlowModel, add_lora, fold_lora, load_lora, lora_disabled, one_prompt
+from g2rpo_ray.models import (
+    FlowModel,
+    add_lora,
+    compile_blocks,
+    fold_lora,
+    load_lora,
+    lora_disabled,
+    one_prompt,
+    quantize,
+)
 from g2rpo_ray.rollout.decoder import Decoder
 from g2rpo_ray.rollout.noise import generator
-from g2rpo_ray.rollout.plan import branch_part, edge_key, prompt_tree, sigma_grid, trunk_part
+from g2rpo_ray.rollout.plan import branch_part, edge_key, prompt_tree, trunk_part
+from g2rpo_ray.rollout.sigmas import sigma_grid
 from g2rpo_ray.types import Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit, Trunk, TrunkUnit
 
 
@@ -28,18 +39,17 @@ class Sampler:
         """`model`: one that is loaded already, without LoRA."""
         self._config = config
         self._device = config.rollout.device
-        self._model = model or FlowModel.load(config.model, self._device, transformer=True, vae=True)
-        add_lora(self._model.transformer, config.lora, config.seed)
-        fold_lora(self._model.transformer)
-        if config.rollout.compile:  # dynamic: the last batches of a unit are smaller than the others
-            self._model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
+        _prepare(self._model, config, config.rollout.compile)
+        self.completing = _completing(config, self._device) if config.rollout.completions.differ else self._model
         self._sigmas = sigma_grid(config.sampler, self._model)
         self._decoder = Decoder(config, self._model)
         self.evaluations = 0
         """Velocity evaluations since the start, a latent each."""
 
     def load_weights(self, state: Mapping[str, np.ndarray]) -> None:
-        load_lora(self._model.transformer, state)
+        for model in {self._model, self.completing}:
+            load_lora(model.transformer, state)
 
     @torch.inference_mode()
     def trunk(self, unit: TrunkUnit, embedding: PromptEmbedding) -> tuple[Trunk, Images]:
@@ -47,9 +57,9 @@ class Sampler:
         tree = self._tree(unit)
         part, roots = trunk_part(tree), range(self._config.sampler.roots)
         key = (self._config.seed, unit.iteration, unit.slot, unit.prompt)
-        x = torch.stack([self._initial("root", *key, root) for root in roots])
+        x = self._noise([("root", *key, root) for root in roots])
         decoding = self._decoder.unit(len(part.images))
-        with self._velocity(embedding, self._config.sampler.guidance) as velocity:
+        with self.velocity(embedding, self._config.sampler.guidance) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, roots, x, self._sigmas, keep=part.touched,
                 micro_batch=self._config.rollout.micro_batch, ended=decoding.ended,
@@ -65,10 +75,11 @@ class Sampler:
         x, v = (torch.tensor(a[points], device=self._device) for a in (trunk.latents, trunk.velocities))
 
         def noise(edges: Sequence[int]) -> Tensor:
-            return torch.stack([self._initial(*edge_key(self._config, unit, tree, edge)) for edge in edges])
+            return self._noise([edge_key(self._config, unit, tree, edge) for edge in edges])
 
         decoding = self._decoder.unit(len(part.images))
-        with self._velocity(embedding, sampler.guidance) as velocity:
+        model = self._model if unit.exact else self.completing
+        with self.velocity(embedding, sampler.guidance, model) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, tree.branch_points[points].tolist(), x, self._sigmas, v=v,
                 kernel=sampler.kernel, eta=sampler.eta, noise=noise, keep=part.touched,
@@ -80,8 +91,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, unit: SampleUnit, embedding: PromptEmbedding) -> Images:
         """Deterministic samples [seeds, H, W, 3]; the noise depends on prompt and seed alone, not on the steps."""
-        x = torch.stack([self._initial("sample", seed, unit.prompt) for seed in unit.seeds])
-        x = torch.cat([self._integrate(unit, embedding, part) for part in x.split(self._config.rollout.micro_batch)])
+        x = self._integrate(unit, embedding, self._noise([("sample", seed, unit.prompt) for seed in unit.seeds]))
         decoding = self._decoder.unit(len(x))
         decoding.ended(range(len(x)), x)
         return decoding.images()
@@ -94,31 +104,58 @@ class Sampler:
         steps = len(sigmas) - 1
         adapted = math.floor(unit.adapter_share * steps + 0.5)
         guided = self._config.evaluation.guidance
-        with self._velocity(embedding, guided) as velocity:
-            x = integrate(velocity, x, sigmas[: adapted + 1])
+        with self.velocity(embedding, guided) as velocity:
+            x = integrate(self._in_batches(velocity), x, sigmas[: adapted + 1])
         if adapted == steps:
             return x
-        with lora_disabled(self._model.transformer), self._velocity(embedding, guided) as velocity:
-            return integrate(velocity, x, sigmas[adapted:])
+        with lora_disabled(self._model.transformer), self.velocity(embedding, guided) as velocity:
+            return integrate(self._in_batches(velocity), x, sigmas[adapted:])
+
+    def _in_batches(self, velocity: Velocity) -> Velocity:
+        size = self._config.rollout.micro_batch
+        return lambda x, s: torch.cat([velocity(*rows) for rows in zip(x.split(size), s.split(size), strict=True)])
 
     def _tree(self, unit: TrunkUnit | BranchUnit) -> Tree:
         return prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt, unit.choice)
 
-    def _initial(self, *key: int | str) -> Tensor:
-        return self._model.initial_noise(generator(*key)).to(self._device)
+    def _noise(self, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
+        """[len(keys), ...]. From pinned memory, so that the copy does not wait for the velocities before it."""
+        noise = torch.stack([self._model.initial_noise(generator(*key)) for key in keys])
+        return (noise.pin_memory() if self._device == "cuda" else noise).to(self._device, non_blocking=True)
 
     @contextmanager
-    def _velocity(self, embedding: PromptEmbedding, guided: bool) -> Iterator[Velocity]:
+    def velocity(self, embedding: PromptEmbedding, guided: bool, model: FlowModel | None = None) -> Iterator[Velocity]:
         """The velocity for one prompt; what depends on the prompt or the resolution alone is evaluated once."""
+        model = model or self._model
         negative = embedding.negative if guided else None
-        conditioning = self._model.condition([embedding], negative)
+        conditioning = model.condition([embedding], negative)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             self.evaluations += len(x) * (1 if negative is None else 2)
-            return self._model.velocity(x, sigma, conditioning)
+            return model.velocity(x, sigma, conditioning)
 
-        with one_prompt(self._model.transformer) if negative is None else nullcontext():
+        with one_prompt(model.transformer) if negative is None else nullcontext():
             yield velocity
+
+
+def _prepare(model: FlowModel, config: Config, compiled: bool) -> None:
+    add_lora(model.transformer, config.lora, config.seed)
+    fold_lora(model.transformer)
+    if compiled:
+        compile_blocks(model.transformer)
+
+
+def _completing(config: Config, device: str) -> FlowModel:
+    """The model that completes branches, of `rollout.completions`."""
+    given = config.rollout.completions
+    model = FlowModel.load(config.completions_model, device, transformer=True, weights_on="cpu")
+    _prepare(model, config, compiled=False)
+    if given.quantization != "none":
+        quantize(model.transformer, given.quantization, device)
+    model.transformer.to(device)
+    if given.compile:
+        compile_blocks(model.transformer)
+    return model
 
 
 def _array(tensor: Tensor) -> FloatArray:

@@ -1,22 +1,24 @@
-"""What a study costs, before anything runs."""
+"""The cost of a study, before anything runs."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from g2rpo_ray.analysis.tables import markdown_table
 from g2rpo_ray.config import Config
-from g2rpo_ray.files import resolve
+from g2rpo_ray.rehearsal.devices import Fleet
+from g2rpo_ray.rehearsal.hours import interval_in_words, seconds
+from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.study.plan import Case, Plan
 from g2rpo_ray.study.record import Line
 from g2rpo_ray.study.rows import Results
 
 
-def describe(plan: Plan, lines: Mapping[str, Line], tflops: float | None) -> str:
+def describe_study(plan: Plan, lines: Mapping[str, Line], fleet: Fleet | None) -> str:
     """For each variant: iterations of a run, runs that are planned and done; then the cost of all of them.
 
     Args:
-        tflops: TFLOP/s of a device, to tell the hours of one; None: they are not told.
+        fleet: devices to estimate hours for; None: no estimate.
     """
-    said = ["| table | variant | iterations | runs of the grid | runs | done |", "|---" * 6 + "|"]
+    rows: list[tuple[object, ...]] = []
     planned: dict[str, Case] = {}
     results = Results(plan, lines)
     for name, table in plan.study.tables.items():
@@ -25,17 +27,16 @@ def describe(plan: Plan, lines: Mapping[str, Line], tflops: float | None) -> str
             planned |= {case.key: case for case in (*grid, *runs)}
             done = len(results.runs(name, variant))
             most = "at most " if runs[0].config.sampler.is_auto else ""
-            said.append(
-                f"| {name} | {variant} | {most}{runs[0].config.iterations} | {len(grid)} | {len(runs)} | {done} |"
-            )
+            rows.append((name, variant, f"{most}{runs[0].config.iterations}", len(grid), len(runs), done))
     cost = sum(case.budget for case in planned.values())
     samples = sum(_heldout(plan, case) for case in planned.values())
+    said = [markdown_table(["table", "variant", "iterations", "runs of the grid", "runs", "done"], rows)]
     said.append(
         f"\n{len(planned)} runs, since what several tables have is run once. In velocity evaluations: {cost:.3g} of "
         f"training, {samples:.3g} of held-out samples"
     )
-    if tflops is not None:
-        said.append(_hours(plan.base(next(iter(plan.study.tables))).config, plan.study.tflop, cost, samples, tflops))
+    if fleet:
+        said.append(_hours(plan.base(next(iter(plan.study.tables))).config, cost + samples, fleet))
     return "\n".join(said)
 
 
@@ -46,22 +47,17 @@ def _heldout(plan: Plan, case: Case) -> int:
     return looks * prompts * config.evaluation.seeds * config.sampler.steps * config.sample_cost
 
 
-def _hours(config: Config, tflop: float | None, cost: float, samples: float, tflops: float) -> str:
-    """The device hours of so many evaluations; VAE and rewards are beside them."""
-    counted = tflop or _tflop(config)
-    if not counted:
-        return f"no hours: the files of {config.model.path} are not here; give the study `tflop`, of one evaluation"
-    hours = (cost + samples) * counted / tflops / 3600
+def _hours(config: Config, evaluations: float, fleet: Fleet) -> str:
+    """The device-hours of so many evaluations; decoding and rewards are beside them."""
+    from g2rpo_ray.models.estimate import count_operations
+
+    if (shaped := with_shapes(config)) is None:
+        return f"no hours: the shapes of {config.model.path} are not known here; give a folder with its files"
+    each = count_operations(shaped).evaluation
+    found = [one / 3600 for one in seconds(evaluations * each, fleet, 1)]
+    money = "" if fleet.price is None else f", money {interval_in_words([fleet.price * one for one in found])}"
     return (
-        f"An evaluation is {counted:.3g} TFLOP: {hours:,.0f} device hours at {tflops:g} TFLOP/s "
-        f"({hours / 16:,.0f} hours of 16 devices); VAE, rewards and waiting are beside that"
+        f"An evaluation is {each:.3g}e12 operations: {interval_in_words(found)} device-hours of a {fleet.kind}{money}; "
+        f"{interval_in_words([one / fleet.number for one in found])} hours of {fleet.number} that are always busy. "
+        "Decoding, rewards and waiting are beside that"
     )
-
-
-def _tflop(config: Config) -> float | None:
-    if not Path(resolve(config.model.path)).is_dir():
-        return None
-    from g2rpo_ray.models.base import FlowModel
-    from g2rpo_ray.models.estimate import operations
-
-    return operations(FlowModel.skeleton(config.model), 1) / 1e12

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from g2rpo_ray.record.heldout import picture_grid
-from g2rpo_ray.record.storage import replace_text
-from g2rpo_ray.record.svg import PALETTE, drawing
+from g2rpo_ray.analysis.grid import picture_grid
+from g2rpo_ray.analysis.svg import PALETTE, drawing
+from g2rpo_ray.runs.storage import replace_text
 from g2rpo_ray.study.plan import Plan
 from g2rpo_ray.study.record import picture_file
 from g2rpo_ray.study.rows import Results

@@ -1,4 +1,4 @@
-"""A run of a study as a run on a Ray cluster: `g2rpo_ray.run`, which goes on from its own checkpoint."""
+"""A run of a study on a Ray cluster, by `g2rpo_ray.run`, which resumes from its own checkpoint."""
 
 import signal
 import subprocess
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo_ray.config import dump_config
-from g2rpo_ray.launch.command import INTERRUPTED
-from g2rpo_ray.launch.plan import affordable, state_cost
-from g2rpo_ray.launch.preflight import read_run_prompts
-from g2rpo_ray.record.storage import Folder, replace_text
-from g2rpo_ray.report import Run, read_run
+from g2rpo_ray.exits import INTERRUPTED
+from g2rpo_ray.preflight import read_run_prompts
+from g2rpo_ray.rollout.cost import affordable
+from g2rpo_ray.runs.reader import Run, read_run
+from g2rpo_ray.runs.storage import Folder, replace_text
 from g2rpo_ray.study.plan import Case
 from g2rpo_ray.study.record import REFUSED, Curve, Line, picture_file, save_pictures
 
 
 class Commands:
-    """The processes that threads wait for, so that all of them can be told to end."""
+    """The running processes, so that all of them can be terminated."""
 
     def __init__(self) -> None:
         self._going: set[subprocess.Popen[str]] = set()
@@ -27,7 +27,7 @@ class Commands:
         self._starting = threading.Lock()
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """Its exit status and what it wrote to stderr.
+        """Exit status and stderr of a process.
 
         It has a session of its own: Ctrl-C in a terminal must not reach it beside `end`, a second signal is an order.
 
@@ -56,7 +56,7 @@ class Commands:
 
 
 def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case) -> list[Line]:
-    """The run's own directory has all; one that was interrupted goes on from its checkpoint."""
+    """Do a run in its own directory; an interrupted run resumes from its checkpoint."""
     if case.kind == "base":  # each run has evaluated it
         return []
     file, place = folder / "configs" / f"{case.key}.yaml", Folder(case.config.output) / case.key
@@ -67,7 +67,7 @@ def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case
     ended = False
     while True:  # of `auto`, which may have been cheaper than it might, again and again
         lines = run.lines[1:] if run else []
-        more = affordable(case.config, train, case.budget - _cost(case, lines), len(lines))
+        more = affordable(case.config, train, case.budget - _cost(lines), len(lines))
         if run and ended and not more:
             return _lines_of(case, run, folder, place)
         done = len(lines) + more
@@ -82,14 +82,13 @@ def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case
         run, ended = read_run(str(place)), True
 
 
-def _cost(case: Case, lines: Sequence[Mapping[str, Any]]) -> float:
-    evaluations, states = (sum(int(line[key]) for line in lines) for key in ("rollout/evaluations", "learner/states"))
-    return evaluations + state_cost(case.config) * states
+def _cost(lines: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(line[key] for line in lines for key in ("rollout/evaluations", "learner/evaluations")))
 
 
 def _lines_of(case: Case, run: Run, folder: Path, place: Folder) -> list[Line]:
     """The lines of the base and of a finished run, from its directory."""
-    from g2rpo_ray.models import describe, read_lora
+    from g2rpo_ray.models import manifest_of, read_lora
 
     curve, base, lines = Curve(case), Curve(case.of_base()), run.lines[1:]
     base.look(0, 0, 0, run.evaluations[0].scores)
@@ -98,13 +97,13 @@ def _lines_of(case: Case, run: Run, folder: Path, place: Folder) -> list[Line]:
         if found := run.evaluations.get(done):
             phases = [f"timing_s/{phase}" for phase in ("rollout", "update", "broadcast")]
             seconds = sum(line.get(phase) or 0.0 for line in lines[:done] for phase in phases)
-            curve.look(done, _cost(case, lines[:done]), seconds, found.scores)
+            curve.look(done, _cost(lines[:done]), seconds, found.scores)
     for at, shown in ((0, case.of_base()), (run.done, case)):
         if shown.shown:
             save_pictures(picture_file(folder, shown.key), run.evaluations[at].pictures)
     with (place / "lora").reading() as path:
-        adapter = describe(read_lora(str(path)), 0).checksum
-    ratio = float(run.series("actor/ratio_initial_max_dev")[1].max(initial=0.0))
-    evaluations, states = (sum(int(line[key]) for line in lines) for key in ("rollout/evaluations", "learner/states"))
-    counts = {"evaluations": evaluations, "states": states}
-    return [base.line(), curve.line(**counts, ratio_initial_max_dev=ratio, adapter=adapter)]
+        adapter = manifest_of(read_lora(str(path), case.config.lora), 0).checksum
+    mismatch = float(run.series("mismatch/velocity")[1].max(initial=0.0))
+    named = {"evaluations": "rollout/evaluations", "states": "learner/states", "updates": "learner/evaluations"}
+    counts = {name: int(sum(line[key] for line in lines)) for name, key in named.items()}
+    return [base.line(), curve.line(**counts, mismatch_velocity=mismatch, adapter=adapter)]

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.config.resume import SAMPLING, TRAINING, counts, matches, settings
 from g2rpo_ray.data import Prompts
-from g2rpo_ray.files import EMBEDDED, resolve
-from g2rpo_ray.launch.plan import affordable, iteration_cost
-from g2rpo_ray.launch.preflight import read_run_prompts
-from g2rpo_ray.record.storage import Folder
+from g2rpo_ray.paths import EMBEDDED, resolve
+from g2rpo_ray.preflight import check_lasting, read_run_prompts
+from g2rpo_ray.rollout.auto import RULE
+from g2rpo_ray.rollout.cost import affordable, iteration_cost
+from g2rpo_ray.runs.storage import Folder
 from g2rpo_ray.study.schema import BASE, Settings, Study, flat, overrides
 
 RATE = "learner.lr"
@@ -69,6 +70,7 @@ class Plan:
                                  [*overrides(*self._layers(table, variant)), *self._given])  # fmt: skip
         except ValueError as error:
             raise ValueError(f"tables.{table}.variants.{variant}: {error}") from None
+        check_lasting(config)
         output = f"{config.output}/{study.name}"
         shared = config.data.embeddings or str(Folder(output) / "embeddings")
         data = config.data.model_copy(update={"embeddings": shared})
@@ -126,13 +128,16 @@ class Plan:
         learner = config.learner if lr is None else config.learner.model_copy(update={"lr": lr})
         config = config.model_copy(update={"seed": seed, "learner": learner})
         looks = self.study.looks if kind == "run" else 1
-        place = (table, variant, seed, budget)
+        place = (table, variant, seed if config.sampler.is_drawn else 0, budget)
         if place not in self._iterations:
             self._iterations[place] = self._count(config, table, variant, budget)
         iterations = self._iterations[place]
         judged = config.evaluation.model_copy(update={"every": math.ceil(iterations / looks)})
         key = self._key(config, self.prompts(table, variant), budget, looks)
-        config = config.model_copy(update={"iterations": iterations, "evaluation": judged, "name": key})
+        if learner.lr_schedule != "constant":  # of `auto`, whose iterations are known at the end, over the most
+            learner = learner.model_copy(update={"lr_iterations": learner.lr_iterations or iterations})
+        run = {"iterations": iterations, "evaluation": judged, "learner": learner, "name": key}
+        config = config.model_copy(update=run)
         shown = kind == "run" and seed == self.study.tables[table].seeds[0]
         base = self._key(config, self.prompts(table, variant))
         if base != self.base(table).key:
@@ -143,8 +148,7 @@ class Plan:
     def _count(self, config: Config, table: str, variant: str, budget: float) -> int:
         """As many as the budget has; of `auto`, at most."""
         train, cheapest = self.prompts(table, variant).train, config.sampler.cheapest
-        if not affordable(config, train, budget):
-            cost = iteration_cost(config, train, 0)
+        if (cost := iteration_cost(config, train, 0)) > budget:
             raise ValueError(f"budget: {budget:g} are for a run of {table}, {variant}, but an iteration costs {cost:g}")
         return affordable(config, train, budget, choice=cheapest)
 
@@ -166,6 +170,8 @@ class Plan:
         given = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
         data = settings(config, prompts.train, prompts.heldout, prompts.metadata)["data"]
         given |= {f"data.{name}": data[name] for name in ("train_prompts", "heldout_prompts")}
+        if config.sampler.is_auto and budget:
+            given["sampler.auto.rule"] = RULE
         untrained = () if budget else ("seed", *TRAINING)
         values = {
             key: value
@@ -178,18 +184,24 @@ class Plan:
 
 
 def best_rate(cases: Sequence[Case], record: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> Case:
-    """The run of a grid whose trained rewards are highest at the end: the sum of their rises, by their weights, each in
-    standard deviations of the base's scores over prompts. One that failed is the worst."""
+    """The run of a grid whose trained rewards are highest at the end: the sum of their rises, by their weights, each
+    in standard deviations of the base's scores over prompts. One that failed or has no scores of one is the worst."""
     import numpy as np
+
+    from g2rpo_ray.analysis.statistics import judges
+
+    start = {name: np.array(scores, float) for name, scores in base["scores"].items()}
 
     def rise(case: Case) -> float:
         line = record[case.key]
         if "failed" in line:
             return -math.inf
-        scores = {name: np.array(line["scores"][name], float) for name in case.config.rewards}
-        start = {name: np.array(base["scores"][name], float) for name in scores}
-        return sum(case.config.rewards[name].weight * float(np.nanmean(scores[name] - start[name]))
-                   / (float(np.nanstd(start[name])) or 1.0) for name in scores)  # fmt: skip
+        names = judges(case.config.rewards, case.config.eval_rewards, start)
+        rises = {name: np.array(line["scores"][name], float) - start[name] for name in names}
+        if not all(np.isfinite(of_prompts).any() for of_prompts in rises.values()):
+            return -math.inf
+        return sum(case.config.all_rewards[name].weight * float(np.nanmean(of_prompts))
+                   / (float(np.nanstd(start[name])) or 1.0) for name, of_prompts in rises.items())  # fmt: skip
 
     return max(cases, key=rise)
 

@@ -1,5 +1,6 @@
 """The record of a study: a JSON line for each finished run, from which alone all tables and figures are made."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from g2rpo_ray.analysis.statistics import interval
 from g2rpo_ray.config.resume import counts
-from g2rpo_ray.record.metrics import mean_of_present
-from g2rpo_ray.record.tracking import read_lines, to_json
+from g2rpo_ray.rollout.metrics import mean_of_present
+from g2rpo_ray.runs.tracking import read_lines, to_json
 from g2rpo_ray.study.plan import Case
 from g2rpo_ray.study.schema import flat
 from g2rpo_ray.types import FloatArray, Images
@@ -26,9 +28,8 @@ class Record:
     def __init__(self, folder: Path):
         self.folder, file = folder, folder / FILE
         try:
-            lines = read_lines(file)
-            self.lines = {line["key"]: line for line in lines}
-        except (ValueError, KeyError, OSError) as error:
+            self.lines = {line["key"]: line for line in read_lines(file, "key")}
+        except OSError as error:
             raise ValueError(f"--output: cannot read {file} ({error}); mend or delete it") from None
 
     def add(self, line: Line) -> None:
@@ -38,11 +39,13 @@ class Record:
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)  # without a line that a kill cut off
             file.write(to_json(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.lines[line["key"]] = line
 
 
 class Curve:
-    """What a run comes to, look by look."""
+    """The results of a run at each look."""
 
     def __init__(self, case: Case):
         self._case, self.points = case, list[Line]()
@@ -57,7 +60,7 @@ class Curve:
         """Held-out scores [P, S] after `done` iterations."""
         names = dict.fromkeys(name for signals in self._window for name in signals)
         signals = {name.removeprefix("signal/"): _short(self._mean(name)) for name in names}
-        means = {name: _short(mean_of_present(of)) for name, of in scores.items()}
+        means = {name: _short(interval(of).mean) for name, of in scores.items()}
         point = {"iteration": done, "cost": round(cost), "seconds": round(seconds, 1), "means": means}
         self.points.append({**point, **({"signals": signals} if signals else {})})
         self._scores, self._window = scores, []
@@ -80,7 +83,7 @@ class Curve:
 
 
 def picture_file(folder: Path, key: str) -> Path:
-    """Of a run that is shown: the pictures of the first prompts, below each other."""
+    """The pictures of the first prompts of a run that is shown, below each other."""
     return folder / "pictures" / f"{key}.png"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from g2rpo_ray.comparison.statistics import Interval
+from g2rpo_ray.analysis.statistics import Interval
 from g2rpo_ray.study.plan import Plan, best_rate
 from g2rpo_ray.study.record import Line
 from g2rpo_ray.study.schema import BASE
@@ -16,7 +16,7 @@ from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class VariantRow:
     """A number of one variant."""
 
     table: str
@@ -32,7 +32,7 @@ class Row:
 
 
 class Results:
-    """What the record has of the runs of a plan."""
+    """The results in the record for the runs of a plan."""
 
     def __init__(self, plan: Plan, lines: Mapping[str, Line]):
         self.plan, self.lines = plan, lines
@@ -65,7 +65,7 @@ class Results:
         return [line for line in done if "failed" not in line]
 
     def variants(self, table: str) -> list[str]:
-        """Those of which something is done, the base first."""
+        """The variants with finished runs, the base first."""
         return [variant for variant in (BASE, *self.plan.study.tables[table].variants) if self.runs(table, variant)]
 
     def curve(self, table: str, variant: str, line: Line, what: str, reward: str) -> tuple[list[float], list[float]]:
@@ -74,7 +74,7 @@ class Results:
         points = [point for point in (*base, *line["curve"]) if point["means"].get(reward) is not None]
         return [point[what] for point in points], [point["means"][reward] for point in points]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[VariantRow]:
         for table in self.plan.study.tables:
             for variant in self.variants(table):
                 yield from self._scores(table, variant)
@@ -82,7 +82,7 @@ class Results:
                     yield from self._early(table, variant)
                     yield from self._costs(table, variant)
 
-    def _scores(self, table: str, variant: str) -> Iterator[Row]:
+    def _scores(self, table: str, variant: str) -> Iterator[VariantRow]:
         runs = self.runs(table, variant)
         for reward in self.plan.rewards(table):
             found = crossed(_scores(runs, reward), variant == BASE)
@@ -100,7 +100,7 @@ class Results:
                 found = crossed(of - than)
                 yield _row(table, variant, "difference", reward, other, found, len(both), len(runs))
 
-    def _early(self, table: str, variant: str) -> Iterator[Row]:
+    def _early(self, table: str, variant: str) -> Iterator[VariantRow]:
         """At a share of the budget, by straight lines between looks, less the other variant's end, seed by seed."""
         study, runs = self.plan.study, self.runs(table, variant)
         if study.early is None:
@@ -116,7 +116,7 @@ class Results:
                     values.append(math.nan if end is None else float(then) - end)
                 yield _row(table, variant, "early", reward, other, over_seeds(values), len(both), len(runs))
 
-    def _costs(self, table: str, variant: str) -> Iterator[Row]:
+    def _costs(self, table: str, variant: str) -> Iterator[VariantRow]:
         runs, first = self.runs(table, variant), self.plan.trained(table)[0]
         for label, score in self._reached(table, first):
             for what in ("cost", "seconds"):
@@ -142,12 +142,12 @@ def _scores(runs: list[Line], reward: str) -> NDArray[np.float64]:
     return np.array([line["scores"][reward] for line in runs], float)
 
 
-def _row(table: str, variant: str, measure: str, of: str, against: str, found: Interval, *seeds: int) -> Row:
-    return Row(table, variant, measure, of, against, found.mean, found.low, found.high, *seeds)
+def _row(table: str, variant: str, measure: str, of: str, against: str, found: Interval, *seeds: int) -> VariantRow:
+    return VariantRow(table, variant, measure, of, against, found.mean, found.low, found.high, *seeds)
 
 
 def about(results: Results) -> dict[str, Any]:
-    """What else a table says of each variant: learning rate, iterations, counts."""
+    """Learning rate, iterations and counts of each variant, by table."""
     told: dict[str, Any] = {}
     for table in results.plan.study.tables:
         for variant in results.variants(table):

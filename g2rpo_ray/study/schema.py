@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from g2rpo_ray.config.loading import PACKAGED, refusal
-from g2rpo_ray.config.section import Section
+from g2rpo_ray.config.section import PathName, Section
 from g2rpo_ray.config.text import MOST_BYTES, read_yaml
-from g2rpo_ray.files import resolve
-from g2rpo_ray.words import one_line
+from g2rpo_ray.messages import one_line
+from g2rpo_ray.paths import local_path
 
 BASE = "base"
 """The model without adapter: a row of every table."""
@@ -62,7 +62,7 @@ class Study(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Folder of the results."""
-    config: str
+    config: PathName
     """The configuration that all settings are over: as `--config` of a run, or a file beside this one."""
     set: Settings = {}
     """Settings of all runs."""
@@ -76,8 +76,6 @@ class Study(Section):
     """Scores of the first trained reward whose cost is told; the name of a variant is its mean at the end."""
     early: float | None = Field(None, gt=0, lt=1)
     """A share of the budget: what each variant has reached by then is compared with `against` at the end."""
-    tflop: float | None = Field(None, gt=0, le=1e9)
-    """Of one velocity evaluation, for `--check --tflops`; unset: counted from the model's files."""
     tuning: Tuning | None = None
     tables: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")], Table] = Field(min_length=1, max_length=100)
 
@@ -104,8 +102,8 @@ def read_study(path: str) -> tuple[Study, Path]:
     Raises:
         ValueError: one line that names the key or file, what was given and what is allowed.
     """
-    packaged = PACKAGED / "studies" / f"{path}.yaml"
-    file = packaged if not Path(path).exists() and packaged.is_file() else Path(resolve(path))
+    packaged, named = PACKAGED / "studies" / f"{path}.yaml", local_path(path)
+    file = packaged if not named.exists() and packaged.is_file() else named
     try:
         with file.open() as stream:
             tree = read_yaml(stream.read(MOST_BYTES + 1))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from g2rpo_ray.comparison.statistics import Interval
+from g2rpo_ray.analysis.statistics import Interval
 
 Scores = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def crossing(costs: Sequence[float], means: Sequence[float], score: float) -> float:
-    """Where a curve first reaches a score, by straight lines between looks; NaN: never."""
+    """The cost at which a curve first reaches a score, interpolated linearly; NaN if it never does."""
     for at, mean in enumerate(means):
         if mean >= score:
             if at == 0:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from g2rpo_ray.study.rows import Results, Row, about
+from g2rpo_ray.analysis.tables import markdown_table
+from g2rpo_ray.study.rows import Results, VariantRow, about
 
 
-def to_markdown(results: Results, rows: Sequence[Row]) -> str:
+def to_markdown(results: Results, rows: Sequence[VariantRow]) -> str:
     """For each table: scores, differences, cost."""
     study, told, parts = results.plan.study, about(results), []
     for key, table in study.tables.items():
@@ -27,52 +28,50 @@ def to_markdown(results: Results, rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _scores(results: Results, table: str, rows: Sequence[Row]) -> str:
+def _scores(results: Results, table: str, rows: Sequence[VariantRow]) -> str:
     trained = results.plan.trained(table)
     titles = [reward + (" (trained)" if reward in trained else "") for reward in results.plan.rewards(table)]
     return _grid("variant", titles, [row for row in rows if row.measure == "score"], _mean)
 
 
-def _differences(results: Results, table: str, rows: Sequence[Row], against: str) -> str:
+def _differences(results: Results, table: str, rows: Sequence[VariantRow], against: str) -> str:
     these = [row for row in rows if row.measure == "difference" and row.against == against]
     return _grid(f"difference to {against}", results.plan.rewards(table), these, _signed)
 
 
-def _early(results: Results, table: str, rows: Sequence[Row], against: str) -> str:
+def _early(results: Results, table: str, rows: Sequence[VariantRow], against: str) -> str:
     these = [row for row in rows if row.measure == "early" and row.against == against]
     corner = f"at {results.plan.study.early or 0:.0%} of the budget, to {against} at its end"
     return _grid(corner, results.plan.rewards(table), these, _signed)
 
 
-def _grid(corner: str, titles: Sequence[str], rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+def _grid(corner: str, titles: Sequence[str], rows: Sequence[VariantRow], cell: Callable[[VariantRow], str]) -> str:
     """A line a variant, a column a reward, in the rows' order."""
-    lines = [f"| {corner} | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-    for variant in dict.fromkeys(row.variant for row in rows):
-        cells = [cell(row) for row in rows if row.variant == variant]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) if rows else ""
+    variants = dict.fromkeys(row.variant for row in rows)
+    cells = ([variant, *(cell(row) for row in rows if row.variant == variant)] for variant in variants)
+    return markdown_table([corner, *titles], cells)
 
 
-def _costs(told: dict[str, dict[str, Any]], rows: Sequence[Row]) -> str:
+def _costs(told: dict[str, dict[str, Any]], rows: Sequence[VariantRow]) -> str:
     labels = dict.fromkeys(row.of for row in rows if row.measure == "cost_to")
     head = ["variant", "learning rate", "iterations", "evaluations", "learner states", "cost", "seconds"]
     head += [f"{what} to {label}" for label in labels for what in ("cost", "seconds")]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for variant, counts in told.items():
         own = {(row.measure, row.of): row for row in rows if row.variant == variant}
         rate = f"{counts['lr']:g}" + (" (end of the grid)" if counts["at_end_of_grid"] else "")
         cells = [rate, *(f"{counts[key]:,}" for key in ("iterations", "evaluations", "states", "cost"))]
         cells.append(_count(own["seconds", ""]))
         cells += [_count(own[f"{what}_to", label]) for label in labels for what in ("cost", "seconds")]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) if told else ""
+        lines.append([variant, *cells])
+    return markdown_table(head, lines)
 
 
-def _mean(row: Row) -> str:
+def _mean(row: VariantRow) -> str:
     return f"{row.mean:.4f}" + _half(row, ".4f") if math.isfinite(row.mean) else "no score"
 
 
-def _signed(row: Row) -> str:
+def _signed(row: VariantRow) -> str:
     """The difference with its interval, in bold where that leaves out 0."""
     if not math.isfinite(row.low):
         return f"{row.mean:+.4f} (one seed: no interval)"
@@ -80,7 +79,7 @@ def _signed(row: Row) -> str:
     return f"**{words}**" if row.low > 0 or row.high < 0 else words
 
 
-def _count(row: Row) -> str:
+def _count(row: VariantRow) -> str:
     """Cost or seconds; of those seeds that came so far, where not all did."""
     if not row.seeds:
         return f"0 of {row.of_seeds} seeds"
@@ -88,11 +87,11 @@ def _count(row: Row) -> str:
     return f"{row.mean:,.0f}{_half(row, ',.0f')}{some}"
 
 
-def _half(row: Row, spec: str) -> str:
+def _half(row: VariantRow, spec: str) -> str:
     known = math.isfinite(row.high)
     return f" ± {format(row.high - row.mean, spec)}" if known else " (one seed: no interval)"
 
 
-def to_json_table(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
+def to_json_table(results: Results, rows: Sequence[VariantRow]) -> dict[str, Any]:
     study = results.plan.study
     return {"study": study.model_dump(mode="json"), "runs": about(results), "rows": [asdict(row) for row in rows]}

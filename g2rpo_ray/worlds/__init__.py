@@ -1,1 +1,1 @@
-"""The program that builds the embedded pipelines and their preference models, each from a world of drawn pictures."""
+"""The embedded worlds of drawn pictures: their assets, how they are drawn, and rules that judge pictures of them."""

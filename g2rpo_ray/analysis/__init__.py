@@ -1,0 +1,1 @@
+"""Statistics, tables, plots and picture grids: one kit for everything that compares."""

@@ -1,0 +1,109 @@
+"""What `--check` does beyond the checks of every start: the plan, the model's shapes, a score of each reward."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from g2rpo_ray.commands.plan import describe_plan
+from g2rpo_ray.config import Config, RewardConfig
+from g2rpo_ray.data import Prompts
+from g2rpo_ray.numerics import cuda_fault
+from g2rpo_ray.preflight import check_network
+from g2rpo_ray.rehearsal.devices import Fleet
+from g2rpo_ray.rehearsal.hours import describe_calibrated, describe_hours
+from g2rpo_ray.rehearsal.published import with_shapes
+from g2rpo_ray.rehearsal.times import Times
+
+
+def check(
+    config: Config,
+    prompts: Prompts,
+    unchecked: Sequence[str],
+    address: str | None,
+    fleet: Fleet | None = None,
+    times: Times | None = None,
+) -> None:
+    """Print the plan, what could not be checked, and whether the cluster, or this machine, has what the run needs.
+
+    Args:
+        unchecked: what the checks before could not look at, a line each.
+        address: the Ray cluster; None: a private one is not started, the machine is looked at.
+        fleet: devices that are to be had, for which hours are told; then nothing else is looked at.
+        times: the same, by what `g2rpo bench` measured.
+
+    Raises:
+        ValueError: one line; the run cannot work.
+    """
+    from g2rpo_ray.actors.cluster import check_resources, cluster, named_address, this_machine
+    from g2rpo_ray.rewards.pictures import Picture
+    from g2rpo_ray.rewards.trial import trial
+
+    private, unchecked = named_address(address)[1] is None, list(unchecked)
+    prompt = prompts.train[0]
+    noise = np.random.default_rng(0).integers(0, 256, (2, config.model.height, config.model.width, 3), dtype=np.uint8)
+    pictures = [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
+    with trial(_at_hand(config, unchecked), pictures, config.startup_timeout_s) as tried:
+        if shaped := with_shapes(config):
+            check_network(shaped)
+        print(describe_plan(config))
+        if times:
+            print(describe_calibrated(config, len(prompts.heldout), fleet, times))
+        elif fleet:
+            print(_hours(config, shaped, len(prompts.heldout), fleet))
+        elif private and config.rollout.device == "cpu":
+            _check_memory(config)
+        for key, found in tried().items():
+            if "untried" in found:
+                unchecked.append(f"{key}: not tried, {found['untried']}")
+            elif not np.isfinite(found["scores"]).all():
+                unchecked.append(f"{key}: gave no score for a picture of noise and the prompt {prompt!r}")
+    for line in unchecked:
+        print(f"not checked:   {line}")
+    if fleet or times:
+        return
+    if private:
+        machine = this_machine()
+        room = check_resources(config, machine)
+        if machine["GPU"] and (fault := cuda_fault()):
+            raise ValueError(f"CUDA does not work on this machine: {fault}")
+        has = ", ".join(f"{amount:g} {name}" for name, amount in machine.items())
+        print(f"cluster:       none was asked; this machine, with {has}, {room}")
+        return
+    with cluster(address):
+        from g2rpo_ray.actors.pool.cuda import check_cuda  # imports Ray, which may not be before there is a cluster
+
+        room = check_resources(config)
+        for line in check_cuda(config):
+            print(f"not checked:   {line}")
+    print(f"cluster:       it {room}")
+
+
+def _hours(config: Config, shaped: Config | None, heldout: int, fleet: Fleet) -> str:
+    if shaped is None:
+        raise ValueError(
+            f"--devices: the shapes of {config.model.path} are not known here; give a folder with the model's files"
+        )
+    return describe_hours(shaped, heldout, fleet)
+
+
+def _check_memory(config: Config) -> None:
+    """Raise ValueError, in one line, if a rollout actor on this machine's CPU needs more memory than there is."""
+    if not config.model.is_local:
+        return
+    from g2rpo_ray.models.estimate import rollout_memory
+
+    needed = sum(rollout_memory(config).values()) / 2**30
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > there:
+        raise ValueError(
+            f"rollout.micro_batch: {config.rollout.micro_batch} given; an actor needs {needed:.0f} GiB for pictures of "
+            f"{config.model.width} × {config.model.height}, this machine has {there:.0f} GiB: lower it, "
+            "rollout.decode_batch, or the size of the pictures"
+        )
+
+
+def _at_hand(config: Config, unchecked: Sequence[str]) -> dict[str, RewardConfig]:
+    """The rewards, by key, whose files are all on this machine."""
+    rewards = config.rewards_by_key.items()
+    return {key: reward for key, reward in rewards if not any(line.startswith(f"{key}.") for line in unchecked)}

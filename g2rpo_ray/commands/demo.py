@@ -1,0 +1,236 @@
+"""A page to try adapters on: base beside tuned, on the same noise: `python -m g2rpo_ray.demo --adapter RUN`.
+
+prompt, seed, steps, share ─► Studio: one model, a LoRA after the other ─► pictures and their scores ─► Gradio
+"""
+
+import argparse
+import logging
+import math
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from g2rpo_ray.config import Config, load_config
+from g2rpo_ray.data import negative_prompts, read_records
+from g2rpo_ray.data.pictures import picture_file, with_sources
+from g2rpo_ray.evaluation.adapters import Adapter, read_adapters
+from g2rpo_ray.exits import INVALID, Parser, command
+from g2rpo_ray.messages import one_line
+from g2rpo_ray.numerics import set_up_torch
+from g2rpo_ray.preflight import check_models
+from g2rpo_ray.runs.storage import Folder
+from g2rpo_ray.types import Images, Metadata, PromptEmbedding, SampleUnit, sources_in, sources_of, text_of
+
+logger = logging.getLogger(__name__)
+
+NOT_NEEDED = ("checkpoints", "embeddings", "samples", "timeline", "tensorboard")  # of a run on object storage
+LONGEST_PROMPT, MOST_STEPS, LARGEST_SEED = 1000, 100, 2**31 - 1
+SMALLEST_SHOWN = 256  # pixels: smaller pictures are enlarged by a whole factor
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One adapter's picture [H, W, 3] and its scores by reward."""
+
+    adapter: str
+    picture: Images
+    scores: Mapping[str, float]
+
+
+class Studio:
+    """The model, the adapters and the rewards, in this process. One picture is made at a time."""
+
+    def __init__(self, config: Config, adapters: Sequence[Adapter], scored: bool = True):
+        """
+        Raises:
+            ValueError: one line; the model or a reward cannot be loaded here.
+        """
+        from g2rpo_ray.models import FlowModel
+        from g2rpo_ray.rewards import open_reward
+        from g2rpo_ray.rollout.sampler import Sampler
+
+        _prepare(config)
+        self.config, self.adapters = config, list(adapters)
+        device = config.rollout.device
+        self._model = FlowModel.load(config.rollout_model, device, transformer=True, vae=True, text_encoders=True)
+        self._sampler = Sampler(config, self._model)
+        rewards = config.all_rewards.items() if scored else ()
+        self._rewards = {name: open_reward(reward) for name, reward in rewards}
+        self._lock = threading.Lock()
+
+    def draw(self, prompt: str, seed: int, steps: int, share: float, source: str | None = None) -> list[Shown]:
+        """The prompt by every adapter, the base first, on the noise of `evaluate` for the same seed.
+
+        Args:
+            source: file of the picture to edit.
+
+        Raises:
+            ValueError: one line; a value is outside of its bounds.
+        """
+        if not prompt.strip() or len(prompt) > LONGEST_PROMPT:
+            raise ValueError(f"prompt: {len(prompt)} characters given; type 1 to {LONGEST_PROMPT}")
+        if not (1 <= steps <= MOST_STEPS and 0 <= seed <= LARGEST_SEED and 0 <= share <= 1):
+            raise ValueError(
+                f"steps {steps}, seed {seed}, share {share:g} given; steps are 1 to {MOST_STEPS}, "
+                f"seeds 0 to {LARGEST_SEED}, the share 0 to 1"
+            )
+        files = [picture_file(source, Path())] if source else []
+        prompt, known = with_sources(prompt, files), {"source": tuple(files)} if files else {}
+        shown = []
+        with self._lock:
+            embedding = self._embedding(prompt, {sources_of(prompt): [file.open() for file in files]})
+            if cut := self._model.take_cut_message():
+                logger.warning(cut)
+            for number, adapter in enumerate(self.adapters):
+                self._sampler.load_weights(adapter.state)
+                unit = SampleUnit(prompt, (seed,), steps, share if number else 1.0)
+                images = self._sampler.sample(unit, embedding)
+                scores = {name: _score(name, reward, images, prompt, known) for name, reward in self._rewards.items()}
+                shown.append(Shown(adapter.name, images[0], scores))
+        return shown
+
+    def _embedding(self, prompt: str, sources: Mapping[str, Sequence[Image.Image]]) -> PromptEmbedding:
+        (embedding,) = self._model.encode([prompt], sources)
+        away = negative_prompts(self.config.model.negative_prompt, [prompt])
+        return replace(embedding, negative=next(iter(self._model.encode(away, sources, negative=True)), None))
+
+
+def _score(name: str, reward: Any, images: Images, prompt: str, known: Metadata) -> float:
+    """The score of one image [1, H, W, 3]; NaN where the reward cannot judge it, as for a prompt it does not know."""
+    from g2rpo_ray.rewards import ask
+
+    try:
+        return float(ask(reward, images, [prompt], [known])[0])
+    except Exception as error:  # a reward of the user's may raise anything
+        logger.warning("reward %s: no score for %r: %s", name, prompt, one_line(error))
+        return math.nan
+
+
+def build_page(studio: Studio, example: str, source: Image.Image | None = None) -> Any:
+    """The Gradio page of a studio; nothing on it is fetched from a network."""
+    import gradio as gr
+
+    sampler = studio.config.sampler
+    with gr.Blocks(title="g2rpo_ray demo", analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# Base and tuned, on the same noise\n{studio.config.model.path}, base and "
+            + ", ".join(adapter.name for adapter in studio.adapters[1:])
+        )
+        prompt = gr.Textbox(label="Prompt", value=example, max_length=LONGEST_PROMPT, lines=1)
+        with gr.Row():
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED)
+            steps = gr.Slider(1, MOST_STEPS, value=sampler.steps, step=1, label="Sampling steps")
+            share = gr.Slider(0, 1, value=1, step=0.05, label="Adapter share: part of the steps, from the first on")
+        edits = studio.config.model.sources > 0
+        picture = gr.Image(source, label="Source", type="filepath", format="png", visible=edits)
+        button = gr.Button("Draw", variant="primary")
+        outputs: list[Any] = []
+        with gr.Row():
+            for adapter in studio.adapters:
+                with gr.Column(min_width=SMALLEST_SHOWN):
+                    outputs.append(gr.Image(label=adapter.name, format="png", interactive=False, buttons=["download"]))
+                    outputs.append(gr.Markdown())
+
+        def draw(prompt: str, seed: int, steps: int, share: float, source: str | None) -> list[Any]:
+            try:
+                shown = studio.draw(prompt, int(seed), int(steps), share, source if edits else None)
+            except ValueError as error:
+                raise gr.Error(str(error)) from None
+            return [value for one in shown for value in (_enlarged(one.picture), _caption(one))]
+
+        for event in (button.click, prompt.submit, page.load):
+            event(draw, [prompt, seed, steps, share, picture], outputs, concurrency_limit=1, api_visibility="private")
+    return page
+
+
+def _enlarged(picture: Images) -> Image.Image:
+    image = Image.fromarray(picture)
+    factor = max(1, -(-SMALLEST_SHOWN // image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _caption(shown: Shown) -> str:
+    known = {name: "not scored" if math.isnan(score) else f"{score:.4g}" for name, score in shown.scores.items()}
+    return "\n".join(f"- {name}: **{score}**" for name, score in known.items())
+
+
+def _prepare(config: Config) -> None:
+    import torch
+
+    set_up_torch(config.deterministic, config.rollout.threads)  # as a rollout actor does: the same bits
+    if config.rollout.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "rollout.device: cuda needs a GPU, and torch finds none on this machine; give "
+            "--set rollout.device=auto --set 'rollout.resources={CPU: 1}'"
+        )
+
+
+def _find(given: Sequence[str], stack: ExitStack) -> tuple[str | None, list[str]]:
+    """The settings of the first run that is given, None without one, and every adapter as NAME=PATH."""
+    config, named = None, []
+    for argument in given:
+        name, separator, place = argument.rpartition("=")
+        folder = Folder(place)
+        if folder.exists("config.yaml"):
+            run = stack.enter_context(folder.workspace(NOT_NEEDED))
+            config = config or str(run / "config.yaml")
+            named.append(f"{name or str(folder).partition('?')[0].rstrip('/').rpartition('/')[2]}={run / 'lora'}")
+        elif separator:
+            named.append(argument)
+        else:
+            raise ValueError(f"--adapter: {argument} given, which is no run's folder; give one, or NAME=PATH")
+    return config, named
+
+
+def _page(options: argparse.Namespace, stack: ExitStack) -> Any:
+    if not 0 < options.port < 65536:
+        raise ValueError(f"--port: {options.port} given; must be 1 to 65535")
+    found, named = _find(options.adapter, stack)
+    config = load_config(options.config or found, options.set)
+    check_models(config)
+    heldout = read_records(config.data.heldout_prompts, "data.heldout_prompts", config.model.sources)
+    example, known = next(iter(heldout.items()))
+    source = next((file.open() for file in sources_in(known)), None)
+    studio = Studio(config, read_adapters(named, config), scored=not options.no_scores)
+    return build_page(studio, text_of(example), source)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(
+        prog="python -m g2rpo_ray.demo",
+        description="A page in the browser: base beside tuned, on the same noise, with the scores of the rewards.",
+        epilog="example: python -m g2rpo_ray.demo --adapter runs/quickstart",
+    )
+    parser.add_argument(
+        "--adapter", metavar="RUN|NAME=PATH", nargs="+", required=True, help="runs, or adapters by name"
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings; default: those of the first run")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
+    parser.add_argument("--no-scores", action="store_true", help="load no rewards")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true", help="make the page public through Gradio's tunnel")
+    return parser
+
+
+@command(make_parser)
+def main(options: argparse.Namespace) -> int:
+    """Serve the page; returns the exit status: 0 done, 2 invalid input."""
+    with ExitStack() as stack:
+        try:
+            import gradio as gr
+
+            page = _page(options, stack)
+            theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no network for fonts
+            page.launch(server_name=options.host, server_port=options.port, share=options.share, theme=theme)
+        except ImportError:
+            print("error: the demo needs Gradio: pip install 'g2rpo_ray[demo]'", file=sys.stderr)
+            return INVALID
+    return 0

@@ -1,0 +1,122 @@
+"""The plan of a run in words: what it evaluates, in how many units, what it takes, and who keeps up with whom."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from g2rpo_ray.algo.completion import Choice
+from g2rpo_ray.algo.tree import Tree
+from g2rpo_ray.config import Config, SamplerConfig
+from g2rpo_ray.rehearsal.published import with_shapes
+from g2rpo_ray.rollout.cost import object_store_bytes, prompt_cost
+from g2rpo_ray.rollout.plan import branch_part, branch_units, possible_trees
+from g2rpo_ray.types import TrunkUnit
+
+
+def describe_plan(config: Config) -> str:
+    """What an iteration evaluates, in how many units, and what it leaves in memory; of `auto`, at its dearest."""
+    prompts, sampler = config.data.prompts_per_iteration, config.sampler
+    trees, probes = possible_trees(config, sampler.dearest), possible_trees(config, sampler.dearest, probing=True)
+    cost = config.velocity_cost
+    mean = prompt_cost(config, trees)
+    trunk = TrunkUnit(0, 0, "")
+    units = list(branch_units(config, trees[0], trunk))
+    members = max(unit.members for unit in units)
+    parts = (branch_part(t, unit) for t in {*trees, *probes} for unit in branch_units(config, t, trunk))
+    largest = cost * max(part.evaluations for part in parts)
+    about = "" if len({t.evaluations for t in trees}) == 1 else "about "
+    an_iteration, updated = prompts * mean.evaluations, prompts * mean.update
+    stored = prompts * mean.images * config.model.height * config.model.width * 3
+    ranks = config.rollout.max_actors * updated / an_iteration
+    steps, strides = _list(sampler, "branch_steps"), _list(sampler, "strides")
+    return "\n".join(
+        [
+            f"method:        {config.method}: {sampler.roots} roots, branch steps {steps} "
+            f"({sampler.branch_schedule}), {sampler.group_size} children, "
+            f"{'no' if sampler.kernel == 'ode' else sampler.stochastic_edges} stochastic edges, "
+            f"granularities {strides}",
+            *_auto(config),
+            f"a prompt:      {about}{mean.evaluations:g} velocity evaluations, {mean.images:g} images to score, "
+            f"{mean.states:g} learner states" + (", with guidance, which counts twice" if cost > 1 else ""),
+            f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
+            f"{members} members, {an_iteration:g} evaluations; update: {prompts * mean.states:g} states forward and "
+            f"backward, as much as {updated:g} evaluations",
+            *_completions(config, trees),
+            f"the run:       {config.iterations} iterations, {config.iterations * an_iteration:g} evaluations and "
+            f"{config.iterations * updated:g} of updates",
+            f"balance:       {ranks:.2g} learner ranks keep up with {config.rollout.max_actors} rollout actors of the "
+            f"same device; the update is {updated / (an_iteration + updated):.0%} of the work",
+            f"largest unit:  {largest} evaluations, in batches of at most {config.rollout.micro_batch}",
+            f"rollout actor: {_memory(config)}",
+            *_devices(config),
+            f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
+            f"{config.rollout.max_unscored_units} units wait; with latents, weights and embeddings at most about "
+            f"{object_store_bytes(config) / 1e9:.1f} GB, which a private cluster is given",
+        ]
+    )
+
+
+def _list(sampler: SamplerConfig, key: Literal["branch_steps", "strides"]) -> str:
+    numbers = "{" + ", ".join(map(str, getattr(sampler, f"all_{key}"))) + "}"
+    return f"auto of {numbers}" if getattr(sampler, key) == "auto" else numbers
+
+
+def _auto(config: Config) -> list[str]:
+    """The range of what `auto` may take, and its probes."""
+    sampler, auto = config.sampler, config.sampler.auto
+    if not sampler.is_auto:
+        return []
+
+    def evaluations(choice: Choice, probing: bool = False) -> float:
+        trees = possible_trees(config, choice, probing)
+        return config.velocity_cost * sum(tree.evaluations for tree in trees) / len(trees)
+
+    prompts, often = min(auto.prompts, config.data.prompts_per_iteration), -(-config.iterations // auto.every)
+    least, most = (evaluations(choice) for choice in (sampler.cheapest, sampler.dearest))
+    probe = evaluations(sampler.dearest, probing=True)
+    all_prompts = config.iterations * config.data.prompts_per_iteration
+    low, high = ((all_prompts - often * prompts) * each + often * prompts * probe for each in (least, most))
+    return [
+        f"auto:          a prompt takes {least:g} to {most:g} evaluations, and {probe:g} where it probes: {prompts} "
+        f"prompts each {auto.every} iterations; the run: {low:g} to {high:g}. Below: at its dearest, without probes"
+    ]
+
+
+def _completions(config: Config, trees: Sequence[Tree]) -> list[str]:
+    """What of a rollout is computed otherwise than the policy's likelihood."""
+    given = config.rollout.completions
+    if not given.differ:
+        return []
+    below = sum(tree.completions for tree in trees) / sum(tree.evaluations for tree in trees)
+    kind = {"none": "in full precision"}.get(given.quantization, f"in {given.quantization}")
+    return [
+        f"completions:   {below:.1%} of the velocities, {kind}; log-probabilities rest on the others alone. "
+        f"Prompts completed exactly, too: {given.probe_prompts} each {given.probe_every} iterations, not counted here"
+    ]
+
+
+def _devices(config: Config) -> list[str]:
+    """What the model's micro-batches may be on devices of the usual sizes."""
+    if (shaped := with_shapes(config)) is None:
+        return []
+    from g2rpo_ray.models.estimate import fits
+
+    lines = []
+    for fit in fits(shaped):
+        learner = "learner does not fit: more learner.ranks, or smaller images"
+        if fit.states:
+            checkpointing = "with" if fit.checkpointed else "without"
+            learner = f"learner {fit.states}, {checkpointing} gradient checkpointing, zero_stage {fit.zero_stage}"
+        rollout = f"rollout {fit.latents}" if fit.latents else "rollout does not fit"
+        lines.append(f"{'on ' + str(fit.gigabytes) + ' GB:':<15}largest micro-batch: {rollout}; {learner}")
+    return lines
+
+
+def _memory(config: Config) -> str:
+    if (shaped := with_shapes(config)) is None:
+        return "its memory is known when the model's files are on this machine"
+    from g2rpo_ray.models.estimate import rollout_memory
+
+    needed = {part: size / 2**30 for part, size in rollout_memory(shaped).items()}
+    work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
+    batch = f"in batches of {config.rollout.micro_batch}"
+    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work {batch}, beside what libraries take"

@@ -1,0 +1,86 @@
+"""Files that a configuration names on the Hugging Face hub: fetched into the cache before anything waits for them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from g2rpo_ray.config import Config, RewardConfig
+from g2rpo_ray.messages import one_line
+from g2rpo_ray.paths import resolve
+from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
+from g2rpo_ray.rewards.options import FILE_OPTIONS, FOLDER_OPTIONS, SERVER_OPTIONS, WITHOUT_WEIGHTS, option_defaults
+from g2rpo_ray.rewards.registry import KINDS
+
+SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations, tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class HubFiles:
+    """Something on the hub, by the setting that names it."""
+
+    key: str
+    name: str  # org/name, or org/name:file
+    revision: str | None = None
+    is_pipeline: bool = False
+    weights: bool = True
+
+    def fetch(self) -> Path:
+        """Where it is in the cache, once all of it is there. What is there already is not fetched again.
+
+        Raises:
+            ValueError: one line; the hub cannot be reached, has no such files, or does not give them to this user.
+        """
+        try:
+            return self._fetch()
+        except Exception as error:  # network, authentication, disk, name: the hub client has a class for each
+            raise ValueError(
+                f"{self.key}: {self.name} can't be fetched ({one_line(error, 300)}); check the name, and HF_TOKEN for "
+                "gated models; or run `g2rpo fetch` with the same HF_HOME where the hub can be reached"
+            ) from None
+
+    def _fetch(self) -> Path:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if is_hub_file(self.name):
+            return Path(hf_hub_download(*self.name.split(":", 1)))
+        if self.is_pipeline:
+            from diffusers import DiffusionPipeline
+
+            return Path(DiffusionPipeline.download(self.name, revision=self.revision))  # its parts, and one format
+        patterns = [*SMALL_FILES, *(["*.safetensors"] if self.weights else [])]
+        found = Path(snapshot_download(self.name, allow_patterns=patterns))
+        if self.weights and not any(found.glob("*.safetensors")):
+            snapshot_download(self.name, allow_patterns=["*.bin"])
+        return found
+
+
+def model_files(config: Config) -> list[HubFiles]:
+    """The pipeline, unless it is on this machine."""
+    path = config.model.path
+    if config.model.is_local or not is_hub_id(path):
+        return []
+    return [HubFiles("model.path", path, config.model.revision, is_pipeline=True)]
+
+
+def reward_files(key: str, reward: RewardConfig) -> list[HubFiles]:
+    """What a reward of this package loads from the hub; one of your own fetches its files when it starts."""
+    return list(_reward_files(key, reward)) if reward.kind in KINDS else []
+
+
+def _reward_files(key: str, reward: RewardConfig) -> Iterator[HubFiles]:
+    options = option_defaults(reward.kind) | reward.options
+    if any(option in SERVER_OPTIONS for option in options):  # its model is that of a server
+        return
+    for option, given in options.items():
+        names_files = is_hub_file if option in FILE_OPTIONS else is_hub_id if option in FOLDER_OPTIONS else None
+        if names_files and names_files(given) and not Path(resolve(given)).exists():
+            weights = (reward.kind, option) not in WITHOUT_WEIGHTS
+            yield HubFiles(f"{key}.options.{option}", given, weights=weights)
+
+
+def all_files(config: Config) -> list[HubFiles]:
+    """All that a run of this configuration loads from the hub, each once."""
+    found = model_files(config)
+    for key, reward in config.rewards_by_key.items():
+        found += reward_files(key, reward)
+    return list({(files.name, files.weights): files for files in reversed(found)}.values())[::-1]

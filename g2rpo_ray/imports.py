@@ -1,0 +1,45 @@
+"""Imports a user's own parts by their import path."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+from g2rpo_ray.messages import one_line, shown
+
+T = TypeVar("T")
+FORM = "package.module:name"
+
+
+def imported(path: str) -> Any:
+    """The object that `package.module:name` names.
+
+    Raises:
+        ValueError: a reason in one line, without the setting's name: it cannot be imported.
+    """
+    module, separator, name = path.partition(":")
+    if not separator or not module or not name.isidentifier():
+        raise ValueError(f"{shown(path)} is no import path; it must look like {FORM}")
+    try:
+        return getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(
+            f"{path} cannot be imported ({reason}); correct it, or put its folder on PYTHONPATH"
+        ) from error
+
+
+def named(key: str, name: str, known: Mapping[str, T]) -> T:
+    """One of those that are known, or the user's own by its import path.
+
+    Raises:
+        ValueError: one line that begins with `key`.
+    """
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise ValueError(f"{key}: {name!r} given; allowed are {', '.join(known)}, or your own as {FORM}")
+    try:
+        found: T = imported(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return found

@@ -1,1 +1,0 @@
-"""What a run leaves: its folder, checkpoints, metrics, pictures, timelines and held-out scores."""

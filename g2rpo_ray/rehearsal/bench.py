@@ -1,0 +1,251 @@
+"""Measures the parts of a run on this machine, one after the other: rollout, rewards, a learner of one rank.
+
+Prompts are noise of the longest prompt's shape, since text decides no time. Trees are smaller than the run's.
+"""
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from g2rpo_ray.config import Config, ModelConfig, with_settings
+from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
+from g2rpo_ray.models.estimate import learner_memory, one_velocity, operations, rollout_memory
+from g2rpo_ray.numerics import set_up_torch
+from g2rpo_ray.rehearsal.times import Times, pieces, total
+from g2rpo_ray.rewards import serving
+from g2rpo_ray.rewards.pictures import Picture
+from g2rpo_ray.rewards.trial import trial
+from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, trunk_part
+from g2rpo_ray.rollout.sampler import Sampler
+from g2rpo_ray.types import PromptEmbedding, PromptRollout, TrunkUnit
+
+REPEATS = 9  # of a measurement, of which the median counts, while there is time
+PRODUCT = 4096  # edge of the matrices that the device's rate is measured with
+PICTURES = 32  # that each reward scores
+
+
+class Bench:
+    """Measurements within a limit of time."""
+
+    def __init__(self, config: Config, random: bool, limit_s: float, say: Callable[[str], None]):
+        """
+        Args:
+            random: take random weights of the model's shape, from its configuration files.
+            limit_s: seconds that all may take, about; each measurement is made once at least.
+
+        Raises:
+            ValueError: one line; there is no such device, or the model cannot be loaded.
+        """
+        self.config, self._random, self._say = config, random, say
+        self._end = time.monotonic() + limit_s
+        self.found: dict[str, Any] = {"memory_gib": {}, "same_bits": {}}
+        for section, device in (("rollout", config.rollout.device), ("learner", config.learner.device)):
+            if device == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"{section}.device: cuda, and there is none here; --set {section}.device=cpu")
+
+    def run(self) -> Times:
+        """All of them; `found` has what is no time."""
+        on_cpu = self.config.rollout.device == "cpu"
+        times, rollouts = self._rollout()
+        scores = self._rewards()
+        states = self._learner(rollouts)
+        cores = float(len(os.sched_getaffinity(0))) if on_cpu else math.inf
+        return replace(times, states=states, scores=scores, cores=cores)
+
+    def _seconds(self, work: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
+        """The median, after a first time that does not count; on one CPU thread its own time, without others."""
+        clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+        def once() -> float:
+            began = clock()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return clock() - began
+
+        once()
+        taken = [once()]
+        while len(taken) < repeats and time.monotonic() < self._end:
+            taken.append(once())
+        return statistics.median(taken)
+
+    def _random_model(self, config: ModelConfig, device: str) -> FlowModel | None:
+        """The same weights each time; None: the model's own are to be loaded."""
+        torch.manual_seed(0)
+        return FlowModel.skeleton(config, device) if self._random else None
+
+    def _rollout(self) -> tuple[Times, list[PromptRollout]]:
+        config, device = _small(self.config), self.config.rollout.device
+        set_up_torch(config.deterministic, config.rollout.threads)
+        held = _memory(device)
+        given = config.rollout_model
+        model = self._random_model(given, device) or FlowModel.load(given, device, transformer=True, vae=True)
+        sampler, embedding = Sampler(config, model), _embedding(config, model)
+        evaluations = self._evaluations(sampler, model, embedding)
+        completions = None
+        if config.rollout.completions.differ:
+            completions = self._evaluations(sampler, sampler.completing, embedding)
+        sizes = sorted({1, config.rollout.decode_batch})
+        latents = {size: torch.randn(size, *model.latent_shape, device=device) for size in sizes}
+        decodings = {size: self._seconds(partial(model.decode, x), device) for size, x in latents.items()}
+        state = {name: p.detach().float().cpu().numpy() for name, p in lora_parameters(model.transformer).items()}
+        manifest = manifest_of(state, 0)
+        publish = self._seconds(lambda: manifest_of(state, 0), "cpu")
+        receive = self._seconds(partial(verify, state, manifest), "cpu")
+        receive += self._seconds(partial(sampler.load_weights, state), device)
+        times = Times(evaluations, decodings, {1: 0.0}, completions, publish=publish, receive=receive)
+        self._rate(model, times, device)
+        times = replace(times, unit=self._unit(config, sampler, embedding, times))
+        self.found["memory_gib"]["rollout"] = (
+            (_memory(device) - held) / 2**30,
+            sum(rollout_memory(config).values()) / 2**30,
+        )
+        rollouts = self._sampled(config, sampler, embedding)
+        return times, rollouts
+
+    def _evaluations(self, sampler: Sampler, model: FlowModel, embedding: PromptEmbedding) -> dict[int, float]:
+        """Seconds of an evaluation by the number of latents; a guided velocity has two."""
+        config, device, found = self.config, self.config.rollout.device, {}
+        most = config.rollout.micro_batch
+        sizes = sorted({most, *(2**power for power in range(most.bit_length()))})
+        with torch.inference_mode(), sampler.velocity(embedding, config.sampler.guidance, model) as velocity:
+            for size in sizes:
+                x, sigma = (
+                    torch.randn(size, *model.latent_shape, device=device),
+                    torch.full((size,), 0.5, device=device),
+                )
+                found[size] = self._seconds(partial(velocity, x, sigma), device) / config.velocity_cost
+        self._say("an evaluation by batch: " + ", ".join(f"{n}: {s / n:.4g} s" for n, s in found.items()))
+        return found
+
+    def _rate(self, model: FlowModel, times: Times, device: str) -> None:
+        """The share that evaluations have of the rate at which this device multiplies large matrices."""
+        size, most = PRODUCT if device == "cuda" else PRODUCT // 4, max(times.evaluations)
+        a = torch.randn(size, size, device=device, dtype=getattr(torch, self.config.model.dtype))
+        rate = 2 * size**3 / self._seconds(lambda: a @ a, device) / 1e12
+        with torch.device("meta"), torch.inference_mode():
+            counted = operations(one_velocity(FlowModel.skeleton(self.config.model), most))
+        self.found["matmul_tflops"] = rate
+        self.found["share_of_matmul"] = counted / times.evaluations[most] / rate
+
+    def _unit(self, config: Config, sampler: Sampler, embedding: PromptEmbedding, times: Times) -> float:
+        """Seconds of a whole unit beside its evaluations and decodings: of the last branch step's first unit."""
+        from g2rpo_ray.algo.growth import batch_sizes
+
+        place = TrunkUnit(0, 0, "", config.sampler.dearest)
+        tree = prompt_tree(config, 0, 0, "", place.choice)
+        unit = list(branch_units(config, tree, place))[-1]
+        trunk, _ = sampler.trunk(place, embedding)
+        first, again = (sampler.branch(unit, embedding, trunk) for _ in range(2))
+        alike = first[0].latents.tobytes() == again[0].latents.tobytes() and np.array_equal(first[1], again[1])
+        self.found["same_bits"]["rollout"] = alike
+        rest = []
+        for part, work in (
+            (trunk_part(tree), lambda: sampler.trunk(place, embedding)),
+            (branch_part(tree, unit, config.learner.forward), lambda: sampler.branch(unit, embedding, trunk)),
+        ):
+            table = times.completions if times.completions and part.edges else times.evaluations
+            known = config.velocity_cost * total(table, batch_sizes(tree, part.nodes, config.rollout.micro_batch))
+            known += total(times.decodings, pieces(len(part.images), config.rollout.decode_batch))
+            taken = self._seconds(work, config.rollout.device)
+            rest.append(taken - known)
+            self._say(f"a unit of {part.evaluations} evaluations: {taken:.4g} s, of which its parts make {known:.4g} s")
+        return max(0.0, statistics.mean(rest))
+
+    def _sampled(self, config: Config, sampler: Sampler, embedding: PromptEmbedding) -> list[PromptRollout]:
+        """One prompt, as often as the learner's micro-batch has room, as far as a rank has so many."""
+        place = TrunkUnit(0, 0, "", config.sampler.dearest)
+        tree = prompt_tree(config, 0, 0, "", place.choice)
+        trunk, _ = sampler.trunk(place, embedding)
+        branches = tuple(sampler.branch(unit, embedding, trunk)[0] for unit in branch_units(config, tree, place))
+        scores = np.random.default_rng(0).standard_normal((len(config.rewards), len(tree.leaf))).astype(np.float32)
+        share = -(-config.data.prompts_per_iteration // self.config.learner.ranks)
+        slots = range(min(config.learner.micro_batch, share))
+        return [PromptRollout(0, slot, "", tree, scores, embedding, trunk, branches) for slot in slots]
+
+    def _learner(self, rollouts: list[PromptRollout]) -> dict[int, float]:
+        """Seconds of a micro-batch, forward and backward, with its share of the optimizer step."""
+        from g2rpo_ray.learner.rendezvous import set_up_alone
+
+        config, device = _small(self.config), self.config.learner.device
+        set_up_alone(device)
+        from g2rpo_ray.learner.batch import BatchShape, reduce_metrics, spread
+        from g2rpo_ray.learner.engine import LearnerEngine
+        from g2rpo_ray.rollout.plan import with_credit_scores
+
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        held = _memory(device)
+        engine = LearnerEngine(config, 0, 1, model=self._random_model(config.model, device))
+        shards = spread(with_credit_scores(rollouts, config), 1)
+        batch, micro = BatchShape.of(shards, config.learner), config.learner.micro_batch
+        updates: list[dict[str, float]] = []
+        taken = self._seconds(lambda: updates.append(reduce_metrics([engine.update(shards[0], batch)])), device)
+        passes = [size for step in batch.steps for size in pieces(step.states, micro)]
+        memory = sum(learner_memory(config, max(passes), config.learner.gradient_checkpointing).values())
+        self.found["memory_gib"]["learner"] = (_memory(device) - held) / 2**30, memory / 2**30
+        self.found["mismatch_velocity"] = updates[0].get("mismatch/velocity")
+        self.found["same_bits"]["learner"] = len({update["learner/grad_norm"] for update in updates}) == 1
+        self._say(f"a learner's micro-batch of {max(passes)} states: {taken / len(passes):.4g} s")
+        return {max(passes): taken * max(passes) / sum(passes)}
+
+    def _rewards(self) -> dict[str, float]:
+        """Seconds of an image by reward; those that cannot be tried here are left out."""
+        config, scores = self.config, {}
+        noise = np.random.default_rng(0).integers(
+            0, 256, (PICTURES, config.model.height, config.model.width, 3), np.uint8
+        )
+        pictures, served = [Picture("noise", "noise", image) for image in noise], serving(config.all_rewards)
+        for key, reward in config.rewards_by_key.items():
+            name = key.partition(".")[2]
+            if served[name] != name:
+                continue
+            try:
+                with trial({key: reward}, pictures, config.startup_timeout_s, measured=True) as tried:
+                    found = tried()[key]
+                scores[name] = 1 / found["per_s"]
+                self.found["same_bits"][key] = found["same"]
+                self._say(f"{key}: {scores[name]:.4g} s an image")
+            except (ValueError, KeyError) as error:
+                self._say(f"{key}: not measured, it takes no time in what is told: {error}")
+        return scores
+
+
+def _small(config: Config) -> Config:
+    """A cheaper tree with learner states and edges of the same kind, and updates that change nothing."""
+    sampler = config.sampler
+    still: dict[str, Any] = {"learner.lr": 1e-30, "learner.lr_schedule": "constant", "learner.warmup": 0}
+    still["learner.velocity_tolerance"] = 1000.0  # it is told
+    fewer: dict[str, Any] = {}
+    if sampler.strides != "auto":
+        fewer["sampler.strides"] = (max(sampler.strides),)
+    if sampler.branch_steps != "auto" and sampler.branch_schedule == "fixed":
+        fewer["sampler.branch_steps"] = sampler.branch_steps[-2:]
+    with suppress(ValueError):  # the last steps may be untrained
+        return with_settings(config, {**still, **fewer})
+    return with_settings(config, still)
+
+
+def _embedding(config: Config, model: FlowModel) -> PromptEmbedding:
+    drawn = model.random_embedding("", torch.Generator().manual_seed(0))
+    return drawn if config.model.negative_prompt is None else replace(drawn, negative=drawn)
+
+
+def _memory(device: str) -> int:
+    """Bytes: the most that was allocated on the GPU; on a CPU, what the process has now."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,65 @@
+"""What `g2rpo bench` measured, as a file: the times of a run's parts, for the settings that decide them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from g2rpo_ray.config import Config
+from g2rpo_ray.rehearsal.times import Times
+
+FORMAT = "g2rpo_ray.bench/1"
+MAX_BYTES = 1_000_000
+DECIDE = {
+    "model": None, "lora": ("rank", "targets"),
+    "rollout": ("device", "threads", "micro_batch", "decode_batch", "compile", "attention_backend", "completions"),
+    "learner": ("device", "threads", "micro_batch", "gradient_checkpointing", "compile", "objective", "kl_beta"),
+}  # fmt: skip
+"""Settings that what is measured depends on; None: all of a section."""
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Those of `DECIDE`, by dotted key, as JSON holds them."""
+    whole = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": whole[section][key] for section, keys in DECIDE.items() for key in keys or whole[section]
+    }
+
+
+def write(file: Path, config: Config, found: Mapping[str, Any], times: Times) -> None:
+    """Write what was found, and the times."""
+    content = {"format": FORMAT, "settings": settings(config), **found, "seconds": asdict(times)}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(file: Path, config: Config) -> Times:
+    """The times in a file, for this configuration.
+
+    Raises:
+        ValueError: one line; it is no such file, or other settings were measured.
+    """
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError("too large")
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        seconds, measured = content["seconds"], content["settings"]
+        times = Times(**{field.name: _table(seconds[field.name]) for field in fields(Times)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--calibration: {file} is not a file that `g2rpo bench` wrote ({error})") from None
+    for key, value in settings(config).items():
+        if measured.get(key) != value:
+            raise ValueError(
+                f"--calibration: {file} was measured with {key}={measured.get(key)}; the configuration has {value}: "
+                "run `g2rpo bench` again with these settings"
+            )
+    return times
+
+
+def _table(value: Any) -> Any:
+    """JSON's keys are text: sizes are numbers."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isdigit() else key: float(seconds) for key, seconds in value.items()}

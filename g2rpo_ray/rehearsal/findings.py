@@ -1,0 +1,96 @@
+"""What a run of a configuration would meet, as far as this machine can tell: all of it, not the first alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from g2rpo_ray.config import Config
+from g2rpo_ray.data import Prompts
+from g2rpo_ray.preflight import (
+    check_adapters,
+    check_lasting,
+    check_model,
+    check_network,
+    check_packages,
+    check_prompts_of,
+    check_writable,
+    open_run,
+    read_unscored_prompts,
+)
+from g2rpo_ray.rehearsal.devices import Fleet
+from g2rpo_ray.rehearsal.published import with_shapes
+from g2rpo_ray.rewards import check_reward
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Findings:
+    """A line each."""
+
+    problems: list[str] = field(default_factory=list)
+    """Would end the run before it starts, or keep an actor from starting."""
+    unchecked: list[str] = field(default_factory=list)
+    """Is not on this machine, where the run may be."""
+    untried: dict[str, str] = field(default_factory=dict)
+    """The rewards, by key, that cannot score here, and why."""
+    prompts: Prompts | None = None
+    shaped: Config | None = None
+    """The configuration, with the model's configuration files on this machine, if they are known."""
+
+    def attempt(self, check: Callable[[], T]) -> T | None:
+        """What `check` returns; None, with a line among the problems, where it raises ValueError."""
+        try:
+            return check()
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def look(config: Config) -> Findings:
+    """Check storage, prompts, packages, model and rewards, each whatever is found of the others."""
+    found = Findings()
+    found.attempt(lambda: check_lasting(config))
+    found.attempt(lambda: check_writable(config, open_run(config)))
+    found.attempt(lambda: check_packages(config))
+    found.prompts = found.attempt(lambda: read_unscored_prompts(config))
+    found.unchecked += found.attempt(lambda: check_model(config)) or []
+    found.shaped = shaped = with_shapes(config)
+    if shaped is not None:
+        found.attempt(lambda: check_network(shaped))
+        if config.lora.initial:
+            found.attempt(lambda: check_adapters(shaped, None, model_is_here=True))
+    for key in config.rewards_by_key:
+        _look_at_reward(config, key, found)
+    return found
+
+
+def look_at_memory(found: Findings, fleet: Fleet) -> list[str]:
+    """What each kind of actor takes of its device at full size, a line each; a problem where there is less."""
+    from g2rpo_ray.models.estimate import LIBRARIES, full_size
+
+    shaped, lines = found.shaped, []
+    sizes = None if shaped is None else found.attempt(lambda: full_size(shaped))
+    for actor, parts in (sizes or {}).items():
+        total = (sum(parts.values()) + LIBRARIES) / 1e9
+        told = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
+        lines.append(f"{actor}: {total:.3g} GB: {told}, libraries {LIBRARIES / 1e9:.3g}")
+        if fleet.device.gigabytes and total > fleet.device.gigabytes:
+            found.problems.append(
+                f"a {actor} takes {total:.3g} GB, and a {fleet.kind} has {fleet.device.gigabytes:g}: `--check` tells "
+                "the largest micro-batches"
+            )
+    return lines
+
+
+def _look_at_reward(config: Config, key: str, found: Findings) -> None:
+    reward, records = config.rewards_by_key[key], found.prompts.records if found.prompts else {}
+    wrong = len(found.problems)
+    absent = found.attempt(lambda: check_reward(key, reward)) or []
+    found.unchecked += absent
+    found.attempt(lambda: check_prompts_of(key, reward, records))
+    reasons = [*found.problems[wrong:], *absent]
+    if reasons:
+        found.untried[key] = reasons[0].removeprefix(f"{key}.").removeprefix(f"{key}: ")
+    elif reward.runtime_env:
+        found.untried[key] = "it has a runtime_env of its own"

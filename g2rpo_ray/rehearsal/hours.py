@@ -1,0 +1,274 @@
+"""Hours and money of a run on devices that are not here, by a simulation, and the best split of these devices."""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from g2rpo_ray.actors.cluster import demands
+from g2rpo_ray.config import Config, RewardConfig
+from g2rpo_ray.rehearsal.devices import Fleet
+from g2rpo_ray.rehearsal.simulation import Simulated, heldout_s, simulate
+from g2rpo_ray.rehearsal.times import Times, of_batch, operations
+from g2rpo_ray.rewards import serving
+
+EFFICIENCY = (0.2, 0.55)
+"""Share of the dense bfloat16 rate that these networks reach, least and most: docs/planning.md has the measurements."""
+WORTH_TELLING = 0.95  # of the hours, or device-hours, that the configuration takes as it is
+TIE = 0.01  # power of the devices: twice as many must save 0.7 % of the hours
+LEAST_TOLD = 0.005  # share of the time
+MAX_SIMULATIONS = 12  # of splits, the most promising ones
+MAX_SIZES = 32  # numbers of actors, or ranks, that are tried
+SERVER_LOAD = 0.8  # at most: see docs/performance.md
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """Of a run: least and most."""
+
+    config: Config  # with the actors that find a device
+    devices: float  # that are used
+    simulated: Simulated
+    looks_s: float  # one evaluation of the held-out prompts
+    slower: Interval  # than simulated: these many times
+
+    def interval(self, seconds: float) -> Interval:
+        """Of what takes so long in the simulation."""
+        least, most = self.slower
+        return least * seconds, most * seconds
+
+    @property
+    def run_h(self) -> Interval:
+        config = self.config
+        whole = config.iterations * self.simulated.iteration_s + evaluations(config) * self.looks_s
+        return self.interval(whole / 3600)
+
+
+def seconds(operations: float, fleet: Fleet, devices: float) -> Interval:
+    """Of so many operations, 10^12, on so many of the fleet's devices: least and most."""
+    most, least = (operations / (devices * fleet.device.tflops * share) for share in EFFICIENCY)
+    return least, most
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What hours are told of: how long the parts take, and how many held-out prompts there are."""
+
+    times: Times
+    slower: Interval  # than these times
+    heldout: int
+
+    @classmethod
+    def of(cls, config: Config, fleet: Fleet, heldout: int) -> "Estimate":
+        """By the model's configuration files, which are on this machine, and the devices' rate."""
+        least, most = sorted(1 / share for share in EFFICIENCY)
+        return cls(operations(config).scaled(1 / fleet.device.tflops), (least, most), heldout)
+
+    def hours(self, config: Config, fleet: Fleet | None = None) -> Hours:
+        """How long the run takes where all of its actors have their devices to themselves.
+
+        Args:
+            fleet: None: all of `rollout.max_actors` find a place.
+
+        Raises:
+            ValueError: one line; the run does not take GPUs, or more of them than there are.
+        """
+        if fleet is None:
+            devices = math.nan
+        else:
+            each, ranks, others = _gpus(config)
+            actors = min(config.rollout.max_actors, int((fleet.number - ranks - others) / each))
+            if actors < config.rollout.min_actors:
+                raise ValueError(
+                    f"--devices: {fleet.number} given; the run asks for {ranks:g} for the learner, {others:g} for "
+                    f"rewards and {config.rollout.min_actors * each:g} for rollout actors at least: give more, or "
+                    "lower the resources"
+                )
+            config, devices = _split(config, actors, config.learner.ranks), actors * each + ranks + others
+        found = simulate(config, self.times)
+        return Hours(config, devices, found, heldout_s(config, self.times, self.heldout), self.slower)
+
+    def best(self, now: Hours, fleet: Fleet, goal: Callable[[Hours], float]) -> Hours:
+        """The split of the fleet, or of a part of it, with the least of `goal`; `now`, unless it saves some hundredths.
+
+        Splits are tried in the order of what they would take if nobody waited.
+        """
+        config, best = now.config, now
+        work = self.hours(_split(config, 1, 1))
+        splits = list(_splits(config, fleet, work.simulated))
+        bounds = [(goal(_unwaited(work, split)), number) for number, split in enumerate(splits)]
+        for bound, number in heapq.nsmallest(MAX_SIMULATIONS, bounds):
+            if bound < goal(best):
+                best = min(best, self.hours(splits[number], fleet), key=goal)
+        return best if goal(best) < WORTH_TELLING * goal(now) else now
+
+
+def _unwaited(work: Hours, split: Config) -> Hours:
+    """Of a split in which nobody waits, by what one actor and one rank take."""
+    actors, alone = split.rollout.max_actors, work.simulated
+    prompts, ranks = split.data.prompts_per_iteration, split.learner.ranks
+    rollout, update = alone.work_s / actors, alone.update_s * math.ceil(prompts / ranks) / prompts
+    iteration = max(rollout, update) if split.rollout.max_staleness else rollout + update
+    simulated = replace(alone, iteration_s=iteration, rollout_s=rollout, update_s=update)
+    return Hours(split, _used(split), simulated, work.looks_s / actors, work.slower)
+
+
+def _splits(config: Config, fleet: Fleet, alone: Simulated) -> Iterator[Config]:
+    """Numbers of ranks and actors that fit, and of reward servers that keep up with them."""
+    prompts, least = config.data.prompts_per_iteration, config.rollout.min_actors
+    useful = {math.ceil(prompts / of_a_rank) for of_a_rank in range(1, prompts + 1)}  # fewer would do as much
+    loads = {  # seconds of one server
+        name: alone.busy[name] * reward.replicas * alone.iteration_s / SERVER_LOAD
+        for name, reward in config.all_rewards.items()
+        if alone.busy.get(name)
+    }
+    for ranks in sorted(useful):
+        for actors in _sizes(least, fleet.number):
+            replicas = {name: math.ceil(load * actors / alone.work_s) for name, load in loads.items()}
+            split = _split(config, actors, ranks, replicas)
+            if _used(split) <= fleet.number:
+                yield split
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """All, or some that are evenly spread."""
+    number = min(MAX_SIZES, most - least + 1)
+    return sorted({most - (most - least) * place // max(1, number - 1) for place in range(number)})
+
+
+def _split(config: Config, actors: int, ranks: int, replicas: Mapping[str, int] | None = None) -> Config:
+    """The configuration with other numbers; `replicas` by reward."""
+
+    def served(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
+        found = replicas or {}
+        return {n: r.model_copy(update={"replicas": found.get(n, r.replicas)}) for n, r in rewards.items()}
+
+    rollout = config.rollout.model_copy(update={"max_actors": actors})
+    learner = config.learner.model_copy(update={"ranks": ranks})
+    rewards = {"rewards": served(config.rewards), "eval_rewards": served(config.eval_rewards)}
+    return config.model_copy(update={"rollout": rollout, "learner": learner, **rewards})
+
+
+def _used(config: Config) -> float:
+    """GPUs that the actors, ranks and servers of a split take."""
+    each, ranks, others = _gpus(config)
+    return config.rollout.max_actors * each + ranks + others
+
+
+def evaluations(config: Config) -> int:
+    """Held-out evaluations of a run: before the first iteration, each `every`, after the last."""
+    every = config.evaluation.every
+    return 1 + (math.ceil(config.iterations / every) if every else 1)
+
+
+def describe_hours(config: Config, heldout: int, fleet: Fleet) -> str:
+    """The answer in words, a line a fact.
+
+    Args:
+        config: its pipeline's configuration files are on this machine: see `rehearsal.published`.
+        heldout: held-out prompts.
+
+    Raises:
+        ValueError: see `Estimate.hours`; or the model computes in float32, whose rate the fleet does not say.
+    """
+    if config.model.dtype == "float32":
+        raise ValueError("--devices: rates are of bfloat16 and float16, and model.dtype is float32; give another dtype")
+    estimate, (low, high) = Estimate.of(config, fleet, heldout), EFFICIENCY
+    each = of_batch(estimate.times.evaluations, 1) * fleet.device.tflops
+    rests = (
+        f"{each:.3g}e12 operations an evaluation, by PyTorch's count, and {low:.0%} to {high:.0%} of the "
+        f"{fleet.device.tflops:g}e12 a second that a {fleet.kind} has; rewards take no time; starting and checkpoints "
+        "are not in it"
+    )
+    return "\n".join([*_lines(estimate, estimate.hours(config, fleet), fleet), f"rests on:      {rests}"])
+
+
+def describe_calibrated(config: Config, heldout: int, fleet: Fleet | None, times: Times) -> str:
+    """The same by measured times: on a fleet of such devices, or with all actors of the settings."""
+    estimate = Estimate(times, (1.0, 1.0), heldout)
+    unmeasured = sorted(set(serving(config.all_rewards).values()) - set(times.scores))
+    where = "on devices of their own" if times.cores == math.inf else f"on {times.cores:g} cores that all share"
+    rests = f"times that `g2rpo bench` measured, {where}; starting and checkpoints are not in it"
+    if unmeasured:
+        rests += f"; not measured, and taken for no time: {', '.join(unmeasured)}"
+    return "\n".join([*_lines(estimate, estimate.hours(config, fleet), fleet), f"rests on:      {rests}"])
+
+
+def _lines(estimate: Estimate, found: Hours, fleet: Fleet | None) -> list[str]:
+    config, simulated = found.config, found.simulated
+    order = "at once" if config.rollout.max_staleness else "one after the other"
+    time, rollout, update, looks = (
+        _duration(found.interval(seconds))
+        for seconds in (simulated.iteration_s, simulated.rollout_s, simulated.update_s, found.looks_s)
+    )
+    always = ("rollout", "learner")
+    told = {name: share for name, share in simulated.busy.items() if name in always or share >= LEAST_TOLD}
+    busy = ", ".join(f"{name} {share:.0%}" for name, share in told.items())
+    waits = ", ".join(f"{share:.0%} for {reason}" for reason, share in simulated.waits.items() if share >= LEAST_TOLD)
+    return [
+        f"time:          an iteration takes {time}: rollout {rollout} by {config.rollout.max_actors} actors and update "
+        f"{update} by {config.learner.ranks} ranks, {order}",
+        f"busy:          {busy}; rollout actors wait {waits or '0%'}; object store at most "
+        f"{simulated.peak_bytes / 1e9:.2g} GB",
+        f"held out:      {evaluations(config)} evaluations, {looks} each",
+        *_money(found, fleet),
+        *(_advice(estimate, found, fleet) if fleet else []),
+    ]
+
+
+def _money(found: Hours, fleet: Fleet | None) -> list[str]:
+    whole = f"hours:         {interval_in_words(found.run_h)} for {found.config.iterations} iterations"
+    if fleet is None:
+        return [whole]
+    hours, money = [fleet.number * one for one in found.run_h], ""
+    if fleet.price is not None:
+        money = f"; money {interval_in_words([fleet.price * one for one in hours])}, at {fleet.price:g} each an hour"
+    used = f"of {fleet.number} {fleet.kind}, {found.devices:g} of which are used"
+    return [f"{whole}; device-hours {interval_in_words(hours)} {used}{money}"]
+
+
+def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
+    """The fastest and the cheapest split, where it is not the one that the configuration has."""
+    goals: dict[str, Callable[[Hours], float]] = {
+        "fastest": lambda hours: hours.run_h[0] * hours.devices**TIE,
+        "cheapest": lambda hours: hours.run_h[0] * hours.devices,
+    }
+    lines = []
+    for name, goal in goals.items():
+        best, told = estimate.best(now, fleet, goal), "as configured"
+        if best is not now:
+            keys = {"rollout.max_actors": best.config.rollout.max_actors, "learner.ranks": best.config.learner.ranks}
+            changed = [
+                f"{key}.replicas={reward.replicas}"
+                for key, reward in best.config.rewards_by_key.items()
+                if reward.replicas != now.config.rewards_by_key[key].replicas
+            ]
+            split = ", ".join([*(f"{key}={number}" for key, number in keys.items()), *changed])
+            hours = interval_in_words([best.devices * one for one in best.run_h])
+            told = f"{split}: {interval_in_words(best.run_h)} hours, device-hours {hours} of {best.devices:g}"
+        lines.append(f"{name + ':':<15}{told}")
+    return lines
+
+
+def _gpus(config: Config) -> tuple[float, float, float]:
+    """GPUs of a rollout actor, of all ranks, of all reward servers."""
+    each = config.rollout.resources.get("GPU", 0)
+    taken = {key: number * resources.get("GPU", 0) for key, number, resources in demands(config)}
+    taken.pop("rollout.resources")
+    ranks = taken.pop("learner.resources")
+    if not each or not ranks:
+        raise ValueError(
+            "--devices: the run's rollout.resources or learner.resources have no GPU; hours are told of accelerators"
+        )
+    return each, ranks, sum(taken.values())
+
+
+def _duration(given: Interval) -> str:
+    size, unit = next(known for known in ((3600, "h"), (60, "min"), (1, "s")) if given[1] >= known[0] or known[0] == 1)
+    return f"{interval_in_words([one / size for one in given])} {unit}"
+
+
+def interval_in_words(given: Sequence[float]) -> str:
+    """Two digits of each end, or of both where they are the same."""
+    return " to ".join(dict.fromkeys(f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in given))

@@ -1,0 +1,6 @@
+"""Tries rewards: `python -m g2rpo_ray.rewards`."""
+
+if __name__ == "__main__":
+    from g2rpo_ray.exits import start
+
+    start("g2rpo_ray.commands.rewards")

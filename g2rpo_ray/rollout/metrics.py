@@ -1,0 +1,91 @@
+"""What an iteration's rollouts tell, by the names of the run directory. A missing score is in none of the means."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from g2rpo_ray.algo.signal import agreement, likeness, spreads
+from g2rpo_ray.algo.tree import ANCHOR
+from g2rpo_ray.config import Config
+from g2rpo_ray.rollout.cost import learner_states, update_cost
+from g2rpo_ray.rollout.plan import with_credit_scores
+from g2rpo_ray.types import FloatArray, PromptRollout, Rollout, UnitReport
+
+
+def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
+    """Counts, speeds, rewards and signals of one iteration."""
+    evaluations = sum(report.evaluations for report in rollout.reports)
+    images = sum(report.images for report in rollout.reports)
+    metrics: dict[str, float] = {
+        "rollout/evaluations": evaluations,
+        "rollout/images": images,
+        "rollout/weights_version": rollout.weights_version,
+        "learner/states": sum(learner_states(config, prompt.tree) for prompt in rollout.prompts),
+        "learner/evaluations": update_cost(config, [prompt.tree for prompt in rollout.prompts]),
+        "watch/other_versions": sum(r.weights_version != rollout.weights_version for r in rollout.reports),
+        "timing_s/reward": rollout.seconds - rollout.sampling_seconds,
+        "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
+        "perf/images_per_s": images / rollout.seconds,
+        "perf/evaluations_per_s": evaluations / rollout.seconds,
+    }
+    if config.rollout.completions.differ:
+        metrics |= _seconds_by_kind(rollout.reports)
+    for name, of_anchors in rollout.anchor_scores.items():
+        metrics[f"eval/{name}/mean"] = mean_of_present(of_anchors)
+    return metrics | reward_metrics(rollout.prompts, config)
+
+
+def reward_metrics(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float]:
+    """`reward/<name>/mean` and `std` of the images that branches end at, and the signals."""
+    scores = np.concatenate([prompt.scores[:, prompt.tree.tag != ANCHOR] for prompt in prompts], axis=1)
+    metrics: dict[str, float] = {}
+    for place, name in enumerate(config.rewards):
+        metrics[f"reward/{name}/mean"] = mean_of_present(scores[place])
+        metrics[f"reward/{name}/std"] = float(np.nanstd(scores[place]))
+    return metrics | signals(prompts, config)
+
+
+def signals(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float]:
+    """`signal/agreement/<λ>`, and `completions` where some were made both ways, and `signal/spread/<step>`: see
+    `g2rpo_ray.algo.signal`."""
+    group = config.credit.group
+    agreements: dict[int | str, list[float]] = {}
+    by_step: dict[int, list[float]] = {}
+    for prompt in with_credit_scores(prompts, config):
+        scores, strides = prompt.scores, prompt.tree.strides
+        if len(strides) > 1:
+            finest = strides.index(min(strides))
+            found = agreement(prompt.tree, scores, group=group, finest=finest, reward_weights=config.credit_weights)
+            for stride, row in zip(strides, found, strict=True):
+                agreements.setdefault(stride, []).extend(row.tolist() if stride != min(strides) else [])
+        if prompt.exact_scores is not None:
+            (exact,) = with_credit_scores([replace(prompt, scores=prompt.exact_scores)], config)
+            both = likeness(prompt.tree, scores, exact.scores, group=group, reward_weights=config.credit_weights)
+            agreements.setdefault("completions", []).extend(both.tolist())
+        for step, stds in spreads(prompt.tree, scores[0], group=group).items():
+            by_step.setdefault(step, []).extend(stds)
+    named = {f"signal/agreement/{stride}": mean_of_present(np.array(row)) for stride, row in agreements.items() if row}
+    return named | {f"signal/spread/{step}": float(np.mean(by_step[step])) for step in sorted(by_step)}
+
+
+def _seconds_by_kind(reports: Sequence[UnitReport]) -> dict[str, float]:
+    """`perf/evaluation_s/*`: seconds of an evaluation, with decoding, exact (trunks and probes) and of completions."""
+    kinds = {"completions": True, "exact": False}
+    found = {kind: [r for r in reports if r.unit.startswith("branch/") == cheap] for kind, cheap in kinds.items()}
+    return {
+        f"perf/evaluation_s/{kind}": sum(r.seconds for r in of) / sum(r.evaluations for r in of)
+        for kind, of in found.items()
+    }
+
+
+def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:
+    """Share of the time of the actors that took part which they spent computing, between first unit and last score."""
+    actors = {report.actor for report in reports}
+    return sum(report.seconds for report in reports) / (len(actors) * seconds)
+
+
+def mean_of_present(scores: FloatArray) -> float:
+    """Mean of the scores that are there, NaN where none is."""
+    there = scores[np.isfinite(scores)]
+    return float(there.mean(dtype=np.float64)) if there.size else float("nan")

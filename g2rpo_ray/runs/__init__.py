@@ -1,0 +1,1 @@
+"""Writes and reads run directories: checkpoints, metrics, pictures, held-out scores, timelines."""

@@ -1,0 +1,147 @@
+"""Every configuration of the package rehearsed on the twin of its model; what is wrong with one, all of it."""
+
+import contextlib
+import io
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from g2rpo_ray.commands.rehearse import main, rehearse
+from g2rpo_ray.config import load_config
+from g2rpo_ray.models.flux import Model
+from g2rpo_ray.rehearsal.devices import Device, Fleet
+from g2rpo_ray.rehearsal.findings import Findings, look, look_at_memory
+from g2rpo_ray.rehearsal.small import small
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CHEAP = ("evaluation.seeds=1", "model.dtype=float32")
+FEWER = {True: "sampler.group_size=3", False: "sampler.roots=4"}  # images to compare: siblings, or chains
+
+
+@pytest.fixture(scope="module")
+def process():
+    """One that is not the tests' own: DeepSpeed stays in it."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+
+
+def rehearsed(file: Path, folder: Path) -> tuple[bool, str]:
+    """Whether nothing was wrong, and what was printed."""
+    config = load_config(file)
+    fewer = FEWER[config.sampler.group_size > 1]
+    prompts = f"data.prompts_per_iteration={config.learner.updates_per_rollout}"
+    config = load_config(file, [*CHEAP, fewer, prompts])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        fine = rehearse(config, folder, local=True)
+    return fine, printed.getvalue()
+
+
+def needs_pictures(file: Path) -> bool:
+    """Whether its prompts are the user's own, with source pictures: they are not in the package."""
+    return load_config(file).model.sources > 0
+
+
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if needs_pictures(file)], ids=lambda file: file.stem)
+def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_path):
+    fine, printed = process.submit(rehearsed, file, tmp_path).result()
+    assert not fine
+    assert "problem:       data.heldout_prompts: cannot read edits/" in printed
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not needs_pictures(file)], ids=lambda file: file.stem)
+def test_every_configuration_is_rehearsed_and_nothing_is_wrong_with_it(file, process, tmp_path):
+    fine, printed = process.submit(rehearsed, file, tmp_path).result()
+    assert fine, printed
+    assert "\nrehearsed:     2 iterations of " in printed
+    assert "problem:" not in printed
+    config = load_config(file)
+    on_the_hub = not config.model.is_local  # as its rewards are
+    assert printed.count("\nstand-in:") == (len(config.rewards) if on_the_hub else 0)
+    assert list((tmp_path / config.name / "lora").glob("*.safetensors"))
+
+
+def changed(before: object, after: object, key: str = "") -> set[str]:
+    """The dotted keys of settings that differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return {
+            one for name in {**before, **after} for one in changed(before.get(name), after.get(name), f"{key}.{name}")
+        }
+    return set() if before == after else {key.removeprefix(".")}
+
+
+@pytest.mark.parametrize("name", ["flux_hps", "sd3_awm", "sd3_flow_grpo"])
+def test_a_rehearsal_keeps_what_a_run_does_and_makes_smaller_how_much(name, tmp_path):
+    config = load_config(name, ["learner.zero_stage=2", "learner.lr_schedule=cosine", "learner.warmup=20"])
+    found = look(config)
+    settings = [one.model_dump(mode="json") for one in (config, small(config, found.untried, found.prompts, tmp_path))]
+    differ = changed(*settings)
+    assert {key for key in differ if key.split(".")[0] in ("method", "sampler", "credit", "lora", "seed")} == set()
+    assert {key for key in differ if key.startswith("learner.")} <= {
+        "learner.resources.GPU", "learner.resources.CPU", "learner.device", "learner.ranks", "learner.warmup",
+        "learner.lr_iterations",
+    }  # fmt: skip
+    assert {key for key in differ if key.startswith("rollout.")} <= {
+        "rollout.resources.GPU", "rollout.resources.CPU", "rollout.device", "rollout.max_actors",
+    }  # fmt: skip
+    assert settings[1]["learner"]["lr_iterations"] == config.iterations  # so the rate is that of the run's beginning
+
+
+def test_all_that_is_wrong_with_a_configuration_is_named_and_not_the_first_thing_alone(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na sign that says 'stop'\n")
+    given = [
+        "model.height=500", "lora.targets=[nothing]", f"output={tmp_path}/file/runs", "rewards.hpsv2=null",
+        "rewards.text.kind=ocr", "rewards.text.resources={CPU: 1}", "rewards.clip.kind=clip",
+        "rewards.clip.options={checkpoint: nowhere.pt}", "tracking.wandb_project=tests",
+        f"data.train_prompts={tmp_path}/prompts.txt", "data.prompts_per_iteration=3",
+    ]  # fmt: skip
+    options = [part for one in given for part in ("--set", one)]
+    assert main(["--config", "sd3_g2rpo", *options, "--output", str(tmp_path / "new"), "--local"]) == 1
+    printed = capsys.readouterr().out
+    problems = [line.removeprefix("problem:").strip() for line in printed.splitlines() if line.startswith("problem:")]
+    assert [line.split(":")[0] for line in problems] == [
+        "output", "tracking.wandb_project", "model.height", "rewards.text", "rewards.clip.options.checkpoint",
+    ]  # fmt: skip
+    assert "the prompt 'a cat' has no text in quotes" in problems[3]
+    assert printed.count("\nstand-in:") == 2
+    assert "\nrehearsed:     not to the end: lora.targets: 'nothing' is not the ending of any linear layer" in printed
+
+
+def test_a_model_that_is_unknown_here_has_no_twin(tmp_path, capsys):
+    assert main(["--set", "model.path=somebody/else", "--output", str(tmp_path / "new"), "--local"]) == 1
+    printed = capsys.readouterr().out
+    assert "somebody/else is a hub id" in printed
+    assert "rehearsed:     nothing, since a twin needs prompts and the configuration files of the model" in printed
+    assert main(["--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --output: {tmp_path} given, which is not empty; give a new folder\n"
+
+
+def test_memory_at_full_size_is_compared_with_a_device_and_each_kind_of_actor_too_large_is_a_problem():
+    found = Findings(shaped=load_config(None))
+    lines = look_at_memory(found, Fleet("small", Device(1.0, 1.08), 1))
+    folder = Path(load_config(None).model.location)
+    encoders = [
+        load_file(file) for part in ("text_encoder", "text_encoder_2") for file in (folder / part).glob("*.safe*")
+    ]
+    weights = sum(tensor.nbytes for tensors in encoders for tensor in tensors.values()) / 1e9
+    assert [line.split(":")[0] for line in lines] == ["rollout actor", "learner rank", "encoder"]
+    assert lines[2].endswith(f"weights {weights:.3g}, libraries 1.07")
+    assert [problem.split(",")[0] for problem in found.problems] == [
+        "a rollout actor takes 1.09 GB", "a learner rank takes 1.09 GB",
+    ]  # fmt: skip
+
+
+def test_a_model_that_mixes_devices_or_shapes_is_found_at_full_size_in_a_line(monkeypatch):
+    """As on a GPU, where tensors that a family makes on the CPU cannot be added to its own."""
+    monkeypatch.setattr(Model, "image_ids", torch.zeros(64, 3, device="cpu"))
+    found = Findings(shaped=load_config(None))
+    assert look_at_memory(found, Fleet.parse("h100:8")) == []
+    assert found.problems[0].startswith("model.path: embedded:pipeline fails at full size: ")

@@ -1,0 +1,38 @@
+"""Benchmarks on Ray, run small."""
+
+import pytest
+
+from tests.support.benchmarks import quick
+
+
+def test_rollout_counts_flux(tmp_path):
+    one, twelve, lora, decode = quick(tmp_path, "rollout", "--count")
+    assert one["weights GB"] == pytest.approx(23.8, abs=0.1)
+    # 57 blocks of 12 h² weights, twice a token, and attention's two products
+    tokens, h = 2025 + 512, 3072
+    blocks = 57 * (2 * 12 * h**2 * tokens + 4 * tokens**2 * h) / 1e12
+    assert one["TFLOP"] == pytest.approx(blocks, rel=0.01)
+    assert twelve["TFLOP"] == pytest.approx(12 * one["TFLOP"], rel=1e-3)
+    assert 1 < lora["TFLOP"] / twelve["TFLOP"] < 1.02
+    assert decode["TFLOP"] < one["TFLOP"]
+
+
+def test_eps(tmp_path):
+    small = ("prompts_per_iteration=1", "steps=3", "branch_steps=[0]", "strides=[1]", "group_size=3")
+    settings = [f"{'data' if key.startswith('prompts') else 'sampler'}.{key}" for key in small]
+    large, little = quick(tmp_path, "eps", *(part for setting in settings for part in ("--set", setting)))
+    assert large["A, relative"] == large["B, relative"] == 0 < little["B, relative"]
+    assert little["learner/eps_share"] <= large["learner/eps_share"]
+
+
+@pytest.mark.cluster
+def test_scaling(tmp_path):
+    (row,) = quick(tmp_path, "scaling")
+    assert (row["units"], row["devices"]) == (18, 8)
+    assert 0.3 < row["utilisation"] <= 1
+
+
+@pytest.mark.cluster
+def test_broadcast(tmp_path):
+    (row,) = quick(tmp_path, "broadcast")
+    assert row["tensors"] == 532

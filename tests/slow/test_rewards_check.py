@@ -1,0 +1,30 @@
+"""Rewards of every packaged configuration are tried, or the reason is told."""
+
+import json
+from pathlib import Path
+
+from g2rpo_ray.commands.rewards import main
+from g2rpo_ray.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_every_configuration_s_rewards_are_tried_or_told(capsys, monkeypatch):
+    """Three of the files have all rewards of all of them; the hub is not to be reached."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def rewards(name):
+        found = load_config(str(CONFIGS / f"{name}.yaml")).all_rewards.values()
+        return {(reward.kind, json.dumps(reward.options, sort_keys=True)) for reward in found}
+
+    names = [path.stem for path in CONFIGS.glob("*.yaml") if not load_config(str(path)).model.sources]
+    every = set().union(*map(rewards, names))  # of edits, a server and the user's own pictures are needed
+    assert rewards("quickstart") | rewards("flux_hps_clip") | rewards("sd3_awm") == every
+    on_cpu = [part for name in ("hpsv2", "clip") for part in ("--set", f"rewards.{name}.resources={{CPU: 1}}")]
+    assert main(["flux_hps_clip", *on_cpu]) == 1
+    hps, clip = capsys.readouterr().out.splitlines()
+    assert "rewards.hpsv2: not tried: checkpoint: 'xswu/HPSv2:HPS_v2.1_compressed.pt' can't be fetched" in hps
+    assert all("can't be fetched" in line and "give the path of a file" in line for line in (hps, clip))
+    assert main(["sd3_awm"]) == 1
+    (pickscore,) = capsys.readouterr().out.splitlines()
+    assert "not tried: device: 'cuda' can't be used" in pickscore or "not tried: model: " in pickscore
