@@ -88,10 +88,7 @@ class LocalRun:
         )
         if config.learner.ranks > 1:
             raise ValueError(f"learner.ranks: {config.learner.ranks} given; a run in one process has 1 rank")
-        from g2rpo_ray.learner.rendezvous import set_up_alone
-
-        set_up_alone(config.learner.device)
-        from g2rpo_ray.learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
+        from g2rpo_ray.learner.rendezvous import alone
         from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import open_reward
         from g2rpo_ray.rollout.sampler import Sampler
@@ -110,7 +107,9 @@ class LocalRun:
             if config.all_rewards[name].runtime_env or getattr(reward, "scope", "image") == "group":
                 raise ValueError(f"rewards, eval_rewards: {name} compares groups or has a runtime_env: that takes Ray")
         self.sampler = Sampler(config)
-        with checkpoint.folder.reading() if checkpoint else nullcontext() as path:
+        with alone(config.learner.device), checkpoint.folder.reading() if checkpoint else nullcontext() as path:
+            from g2rpo_ray.learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
+
             self.engine = LearnerEngine(config, 0, 1, path)
         self.weights: dict[str, FloatArray] = {}
         """The LoRA that the last rollout was sampled with."""

@@ -2,9 +2,11 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
-from torch.distributed import TCPStore, is_initialized
+from torch.distributed import TCPStore
 
 
 def serve(address: str) -> TCPStore:
@@ -20,19 +22,40 @@ def serve(address: str) -> TCPStore:
 
 def set_environment(rank: int, ranks: int, address: str, port: int, device: str) -> None:
     """Set the environment that `LearnerEngine` reads, for a store that is already served."""
-    # Ray has made the rank's GPU the only visible one: number 0
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), LOCAL_RANK="0")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-    # torch's own name for a store that rank 0 must not open itself
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(_variables(rank, ranks, address, port, device))
 
 
-def set_up_alone(device: str) -> None:
-    """The environment of the only rank, in a process that serves the store itself."""
-    if not is_initialized():  # by the run before, in the same process
-        set_environment(0, 1, "127.0.0.1", _store().port, device)
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """The environment of the only rank, in a process that serves the store itself.
+
+    It ends with the block, in which the engine is made: a process that the caller starts later, torchrun for example,
+    must not wait for this store.
+    """
+    made = _variables(0, 1, "127.0.0.1", _store().port, device)
+    before = {name: os.environ.get(name) for name in made}
+    os.environ.update(made)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _variables(rank: int, ranks: int, address: str, port: int, device: str) -> dict[str, str]:
+    return {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": "0",  # Ray has made the rank's GPU the only visible one: number 0
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's own name for a store that rank 0 must not open itself
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),
+    }
 
 
 @cache

@@ -176,20 +176,20 @@ class Bench:
 
     def _learner(self, rollouts: list[PromptRollout]) -> dict[int, float]:
         """Seconds of a micro-batch, forward and backward, with its share of the optimizer step."""
-        from g2rpo_ray.learner.rendezvous import set_up_alone
-
-        config, device = _small(self.config), self.config.learner.device
-        set_up_alone(device)
         from g2rpo_ray.learner.batch import BatchShape, reduce_metrics, spread
-        from g2rpo_ray.learner.engine import LearnerEngine
+        from g2rpo_ray.learner.rendezvous import alone
         from g2rpo_ray.rollout.plan import with_credit_scores
 
+        config, device = _small(self.config), self.config.learner.device
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = _memory(device)
-        engine = LearnerEngine(config, 0, 1, model=self._random_model(config.model, device))
+        with alone(device):
+            from g2rpo_ray.learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
+
+            engine = LearnerEngine(config, 0, 1, model=self._random_model(config.model, device))
         shards = spread(with_credit_scores(rollouts, config), 1)
         batch, micro = BatchShape.of(shards, config.learner), config.learner.micro_batch
         updates: list[dict[str, float]] = []

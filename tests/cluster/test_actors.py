@@ -248,7 +248,7 @@ def test_an_environment_that_can_not_be_made_ends_the_start(environment, reason)
         pytest.skip(f"{reason} is here")
     config = load_config(None, [f"rewards.preference.runtime_env={{{environment}}}"])
     pool = make_scorers(config, [], {})["preference"].pool
-    said = f"reward preference-1 failed to start, 2 times in a row: its runtime_env could not be created: .*{reason}"
+    said = rf"reward preference-\d failed to start, 2 times in a row: its runtime_env could not be created: .*{reason}"
     with pytest.raises(PoolStopped, match=said) as caught:
         use(pool, pool.actors.wait_ready)
     assert "\n" not in str(caught.value)
@@ -260,7 +260,7 @@ def test_every_actor_that_computes_has_the_environment_of_its_section():
         pytest.skip("conda is here")
     config = load_config(None, [f"{section}.runtime_env={{conda: none}}" for section in ("rollout", "learner")])
     cannot, pool = "its runtime_env could not be created: .*conda", _rollout_pool(config)
-    with pytest.raises(PoolStopped, match=f"rollout-1 failed to start, 2 times in a row: {cannot}"):
+    with pytest.raises(PoolStopped, match=rf"rollout-\d failed to start, 2 times in a row: {cannot}"):
         use(pool, pool.actors.wait_ready)
     with pytest.raises(ray.exceptions.RuntimeEnvSetupError, match="conda"):
         asyncio.run(Embeddings(config, "unused").encode(["a red circle"]))

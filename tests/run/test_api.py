@@ -29,6 +29,7 @@ from g2rpo_ray.config import dump_config, with_settings
 from g2rpo_ray.config.resume import differences, settings
 from g2rpo_ray.data import fingerprint, read_records
 from g2rpo_ray.exits import RunInterrupted
+from g2rpo_ray.learner.rendezvous import alone
 from g2rpo_ray.models import describe_model, lora_shapes
 from g2rpo_ray.rewards import NotScores, ask, check_reward, open_reward
 from tests.support.hub import serve_hub
@@ -53,6 +54,21 @@ def test_each_public_name_is_loaded_when_it_is_used():
     assert done.stdout.split() == ["g2rpo_ray.version", *g2rpo_ray.__all__]
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(g2rpo_ray, "no_such_name")  # noqa: B009
+
+
+def test_the_rendezvous_of_one_process_ends_with_the_engine_s_start(monkeypatch):
+    """Else torchrun, started by the same notebook, would wait for a store that is not its own."""
+    monkeypatch.setenv("MASTER_ADDR", "of the user")
+    monkeypatch.delenv("RANK", raising=False)
+    before = dict(os.environ)
+    for _ in range(2):  # two runs in a process
+        with alone("cpu"):
+            assert (os.environ["MASTER_ADDR"], os.environ["RANK"], os.environ["DS_ACCELERATOR"]) == (
+                "127.0.0.1",
+                "0",
+                "cpu",
+            )
+        assert dict(os.environ) == before
 
 
 def test_keywords_are_the_overrides_of_the_command_line():
