@@ -50,9 +50,10 @@ class GpuTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "GpuTensor":
-        with _without_dispatch():
-            shape = torch.empty_strided(inner.shape, inner.stride(), dtype=inner.dtype, device="meta")
-        made = Tensor._make_subclass(cls, shape, False, dispatch_device=True, device_for_backend_keys=CUDA)
+        with torch.inference_mode(inner.is_inference()):  # as a view of a weight is none in inference mode
+            with _without_dispatch():
+                shape = torch.empty_strided(inner.shape, inner.stride(), dtype=inner.dtype, device="meta")
+            made = Tensor._make_subclass(cls, shape, False, dispatch_device=True, device_for_backend_keys=CUDA)
         made.inner = inner
         return made
 
