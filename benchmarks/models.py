@@ -32,6 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35_l": ("StableDiffusion3Pipeline", SD35 | {
         "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}),
     "qwen_image": ("QwenImagePipeline", {}),
+    "qwen_image_21": ("QwenImage21Pipeline", {}),
     "z_image": ("ZImagePipeline", {}),
     "flux2_klein_4b": ("Flux2KleinPipeline", KLEIN | {"guidance_embeds": False}),
     "flux2_klein_9b": ("Flux2KleinPipeline", KLEIN | {
@@ -57,7 +58,9 @@ def write_shape(name: str, directory: Path) -> Path:
         configs = {"transformer": dict(family.transformer_class(**changes).config),
                    "vae": dict(family.vae_class(**vae).config)}  # fmt: skip
     names = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    text = [name for name in names if "encoder" in name or "tokenizer" in name or name == "feature_extractor"]
+    text = [
+        name for name in names if "encoder" in name or "tokenizer" in name or name in ("feature_extractor", "processor")
+    ]
     index: dict[str, Any] = {"_class_name": kind} | {part: ["transformers", "PreTrainedModel"] for part in text}
     index |= {part: ["diffusers", made.__name__] for part, made in parts.items()}
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -74,7 +77,7 @@ def row(name: str, given: Any, config: Config) -> Row:
 
     with tempfile.TemporaryDirectory() as folder:
         write_shape(name, Path(folder))
-        guided = SHAPES[name][0] not in ("FluxPipeline", "Flux2Pipeline")
+        guided = SHAPES[name][0] not in ("FluxPipeline", "Flux2Pipeline", "QwenImage21Pipeline")
         changes: dict[str, Any] = dict.fromkeys(("max_sequence_length", "guidance_scale"))
         changes |= {"path": folder, "dtype": "bfloat16", "height": given.size, "width": given.size}
         changes["negative_prompt"] = "" if guided else None

@@ -110,7 +110,7 @@ class LearnerEngine:
         began = {name: torch.from_numpy(array) for name, array in start.items()} if start else None
         self._distance = LoraDistance(transformer, config.lora.alpha / config.lora.rank, began)
         self._engine = _initialize(transformer, list(self._lora.values()), self._learner)
-        self._model.transformer = self._engine
+        self._model.transformer, self._model.collective = self._engine, self._learner.zero_stage == 3
         self.optimizer_steps: int = 0 if saved is None else saved["optimizer_steps"]
         self._create_moments()
         if saved is not None:

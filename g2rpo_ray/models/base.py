@@ -34,6 +34,7 @@ FAMILIES = {
     "Flux2KleinPipeline": "flux2_klein",
     "FluxKontextPipeline": "flux_kontext",
     "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
+    "QwenImage21Pipeline": "qwen_image_21",
     "ChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina2",
 }
@@ -41,6 +42,7 @@ FAMILIES = {
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+UNCUT_TOKENS = 512  # that estimates take a prompt to have where a pipeline reads all of it
 
 
 class FlowModel:
@@ -72,6 +74,8 @@ class FlowModel:
 
     _by_transformer: ClassVar[dict[Any, "type[FlowModel]"]] = {}
 
+    collective = False
+    """Whether a call of the transformer is a collective, as under ZeRO 3: all ranks make as many for as many rows."""
     transformer: Any
     """The velocity network; a wrapper with the same call may take its place. None where `load` was not asked for it."""
     latent_shape: tuple[int, ...]
@@ -84,7 +88,8 @@ class FlowModel:
         self._scale = self.vae_scale(description.autoencoder)
         self.rows, self.columns = config.height // self._scale, config.width // self._scale  # of the VAE's latent
         defaults = inspect.signature(self.pipeline_class.__call__).parameters
-        self.text_tokens: int = config.max_sequence_length or defaults["max_sequence_length"].default
+        limit = defaults.get("max_sequence_length")
+        self.text_tokens: int = config.max_sequence_length or (UNCUT_TOKENS if limit is None else limit.default)
         scale = config.guidance_scale
         self.guidance_scale: float = defaults[self.scale_name].default if scale is None else scale
         self._check_guidance()
@@ -249,8 +254,8 @@ class FlowModel:
         latent = self._to_vae(x).to(self._device, self._dtype)
         image = self._pipeline.vae.decode(latent, return_dict=False)[0]
         image = image[:, :, 0] if image.ndim == 5 else image  # a video VAE's only frame
-        unit: Tensor = self._pipeline.image_processor.postprocess(image.float(), output_type="pt")  # [N, 3, H, W] 0..1
-        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        unit: Tensor = self._pipeline.image_processor.postprocess(image.float(), output_type="pt")  # [N, C, H, W] 0..1
+        return (self._rgb(unit) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def sigmas(self, steps: int) -> Tensor:
         """The pipeline's own noise levels [steps + 1], float32, from 1 to 0.
@@ -271,6 +276,10 @@ class FlowModel:
         return grid
 
     # What a family says otherwise.
+
+    def _rgb(self, unit: Tensor) -> Tensor:
+        """The VAE's pictures [N, C, H, W] in 0..1 as RGB."""
+        return unit
 
     def _noise_shape(self) -> tuple[int, ...]:
         """Of the noise that the pipeline draws for one image."""

@@ -1,4 +1,4 @@
-"""Models that edit: the tokens of source pictures stand behind those of the latent, and are cut off its velocity."""
+"""Models that edit: the tokens of source pictures stand beside those of the latent, and are cut off its velocity."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +31,10 @@ class EditingModel(FlowModel):
         """Where the tokens are, of integers."""
         raise NotImplementedError
 
+    def _token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the result's tokens, for sources of its size."""
+        return self.rows // 2, self.columns // 2
+
     def _source_tensors(self, sources: Sequence[Image]) -> dict[str, Tensor]:
         tokens, layout = zip(*map(self._source_tokens, sources), strict=True)
         return {"source_latents": torch.cat(tokens), "source_places": self._source_places(layout)}
@@ -45,7 +49,7 @@ class EditingModel(FlowModel):
         if not self._config.sources:
             return embedding
         with torch.device("cpu"):
-            places = self._source_places([(self.rows // 2, self.columns // 2)] * self._config.sources)
+            places = self._source_places([self._token_grid()] * self._config.sources)
         return PromptEmbedding(prompt, {**embedding.tensors, "source_places": StoredTensor.of(places)})
 
     def _collate(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:

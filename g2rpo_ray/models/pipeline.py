@@ -51,7 +51,7 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
         kind = index.get("_class_name")
         if kind not in kinds:
             raise ValueError(f"it holds a {kind}; known are {', '.join(kinds)}")
-        parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0] is not None)
+        parts = tuple(name for name, value in index.items() if is_part(value) and value[0] is not None)
         encoders = [part for part in parts if (Path(path) / part / "config.json").is_file() and part not in NOT_TEXT]
         settings = {  # any class of models reads config.json
             part: AutoencoderKL.load_config(path, subfolder=part, revision=revision)
@@ -65,6 +65,11 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
             )
     network, autoencoder = settings["transformer"], settings["vae"]
     return Description(kind, parts, network, autoencoder)
+
+
+def is_part(value: Any) -> bool:
+    """Whether an entry of model_index.json is a part, [library, class] or nulls, and no setting of the pipeline."""
+    return isinstance(value, list) and all(name is None or isinstance(name, str) for name in value)
 
 
 def _quantization(settings: Any) -> str:

@@ -14,10 +14,10 @@ from g2rpo_ray.models.packed import PackedModel
 
 class Model(PackedModel):
     pipeline_class: ClassVar[Any] = QwenImagePipeline
-    transformer_class = QwenImageTransformer2DModel
-    vae_class = AutoencoderKLQwenImage
-    lora_idle = ("attn.add_q_proj", "attn.to_add_out")
-    once_a_row = ("txt_norm", "txt_in")
+    transformer_class: ClassVar[Any] = QwenImageTransformer2DModel
+    vae_class: ClassVar[Any] = AutoencoderKLQwenImage
+    lora_idle: ClassVar[tuple[str, ...]] = ("attn.add_q_proj", "attn.to_add_out")
+    once_a_row: ClassVar[tuple[str, ...]] = ("txt_norm", "txt_in")
     scale_name = "true_cfg_scale"
     template_tokens = 34  # before the prompt: `prompt_template_encode_start_idx` of the pipeline
 

@@ -19,6 +19,10 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}"
     "{% endif %}"
 )
+PARTS_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 MISTRAL_CHAT = (
     "{% for message in messages %}[{{ message['role'] }}]{% for part in message['content'] %}{{ part['text'] }}"
     "{% endfor %}{% endfor %}"
@@ -69,6 +73,12 @@ def qwen_vl_processor() -> Any:
     return transformers.Qwen2VLProcessor(images, qwen_tokenizer(), transformers.Qwen2VLVideoProcessor())
 
 
+def qwen3_vl_processor() -> Any:
+    images = transformers.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=2048 * 2048)
+    videos = transformers.Qwen3VLVideoProcessor()
+    return transformers.Qwen3VLProcessor(images, qwen_tokenizer(), videos, chat_template=PARTS_CHAT)
+
+
 def clip(tokenizer: Any, kind: Any, width: int = WIDTH, layers: int = 2) -> nn.Module:
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = transformers.CLIPTextConfig(
@@ -107,6 +117,22 @@ def qwen_vl(tokenizer: Any) -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3_vl(processor: Any) -> nn.Module:
+    tokenizer = processor.tokenizer
+    text = {
+        "vocab_size": _words(tokenizer), "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": LENGTH,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION.items()}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
 def mistral(processor: Any) -> nn.Module:
     vision = transformers.PixtralVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
@@ -141,6 +167,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "GemmaTokenizer": gemma_tokenizer,
     "PixtralProcessor": pixtral_processor,
     "Qwen2VLProcessor": qwen_vl_processor,
+    "Qwen3VLProcessor": qwen3_vl_processor,
 }
 """By class; one whose name ends in `Fast` is of the same kind."""
 
@@ -151,6 +178,7 @@ ENCODERS: dict[str, Callable[[Any, int], nn.Module]] = {
     ),
     "T5EncoderModel": lambda tokenizer, _: t5(tokenizer),
     "Qwen2_5_VLForConditionalGeneration": lambda tokenizer, _: qwen_vl(tokenizer),
+    "Qwen3VLForConditionalGeneration": lambda processor, _: qwen3_vl(processor),
     "Qwen3Model": lambda tokenizer, _: transformers.Qwen3Model(language(tokenizer, transformers.Qwen3Config)),
     "Qwen3ForCausalLM": lambda tokenizer, _: transformers.Qwen3ForCausalLM(
         language(tokenizer, transformers.Qwen3Config, 28)  # FLUX.2 klein reads the 9th, 18th and 27th

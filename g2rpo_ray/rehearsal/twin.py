@@ -16,6 +16,7 @@ import transformers
 
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.models.base import FlowModel, describe_model
+from g2rpo_ray.models.pipeline import is_part
 from g2rpo_ray.rehearsal.parts import ENCODERS, TOKENIZERS, WIDTH, randomise
 
 FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
@@ -37,6 +38,10 @@ TRANSFORMERS: dict[str, Mapping[str, Any]] = {
         "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": WIDTH,
         "axes_dims_rope": (4, 6, 6),
     },
+    "QwenImage21Transformer2DModel": {
+        "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "context_in_dim": WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    },
     "ZImageTransformer2DModel": {
         "n_layers": 2, "n_refiner_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": WIDTH,
         "axes_dims": (4, 6, 6),
@@ -47,7 +52,8 @@ TRANSFORMERS: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """By class, what of its configuration is smaller in the twin; heads, axes and widths agree."""
-VAES: Mapping[str, Any] = {"layers_per_block": 1, "norm_num_groups": 4, "base_dim": 8, "num_res_blocks": 1}
+VAES: Mapping[str, Any] = {"layers_per_block": 1, "norm_num_groups": 4, "base_dim": 8, "decoder_base_dim": 8,
+                           "num_res_blocks": 1}  # fmt: skip
 """Of any VAE, what of its configuration is smaller, if it has such a key."""
 
 
@@ -62,7 +68,7 @@ def write_twin(config: ModelConfig, folder: Path) -> int:
     family, description = describe_model(config)
     source = Path(config.location)
     index = json.loads((source / "model_index.json").read_text())
-    parts = {name: value[1] for name, value in index.items() if isinstance(value, list)}
+    parts = {name: value[1] for name, value in index.items() if is_part(value)}
     options = {name: value for name, value in index.items() if name not in parts and not name.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -105,7 +111,7 @@ def _text_parts(source: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
     clips = sum(kind.startswith("CLIP") for kind in kinds.values() if "Tokenizer" not in kind)
     for name, kind in kinds.items():
         if name.startswith("text_encoder"):
-            tokenizer = made[name.replace("text_encoder", "tokenizer")]
+            tokenizer = made.get(name.replace("text_encoder", "tokenizer")) or made["processor"]
             made[name] = _known(ENCODERS, kind)(tokenizer, WIDTH // max(1, clips))
     return made
 

@@ -34,6 +34,7 @@ from g2rpo_ray.models import (
     lora_state,
     negatives,
     one_prompt,
+    qwen_image_21,
 )
 from g2rpo_ray.models.estimate import count_operations, rollout_memory
 from g2rpo_ray.preflight import read_run_prompts
@@ -43,12 +44,14 @@ from tests.support.sources import OTHER, TALL, WIDE, picture, png, run_settings
 from tests.support.tiny_models import write_tiny
 
 STEPS, SCALE = 3, 2.5
+SIDE = 96  # of a source as Qwen-Image-2.1 sees it
 FOLDER = tempfile.TemporaryDirectory()
 FAMILIES = {
     "flux2_klein": {"negative_prompt": ""},
     "flux2": {},
     "flux_kontext": {"sources": 1, "max_sequence_length": 64},
     "qwen_image_edit_plus": {"negative_prompt": " "},
+    "qwen_image_21": {"negative_prompt": " ", "height": 32, "width": 64},
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -60,6 +63,7 @@ def small_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 32), (24, 24), (32, 16)])
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 48 * 32)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(qwen_image_21, "SOURCE_SIDE", SIDE)
 
 
 def settings(family: str, **changes: Any) -> ModelConfig:
@@ -121,6 +125,10 @@ def by_diffusers(model: FlowModel, made: Any, batch: Any, guided: bool) -> tuple
         options["negative_prompt"] = config.negative_prompt
     if type(made).__name__ == "FluxKontextPipeline":
         options["max_area"] = config.height * config.width
+    if type(made).__name__ == "QwenImage21Pipeline":
+        options["output_resolution"] = SIDE
+    else:
+        options["max_sequence_length"] = model.text_tokens
     step = made.scheduler.step
 
     def noted(*given: Any, **named: Any) -> Any:
@@ -133,9 +141,12 @@ def by_diffusers(model: FlowModel, made: Any, batch: Any, guided: bool) -> tuple
             images += list(made(
                 image=list(sources) if len(sources) > 1 else sources[0], prompt=text, height=config.height,
                 width=config.width, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed),
-                output_type="np", max_sequence_length=model.text_tokens, **options,
+                output_type="np", **options,
             ).images)  # fmt: skip
-    return torch.cat(steps[STEPS - 1 :: STEPS]), np.stack(images)
+    pictures = np.stack(images)
+    if pictures.shape[-1] == 4:  # over white
+        pictures = pictures[..., :3] * pictures[..., 3:] + 1 - pictures[..., 3:]
+    return torch.cat(steps[STEPS - 1 :: STEPS]), pictures
 
 
 @functools.cache
@@ -196,6 +207,42 @@ def test_memory_and_operations_count_the_sources(family: str) -> None:
     needed, more = rollout_memory(few), rollout_memory(many)
     assert needed["velocity"] < more["velocity"]
     assert needed["weights"] == more["weights"]
+
+
+@torch.no_grad()
+def test_qwen_image_21_evaluates_prompts_of_one_length_together_or_each_alone_where_a_call_is_a_collective() -> None:
+    model, calls = load("qwen_image_21"), []
+    texts = ["make it red", "two blue dogs on a very long green sofa", "make it one"]
+    prompts = [encoded(model, text, [WIDE], None) for text in texts]
+    x = torch.stack([model.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(3)])
+    sigma, conditioning = torch.tensor([1.0, 0.7, 0.2]), model.condition(prompts)
+    model.transformer.register_forward_hook(lambda *_: calls.append(1))
+    alone = [model.velocity(x[[at]], sigma[[at]], model.condition([prompt])) for at, prompt in enumerate(prompts)]
+    expected = torch.cat(alone)
+    for collective, number in ((False, 2), (True, 3)):
+        calls.clear()
+        model.collective = collective
+        torch.testing.assert_close(model.velocity(x, sigma, conditioning), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == number
+
+
+def test_the_grid_of_a_qwen_image_21_that_has_one_is_its_own_and_of_no_other_number_of_steps(tmp_path: Path) -> None:
+    made, own = pipeline("qwen_image_21"), [1.0, 0.6, 0.3]
+    type(made)(**made.components, sample_sigmas=own).save_pretrained(tmp_path)
+    model = FlowModel.load(settings("qwen_image_21", path=str(tmp_path)), "cpu")
+    scheduler = made.scheduler
+    scheduler.set_timesteps(sigmas=own, mu=model._mu(3))
+    assert torch.equal(model.sigmas(3), scheduler.sigmas)
+    with pytest.raises(ValueError, match=r"^sampler\.steps: 4 given; the pipeline's own grid has 3 steps"):
+        model.sigmas(4)
+
+
+def test_qwen_image_21_reads_a_prompt_to_its_end_where_no_length_is_set() -> None:
+    long = "y" * 700
+    one, other = loaded("qwen_image_21").encode([long + "a", long + "b"])
+    assert len(one.tensors["prompt_embeds"].data) > 700
+    assert not np.array_equal(one.tensors["prompt_embeds"].data, other.tensors["prompt_embeds"].data)
+    assert loaded("qwen_image_21").take_cut_message() == ""
 
 
 def test_sources_that_a_pipeline_cannot_take_are_refused() -> None:

@@ -83,12 +83,24 @@ def sample_by_diffusers(family: str, made: Any, steps: int = STEPS) -> np.ndarra
     options = {model.scale_name: SCALE}
     if config.negative_prompt:  # klein's is always ""
         options["negative_prompt"] = [config.negative_prompt] * 3
+    if family == "qwen_image_21":  # positions depend on what is padded; it cuts no prompt; its pictures have an alpha
+        options = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
+        images = [
+            made(prompt=prompt, height=config.height, width=config.width, num_inference_steps=steps,
+                 generator=torch.Generator().manual_seed(seed), output_type="np", **options).images[0]
+            for seed, prompt in enumerate(PROMPTS)
+        ]  # fmt: skip
+        return over_white(np.stack(images))
     images = made(
         prompt=list(PROMPTS), height=config.height, width=config.width, num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in range(3)], output_type="np",
         max_sequence_length=model.text_tokens, **options,
     ).images  # fmt: skip
     return np.asarray(images)
+
+
+def over_white(images: np.ndarray) -> np.ndarray:
+    return images[..., :3] * images[..., 3:] + 1 - images[..., 3:]
 
 
 @functools.cache
@@ -169,7 +181,7 @@ def test_noise_is_what_the_pipeline_draws(family: str) -> None:
     made.scheduler.step = first
     with pytest.raises(StopIteration):
         sample_by_diffusers(family, made)
-    assert torch.equal(noise(model), found[0])
+    assert torch.equal(noise(model)[: len(found[0])], found[0])
     assert found[0].shape[1:] == model.latent_shape
 
 
@@ -186,7 +198,7 @@ def mistakes(family: str) -> dict[str, Callable[[], np.ndarray]]:
     model = loaded(family)
     prompts, negative = embeddings(family)
     grid, kind = model.sigmas(STEPS), type(model)
-    shuffled = [prompts[2], prompts[0], prompts[1]]
+    shuffled, shorter = [prompts[2], prompts[0], prompts[1]], 20 if family == "qwen_image_21" else 40
     found = {
         "the velocity's sign": lambda: sample(family, model, speed=-1),
         "time runs the other way": lambda: sample(family, model, time=lambda sigma: 1 - sigma),
@@ -198,7 +210,9 @@ def mistakes(family: str) -> dict[str, Callable[[], np.ndarray]]:
         "the last step left out": lambda: sample(family, model, sigmas=grid[:-1]),
         "another scale of guidance": lambda: changed(family, guidance_scale=SCALE + 1),
         "another's prompt": lambda: sample(family, model, prompts=shuffled),
-        "a prompt cut": lambda: sample(family, model, prompts=load(family, max_sequence_length=40).encode(PROMPTS)),
+        "a prompt cut": lambda: sample(
+            family, model, prompts=load(family, max_sequence_length=shorter).encode(PROMPTS)
+        ),
         "the VAE's scale": lambda: changed(family, _to_vae=lambda m, x: 0.5 * kind._to_vae(m, x)),
         "rows for columns": lambda: changed(family, _to_vae=lambda m, x: kind._to_vae(m, x).flip(-1)),
     }  # fmt: skip
