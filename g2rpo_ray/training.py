@@ -39,7 +39,8 @@ def train(
             that returns N numbers, higher being better, None or NaN where one is missing; an object with such a method
             `score`; or settings as a mapping, whose `kind` may be such a function. Functions reach Ray by cloudpickle.
         prompts: in place of `data.train_prompts`: a file, a list of texts or of objects with `prompt` and `metadata`,
-            or a `datasets.Dataset` with such columns.
+            or a `datasets.Dataset` with such columns. With `model.sources` they may have pictures, such as `source`: a
+            path, bytes, a PIL image or an array uint8 [H, W, 3], of 16 MiB in all.
         heldout: the same, in place of `data.heldout_prompts`.
         callbacks: each is called with the iteration, counted from 1 (0: before the first), and its metrics. What one
             raises ends the run.

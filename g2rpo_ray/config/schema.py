@@ -1,6 +1,5 @@
 """Every setting, with its type, its bounds and what it means."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, f
 from g2rpo_ray.algo.tree import groups, plan_tree
 from g2rpo_ray.config.completions import CompletionsConfig, check_completions
 from g2rpo_ray.config.learner import LearnerConfig, check_learner
+from g2rpo_ray.config.prompts import listed
 from g2rpo_ray.config.resources import Device, OneDevice, Resources
 from g2rpo_ray.config.sampler import CreditConfig, SamplerConfig
 from g2rpo_ray.config.section import Own, PathName, PlaceName, Section
@@ -177,19 +177,7 @@ def _usable_names(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
 Rewards = Annotated[dict[str, RewardConfig], Field(max_length=64), AfterValidator(_usable_names)]
 
 
-def _listed(prompts: Any) -> Any:
-    """Prompts given in Python as settings hold them: a path as text, a `datasets.Dataset` as its rows."""
-    if isinstance(prompts, os.PathLike):
-        return os.fspath(prompts)
-    names = getattr(prompts, "column_names", None)
-    if not isinstance(names, list):
-        return prompts
-    return list(prompts.select_columns([name for name in names if name in PROMPT_COLUMNS]))
-
-
-PROMPT_COLUMNS = ("prompt", "caption", "text", "metadata", "include", "exclude", "vqa_list", "tag")
-"""Of a table of prompts: see `data.records`."""
-PromptSource = Annotated[PathName | tuple[str | dict[str, Any], ...], BeforeValidator(_listed)]
+PromptSource = Annotated[PathName | tuple[str | dict[str, Any], ...], BeforeValidator(listed)]
 """A file, or prompts."""
 
 

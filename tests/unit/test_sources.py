@@ -1,6 +1,7 @@
 """Prompts with source pictures: who they are, in every format, and which of them meet in a pass of the learner."""
 
 import base64
+import io
 import json
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from g2rpo_ray.config import load_config
+from g2rpo_ray.config import dump_config, load_config
+from g2rpo_ray.config.prompts import PICTURE_COLUMNS, PROMPT_COLUMNS
 from g2rpo_ray.data import read_records, without_heldout
-from g2rpo_ray.data.pictures import ORIENTATION, picture_file, shown_sources, with_sources
+from g2rpo_ray.data.pictures import NAMES, ORIENTATION, picture_file, shown_sources, with_sources
+from g2rpo_ray.data.records import EDIT_KEYS, GENEVAL, METADATA
 from g2rpo_ray.learner.batch import StepShape, micro_batches, padded
 from g2rpo_ray.report.gallery import data_uri, gallery
 from g2rpo_ray.rewards.judge import with_sources as shown_to_judge
@@ -61,6 +64,85 @@ def test_a_prompt_is_its_text_and_its_sources_in_every_format(tmp_path: Path) ->
     (tmp_path / "c.jsonl").write_text('{"prompt": "x", "source": "laion"}')  # a run on text reads no such field
     assert read_records(str(tmp_path / "c.jsonl"), "data.x") == {"x": {}}
     assert without_heldout([wide, other, both], [wide]) == (other, both)
+
+
+class Decoded:
+    """As much of `datasets.Image` as is asked for."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class Table:
+    """As much of a `datasets.Dataset` with undecoded pictures as is asked for: they are decoded when rows are read."""
+
+    def __init__(self, columns: dict, features: dict) -> None:
+        self._columns, self.features, self.column_names = columns, features, list(columns)
+
+    def select_columns(self, names: list[str]) -> "Table":
+        return Table({name: self._columns[name] for name in names}, {name: self.features[name] for name in names})
+
+    def cast_column(self, name: str, feature: Decoded) -> "Table":
+        return Table(self._columns, {**self.features, name: feature})
+
+    def __iter__(self):
+        for row in zip(*self._columns.values(), strict=True):
+            yield {
+                name: Image.open(io.BytesIO(value["bytes"])) if getattr(self.features[name], "decode", False) else value
+                for name, value in zip(self._columns, row, strict=True)
+            }
+
+
+def test_pictures_of_a_list_and_of_a_dataset_are_those_of_a_file(tmp_path: Path) -> None:
+    files = write_pictures(tmp_path)
+    content = {name: file.read() for name, file in files.items()}
+    expected = {
+        with_sources("make it red", [files["wide"]]): {"source": (files["wide"],), "mask": files["tall"]},
+        with_sources("make it red", [files["other"], files["tall"]]): {"source": (files["other"], files["tall"])},
+    }
+    rows = [
+        {"prompt": "make it red", "source": content["wide"], "mask": {"bytes": content["tall"]}, "id": {1}},
+        {"prompt": "make it red", "source": [content["other"], tmp_path / "pictures" / "tall.png"]},
+    ]
+    config = load_config(**{"data.train_prompts": rows, "model.path": "x"})
+    assert read_records(config.data.train_prompts, "data.x", 2) == expected
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    picture = {"bytes": content["wide"], "path": None}
+    columns = {"edit_instruction": ["make it red"], "input_image": [picture], "id": [1]}
+    table = Table(columns, {"edit_instruction": "string", "input_image": Decoded(), "id": "int64"})
+    given = load_config(**{"data.train_prompts": table}).data.train_prompts
+    assert list(read_records(given, "data.x", 1)) == list(expected)[:1]
+
+
+def test_pictures_in_memory_are_read_as_they_are() -> None:
+    for picture in (WIDE, np.asarray(WIDE)):
+        given = load_config(**{"data.train_prompts": [{"prompt": "x", "source": picture}]}).data.train_prompts
+        ((prompt, metadata),) = read_records(given, "data.x", 1).items()
+        assert source_sizes(prompt) == ("96x64",)
+        assert metadata["source"][0].open().tobytes() == WIDE.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "x", "source": {1}}, "entry 1: source is a set that JSON cannot hold; give text, numbers"),
+        ({"prompt": "x", "metadata": {"n": b"1"}}, "entry 1: metadata is a dict that JSON cannot hold; give text"),
+        (
+            {"prompt": "x", "source": bytes(17 * 2**20)},
+            "pictures: more than 16 MiB given, .*; give paths, or a Parquet",
+        ),
+    ],
+)
+def test_what_settings_cannot_hold_is_refused_in_a_line(row: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^data.train_prompts.{words}") as error:
+        load_config(**{"data.train_prompts": [row]})
+    assert "\n" not in str(error.value)
+
+
+def test_settings_keep_every_field_that_is_read() -> None:
+    assert set(PROMPT_COLUMNS) == {*EDIT_KEYS, METADATA, *GENEVAL}
+    assert tuple(name for names in NAMES.values() for name in names) == PICTURE_COLUMNS
 
 
 @pytest.mark.parametrize(
