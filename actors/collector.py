@@ -25,6 +25,7 @@ from g2rpo_ray.actors.workers.reward import Scorer
 from g2rpo_ray.actors.workers.weights import PublishedWeights
 from g2rpo_ray.algo.completion import Choice
 from g2rpo_ray.algo.tree import Tree, compared_leaves
+from g2rpo_ray.analysis.video import strip
 from g2rpo_ray.config import Config
 from g2rpo_ray.rollout.plan import (
     Look,
@@ -154,7 +155,7 @@ class Collector:
         """The first image, the scores, and the panel's numbers; the other images are released."""
         ref, scores = await self._sample(job, unit)
         images = await ref
-        return Look(images[0].copy(), scores, await asyncio.to_thread(image_traces, images))
+        return Look(strip(images[0]).copy(), scores, await asyncio.to_thread(image_traces, images))
 
     async def sample(
         self, unit: SampleUnit, weights: PublishedWeights, embedding: ray.ObjectRef

@@ -10,6 +10,7 @@ from g2rpo_ray.actors.system import System
 from g2rpo_ray.actors.workers.encoder import Say
 from g2rpo_ray.actors.workers.fetch import fetch_models
 from g2rpo_ray.actors.workers.weights import PublishedWeights
+from g2rpo_ray.analysis.video import strip
 from g2rpo_ray.config import Config
 from g2rpo_ray.models import manifest_of
 from g2rpo_ray.runs.storage import Folder
@@ -47,4 +48,4 @@ class Evaluator(System):
 
     async def _score_one(self, cell: Cell, embedding: ray.ObjectRef, keep: Keep) -> None:
         images, scores = await self.collector.sample(cell.unit, self._weights[cell.version], embedding)
-        keep(cell, scores, (await images)[0] if cell.shown else None)
+        keep(cell, scores, strip((await images)[0]) if cell.shown else None)

@@ -12,6 +12,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from g2rpo_ray.analysis.video import strip
 from g2rpo_ray.config import Config, with_settings
 from g2rpo_ray.data import (
     EmbeddingStore,
@@ -195,7 +196,7 @@ class LocalRun:
         _set_threads(self.config.rollout.threads)
         images = self.sampler.sample(unit, self._embeddings[unit.prompt])
         scores = {name: self._score(name, images, unit.prompt) for name in self._rewards}
-        return Look(images[0], scores, image_traces(images))
+        return Look(strip(images[0]), scores, image_traces(images))
 
     def load_into(self, pipeline: Any) -> None:
         """Add the LoRA as it is now to a diffusers pipeline of the base model."""
@@ -242,7 +243,7 @@ class LocalRun:
 
         config, known = self.config.all_rewards[name], self.prompts.metadata.get(prompt, {})
         _set_threads(config.threads)
-        answer = ask_in_chunks(self._rewards[name], images, prompt, known, config.batch_size)
+        answer = ask_in_chunks(self._rewards[name], images, prompt, known, config.batch_size, config.frames)
         self._moved()
         return scores_of(config, answer)
 

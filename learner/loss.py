@@ -15,7 +15,7 @@ from torch import Tensor
 
 from g2rpo_ray.algo.credit import edge_advantages, edge_values, scored_edges, without_spread
 from g2rpo_ray.algo.growth import Velocity
-from g2rpo_ray.algo.kernels import Transition, step_between, transition
+from g2rpo_ray.algo.kernels import Transition, step_between, time_weight, transition
 from g2rpo_ray.algo.objectives import cut_off, edge_losses, edge_ratios, mean_shift, needs_drift, policy_loss
 from g2rpo_ray.algo.tree import Tree, groups
 from g2rpo_ray.config import Config
@@ -302,7 +302,7 @@ class EdgeLoss:
         assert new.log_prob is not None
         advantage, valid = state.advantage.to(x), state.valid.to(x.device)
         std = torch.full_like(new.log_prob, new.std)
-        weight = None if learner.edge_weight is None else learner.edge_weight * std
+        weight = self._edge_weight(state, std)
         loss, metrics = policy_loss(
             learner.objective,
             new.log_prob,
@@ -328,6 +328,14 @@ class EdgeLoss:
             metrics["kl"] = kl.detach()
         metrics["loss"] = loss.detach()
         return loss, metrics
+
+    def _edge_weight(self, state: State, std: Tensor) -> Tensor | None:
+        """Of the edges with these deviations [N], `learner.edge_weight`; None: all alike."""
+        weight = self._learner.edge_weight
+        if weight == "time":
+            start, end, first = (float(self._sigmas[at]) for at in (state.start, state.end, 1))
+            return torch.full_like(std, time_weight(start, end, first))
+        return None if weight is None else weight * std
 
     def _along(self, state: State, subpath: tuple[Tensor, Tensor, float], advantage: Tensor) -> Tensor:
         """[e] losses of the edges from the last state of a subpath on."""

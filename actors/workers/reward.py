@@ -56,8 +56,8 @@ class RewardActor(DeviceActor):
         """
         started, start = time.time(), time.perf_counter()
         images = units[0] if picks is None else np.stack([units[unit][row] for unit, row in picks])
-        size = len(images) if self._place.takes_groups else self._config.batch_size
-        found = with_memory(lambda: ask_in_chunks(self._reward, images, prompt, metadata, size))
+        size, frames = len(images) if self._place.takes_groups else self._config.batch_size, self._config.frames
+        found = with_memory(lambda: ask_in_chunks(self._reward, images, prompt, metadata, size, frames))
         return found, Span(self._name, self._place.address, "score", started, time.perf_counter() - start)
 
 

@@ -89,6 +89,19 @@ def step_between(
     return Transition(reached, mean, std, log_density.flatten(1).mean(1))
 
 
+def time_weight(sigma: float, next_sigma: float, first: float) -> float:
+    """√(σ / ((1 − σ) |Δσ|)), by which edges of the `flow` kernel have gradients of equal size.
+
+    The mean moves with the velocity by |Δσ| (1 + η² / 2), at pure noise by |Δσ|. The std is η √(σ |Δσ| / (1 − σ)).
+    Their ratio is the size of the log-probability's gradient. It falls with √(|Δσ| (1 − σ) / σ), which a large shift
+    brings near 0 at early steps (LongCat-Video).
+
+    Args:
+        first: the grid's σ_1, in place of σ = 1 in 1 − σ, as in the kernel.
+    """
+    return math.sqrt(sigma / ((1 - (first if sigma == 1.0 else sigma)) * abs(next_sigma - sigma)))
+
+
 def ends_without_noise(kernel: str, eta: float) -> bool:
     """Whether a stochastic step that ends at the image has no noise."""
     zero = torch.zeros(1, 1)

@@ -41,7 +41,9 @@ def check(
 
     private, unchecked = named_address(address)[1] is None, list(unchecked)
     prompt = prompts.train[0]
-    noise = np.random.default_rng(0).integers(0, 256, (2, config.model.height, config.model.width, 3), dtype=np.uint8)
+    model = config.model
+    shape = (2, *([model.frames] if model.frames > 1 else []), model.height, model.width, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pictures = [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
     with trial(_at_hand(config, unchecked), pictures, config.startup_timeout_s) as tried:
         if shaped := with_shapes(config):

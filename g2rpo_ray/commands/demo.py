@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from g2rpo_ray.analysis.video import strip
 from g2rpo_ray.config import Config, load_config
 from g2rpo_ray.data import negative_prompts, read_records
 from g2rpo_ray.data.pictures import picture_file, with_sources
@@ -91,25 +92,24 @@ class Studio:
                 self._sampler.load_weights(adapter.state)
                 unit = SampleUnit(prompt, (seed,), steps, share if number else 1.0)
                 images = self._sampler.sample(unit, embedding)
-                scores = {name: _score(name, reward, images, prompt, known) for name, reward in self._rewards.items()}
-                shown.append(Shown(adapter.name, images[0], scores))
+                scores = {name: self._score(name, images, prompt, known) for name in self._rewards}
+                shown.append(Shown(adapter.name, strip(images[0]), scores))
         return shown
+
+    def _score(self, name: str, images: Images, prompt: str, known: Metadata) -> float:
+        """The score of one image [1, H, W, 3]; NaN where the reward cannot judge it, as for a prompt unknown to it."""
+        from g2rpo_ray.rewards import ask
+
+        try:
+            return float(ask(self._rewards[name], images, [prompt], [known], self.config.all_rewards[name].frames)[0])
+        except Exception as error:  # a reward of the user's may raise anything
+            logger.warning("reward %s: no score for %r: %s", name, prompt, one_line(error))
+            return math.nan
 
     def _embedding(self, prompt: str, sources: Mapping[str, Sequence[Image.Image]]) -> PromptEmbedding:
         (embedding,) = self._model.encode([prompt], sources)
         away = negative_prompts(self.config.model.negative_prompt, [prompt])
         return replace(embedding, negative=next(iter(self._model.encode(away, sources, negative=True)), None))
-
-
-def _score(name: str, reward: Any, images: Images, prompt: str, known: Metadata) -> float:
-    """The score of one image [1, H, W, 3]; NaN where the reward cannot judge it, as for a prompt it does not know."""
-    from g2rpo_ray.rewards import ask
-
-    try:
-        return float(ask(reward, images, [prompt], [known])[0])
-    except Exception as error:  # a reward of the user's may raise anything
-        logger.warning("reward %s: no score for %r: %s", name, prompt, one_line(error))
-        return math.nan
 
 
 def build_page(studio: Studio, example: str, source: Image.Image | None = None) -> Any:

@@ -25,7 +25,7 @@ def describe_plan(config: Config) -> str:
     largest = cost * max(part.evaluations for part in parts)
     about = "" if len({t.evaluations for t in trees}) == 1 else "about "
     an_iteration, updated = prompts * mean.evaluations, prompts * mean.update
-    stored = prompts * mean.images * config.model.height * config.model.width * 3
+    stored = prompts * mean.images * config.model.pixels * 3
     ranks = config.rollout.max_actors * updated / an_iteration
     steps, strides = _list(sampler, "branch_steps"), _list(sampler, "strides")
     return "\n".join(

@@ -53,8 +53,9 @@ class LearnerConfig(Section):
     exported beside it (lora_ema/)."""
     subpaths: tuple[Annotated[int, Field(ge=2, le=MOST_SUBSTEPS)], ...] = ()
     """Of `reinforce` (Pave-GRPO): an edge is rescored along n − 1 ODE substeps and the rest, too, for each n here."""
-    edge_weight: float | None = Field(None, gt=0, le=1000)
-    """c: an edge weighs c · std of its step (TempFlow-GRPO: 1.73); unset: 1."""
+    edge_weight: Annotated[float, Field(gt=0, le=1000)] | Literal["time"] | None = None
+    """Weight of an edge in the loss. A number c: c · std of its step (TempFlow-GRPO: 1.73). `time`: √(σ / ((1 − σ)
+    |Δσ|)), for videos, whose large shifts make the gradients of early steps vanish (LongCat-Video). Unset: 1."""
     schedule: Literal["per_step", "accumulate"] = "per_step"
     """An optimizer step for each schedule index at which trained edges start, ascending, or one for all together."""
     updates_per_rollout: int = Field(1, ge=1, le=1024)
@@ -173,7 +174,7 @@ def _check_forward(learner: LearnerConfig, sampler: SamplerConfig) -> None:
         _check_ode(learner, sampler)
     if learner.forward and learner.edge_weight is not None:
         raise ValueError(
-            f"learner.edge_weight: {learner.edge_weight:g} given, but learner.objective={learner.objective} has no "
+            f"learner.edge_weight: {learner.edge_weight} given, but learner.objective={learner.objective} has no "
             "stochastic edges: leave it out"
         )
     if learner.forward and learner.times == "grid" and set(range(sampler.steps)) <= set(sampler.untrained):

@@ -18,8 +18,11 @@ from g2rpo_ray.functions import as_settings, value_in_words
 from g2rpo_ray.messages import shown
 from g2rpo_ray.paths import resolve
 
-PanelName = Literal["diversity", "high_frequency", "periodicity", "saturation", "distance", "unseen", "decline"]
+PanelName = Literal[
+    "diversity", "high_frequency", "periodicity", "saturation", "exposure", "distance", "unseen", "decline"
+]
 MOST_ACTORS = 4096  # of a pool
+MAX_FRAMES = 257
 TORCH_ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """Attention backends of diffusers whose backward pass torch makes deterministic."""
 
@@ -37,6 +40,8 @@ class ModelConfig(Section):
     """Pixels; a multiple of the pipeline's latent patch (16 for published models)."""
     width: int = Field(720, gt=0, le=8192)
     """Pixels; the same."""
+    frames: int = Field(1, ge=1, le=MAX_FRAMES)
+    """Frames of a video, for a pipeline of videos (Wan: 1 + 4n); 1: a picture."""
     guidance_scale: float | None = Field(None, ge=0, le=100)
     """What the pipeline calls so: an input of guidance-distilled models, the scale of classifier-free guidance of the
     others; unset: the pipeline's default."""
@@ -55,6 +60,11 @@ class ModelConfig(Section):
     def location(self) -> str:
         """The path on this machine, or the hub id, as diffusers' `from_pretrained` takes it."""
         return resolve(self.path)
+
+    @property
+    def pixels(self) -> int:
+        """Of a picture, or of all frames of a video."""
+        return self.frames * self.height * self.width
 
     @property
     def is_local(self) -> bool:
@@ -121,6 +131,9 @@ class RolloutConfig(Section):
         return self
 
 
+Frames = Literal["all", "first", "last"] | tuple[Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)], ...]
+
+
 class RewardConfig(Section):
     kind: str
     """One of the kinds in docs/rewards.md, or `module:factory` for your own; in Python a function, too."""
@@ -132,6 +145,9 @@ class RewardConfig(Section):
     """Server actors."""
     batch_size: int = Field(16, ge=1, le=4096)
     """Most images in one forward pass. Part of the plan: results depend on it by rounding."""
+    frames: Frames = "all"
+    """Frames of a video whose mean score counts, for a reward of pictures: `all`, `first`, `last`, or a list of
+    indices, those below 0 from the end."""
     retries: int = Field(2, ge=0, le=100)
     """Times a failed or non-finite score is asked for again before it counts as missing."""
     threads: int = Field(1, ge=1, le=256)
@@ -286,9 +302,20 @@ class Config(Section):
                 raise ValueError(f"{section}.{name}: Prometheus cannot tell it from {other}; rename one of them")
         self._check_credit()
         self._check_attention()
+        self._check_frames()
         check_learner(self.learner, self.sampler, self.data.prompts_per_iteration, self.iterations)
         check_completions(self.rollout.completions, self.sampler, self.learner)
         return self
+
+    def _check_frames(self) -> None:
+        count = self.model.frames
+        for key, reward in self.rewards_by_key.items():
+            outside = [] if isinstance(reward.frames, str) else [f for f in reward.frames if not -count <= f < count]
+            if outside or not reward.frames:
+                raise ValueError(
+                    f"{key}.frames: {list(reward.frames)} given; give indices from {-count} to {count - 1}, or all, "
+                    f"first or last: model.frames is {count}"
+                )
 
     def _check_credit(self) -> None:
         weights, strides = self.credit.granularity_weights, self.sampler.strides

@@ -51,5 +51,5 @@ def write_results(plan: EvaluationPlan, book: ScoreBook) -> str:
     for steps in plan.steps if shown else ():
         grid = {"source": sources} if sources else {}
         grid |= {c.adapter.name: [book.picture(plan.cell(c, steps, prompt)) for prompt in shown] for c in plan.columns}
-        picture_grid(plan.folder / f"grid-{steps}.png", shown, grid)
+        picture_grid(plan.folder / f"grid-{steps}.png", shown, grid, plan.config.model.frames)
     return f"{markdown}\nwritten to {plan.folder}: table.md, table.csv, table.json" + (", grid-*.png" if shown else "")

@@ -1,6 +1,7 @@
 """What a flow model is: prompt -> embedding, (latent, sigma) -> velocity, latent -> image. A family of models a file.
 
-Shapes: N latents, K prompts; a latent [...] as the pipeline's own loop holds it, [L, D] packed tokens or [C, h, w].
+Shapes: N latents, K prompts; a latent [...] as the pipeline's own loop holds it, [L, D] packed tokens, [C, h, w], or
+[C, F, h, w] of a video.
 Weights and their arithmetic have the dtype of the configuration; latents, sigmas and velocities are float32 outside.
 """
 
@@ -21,7 +22,14 @@ from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.imports import imported
 from g2rpo_ray.messages import shown
 from g2rpo_ray.models.conditioning import Conditioning, expanded, on_device
-from g2rpo_ray.models.pipeline import Description, check_size, describe_pipeline, load_parts, set_attention_backend
+from g2rpo_ray.models.pipeline import (
+    Description,
+    check_frames,
+    check_size,
+    describe_pipeline,
+    load_parts,
+    set_attention_backend,
+)
 from g2rpo_ray.models.tokens import count_tokens, cut_message
 from g2rpo_ray.types import PromptEmbedding, StoredTensor, sources_of, text_of
 
@@ -37,6 +45,7 @@ FAMILIES = {
     "QwenImage21Pipeline": "qwen_image_21",
     "ChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina2",
+    "WanPipeline": "wan",
 }
 """Module of each pipeline class, in this package; its `Model` is the adapter."""
 
@@ -121,6 +130,7 @@ class FlowModel:
         """
         family, description = describe_model(config)
         check_size(config, 2 * family.vae_scale(description.autoencoder))
+        check_frames(config, family.vae_frames(description.autoencoder), description.kind)
         parts = [name for name, wanted in (("vae", vae), ("transformer", transformer)) if wanted]
         parts += description.text_parts if text_encoders else ()
         parts += ["vae"] if text_encoders and config.sources and not vae else []  # it encodes the sources
@@ -158,6 +168,11 @@ class FlowModel:
     def vae_scale(autoencoder: Mapping[str, Any]) -> int:
         """Pixels to one VAE latent, along an edge."""
         return 2 ** (len(autoencoder["block_out_channels"]) - 1)
+
+    @staticmethod
+    def vae_frames(autoencoder: Mapping[str, Any]) -> int | None:
+        """Frames to one VAE latent, after the first frame, which has one of its own; None: pictures alone."""
+        return None
 
     @property
     def image_tokens(self) -> int:
@@ -247,15 +262,17 @@ class FlowModel:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Images [N, H, W, 3] uint8 on the model's device, of latents [N, ...] float32, in one pass of the VAE.
+        """Images [N, H, W, 3], of videos [N, F, H, W, 3], uint8 on the model's device, of latents [N, ...] float32.
 
-        At 720 px that takes gigabytes an image: the caller decides how many go together.
+        In one pass of the VAE. At 720 px that takes gigabytes an image: the caller decides how many go together.
         """
         latent = self._to_vae(x).to(self._device, self._dtype)
         image = self._pipeline.vae.decode(latent, return_dict=False)[0]
-        image = image[:, :, 0] if image.ndim == 5 else image  # a video VAE's only frame
-        unit: Tensor = self._pipeline.image_processor.postprocess(image.float(), output_type="pt")  # [N, C, H, W] 0..1
-        return (self._rgb(unit) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        frames = image.movedim(2, 1) if image.ndim == 5 else image[:, None]  # [N, F, C, H, W]
+        processor = getattr(self._pipeline, "image_processor", None) or self._pipeline.video_processor
+        unit: Tensor = processor.postprocess(frames.flatten(0, 1).float(), output_type="pt")  # 0..1
+        pixels = (self._rgb(unit) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
+        return pixels if self._config.frames > 1 else pixels[:, 0]
 
     def sigmas(self, steps: int) -> Tensor:
         """The pipeline's own noise levels [steps + 1], float32, from 1 to 0.

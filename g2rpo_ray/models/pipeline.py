@@ -101,7 +101,7 @@ def load_parts(
         ValueError: one line; a part is missing or cannot be read.
     """
     path, wanted = resolve(config.path), ["scheduler", *parts]
-    with loading(config):
+    with loading(config), torch.device("cpu"):  # a scheduler's constructor reads its tensors, which meta ones are not
         for part in wanted:  # without its folder diffusers would look for the part beside model_index.json
             if Path(path).is_dir() and not (Path(path) / part).is_dir():
                 raise ValueError(f"it has no folder {part}")
@@ -140,6 +140,17 @@ def check_size(config: ModelConfig, multiple: int) -> None:
                 f"model.{key}: {size} given; must be a multiple of {multiple} for this pipeline, "
                 f"e.g. {below} or {below + multiple}"
             )
+
+
+def check_frames(config: ModelConfig, group: int | None, kind: str) -> None:
+    """Raise ValueError unless a pipeline of this kind makes so many frames: 1, or 1 and whole groups."""
+    if group is None and config.frames != 1:
+        raise ValueError(f"model.frames: {config.frames} given; a {kind} makes pictures: give 1, or leave it out")
+    if group is not None and (config.frames - 1) % group:
+        below = config.frames - (config.frames - 1) % group
+        raise ValueError(
+            f"model.frames: {config.frames} given; a {kind} makes 1 + {group}n frames, e.g. {below} or {below + group}"
+        )
 
 
 def set_attention_backend(transformer: Any, backend: str) -> None:

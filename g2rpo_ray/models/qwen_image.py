@@ -1,7 +1,6 @@
 """Qwen-Image: prompts that are not padded, guidance rescaled to the norm of the prompt's velocity, a video VAE."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from g2rpo_ray.models.packed import PackedModel
+from g2rpo_ray.models.video_vae import VideoVae
 
 
-class Model(PackedModel):
+class Model(VideoVae, PackedModel):
     pipeline_class: ClassVar[Any] = QwenImagePipeline
     transformer_class: ClassVar[Any] = QwenImageTransformer2DModel
     vae_class: ClassVar[Any] = AutoencoderKLQwenImage
@@ -44,13 +44,5 @@ class Model(PackedModel):
         guided = super()._guide(v, unguided)
         return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    @cached_property
-    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Of the VAE's latents, [1, C, 1, 1, 1]. Cached: a copy to the device for each batch would wait for it."""
-        config = self._pipeline.vae.config
-        mean, std = (torch.tensor(each, device=self._device) for each in (config.latents_mean, config.latents_std))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
-
     def _to_vae(self, x: Tensor) -> Tensor:
-        mean, std = self._mean_and_std
-        return self._unpack(x) * std + mean
+        return self._unstandardised(self._unpack(x))

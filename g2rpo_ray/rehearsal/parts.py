@@ -97,6 +97,14 @@ def t5(tokenizer: Any) -> nn.Module:
     return transformers.T5EncoderModel(config)
 
 
+def umt5(tokenizer: Any) -> nn.Module:
+    config = transformers.UMT5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return transformers.UMT5EncoderModel(config)
+
+
 def language(tokenizer: Any, kind: Any, layers: int = 2) -> Any:
     """A language model's configuration of class `kind`."""
     return kind(
@@ -177,6 +185,7 @@ ENCODERS: dict[str, Callable[[Any, int], nn.Module]] = {
         tokenizer, transformers.CLIPTextModelWithProjection, width
     ),
     "T5EncoderModel": lambda tokenizer, _: t5(tokenizer),
+    "UMT5EncoderModel": lambda tokenizer, _: umt5(tokenizer),
     "Qwen2_5_VLForConditionalGeneration": lambda tokenizer, _: qwen_vl(tokenizer),
     "Qwen3VLForConditionalGeneration": lambda processor, _: qwen3_vl(processor),
     "Qwen3Model": lambda tokenizer, _: transformers.Qwen3Model(language(tokenizer, transformers.Qwen3Config)),

@@ -321,7 +321,7 @@ class _Run:
         """So many more in the object store."""
         self._latents += latents
         self._images += images
-        pixels = self._config.model.height * self._config.model.width
+        pixels = self._config.model.pixels
         self._peak = max(self._peak, pixels * (LATENT_BYTES * self._latents + 3 * self._images))
 
     def _observe(self, seconds: float) -> None:

@@ -13,6 +13,7 @@ ITERATIONS = 2
 PATCHES, TOKENS = 2, 32  # of a picture, along an edge; of a prompt
 SMALL = 64  # pixels along an edge that stay as they are: rewards of small worlds know their size
 PROMPTS, HELDOUT, SEEDS = 2, 2, 2
+FRAMES = 5  # two latents of Wan's
 STAND_IN = "jpeg_compressibility"  # loads nothing, and scores pictures of any prompt
 HERE: Mapping[str, Any] = {"resources": {"CPU": 0}, "device": "auto", "runtime_env": {}, "threads": 1}
 """Of a section with actors, for a machine that has a few cores and no GPU."""
@@ -38,7 +39,7 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
         "output": str(folder), "iterations": ITERATIONS,
         "model.path": str(folder / "twin"), "model.height": _size(config.model.height, patch),
         "model.width": _size(config.model.width, patch),
-        "model.max_sequence_length": tokens,
+        "model.frames": min(config.model.frames, FRAMES), "model.max_sequence_length": tokens,
         "data.prompts_per_iteration": min(config.data.prompts_per_iteration, fewest),
         "data.heldout_prompts": heldout, "data.embeddings": str(folder / "embeddings"),
         "data.encoder_resources": {"CPU": 0}, "data.encoder_device": "auto",
@@ -64,7 +65,8 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
 def differences(config: Config, rehearsed: Config) -> list[str]:
     """The sizes that are smaller, `key now (before)` each; paths, devices and rewards are not among them."""
     keys = (
-        "iterations", "model.height", "model.width", "model.max_sequence_length", "data.prompts_per_iteration",
+        "iterations", "model.height", "model.width", "model.frames", "model.max_sequence_length",
+        "data.prompts_per_iteration",
         "evaluation.seeds", "rollout.max_actors", "rollout.max_staleness", "learner.ranks", "learner.warmup",
         "model.attention_backend", "rollout.attention_backend", "rollout.compile", "learner.compile",
         "rollout.completions.attention_backend", "rollout.completions.compile", "tracking.wandb_project",

@@ -50,10 +50,14 @@ TRANSFORMERS: dict[str, Mapping[str, Any]] = {
         "num_layers": 2, "num_refiner_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "num_kv_heads": 1,
         "multiple_of": 8, "cap_feat_dim": WIDTH, "axes_dim_rope": (4, 4, 4),
     },
+    "WanTransformer3DModel": {
+        "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": WIDTH,
+    },
 }  # fmt: skip
 """By class, what of its configuration is smaller in the twin; heads, axes and widths agree."""
-VAES: Mapping[str, Any] = {"layers_per_block": 1, "norm_num_groups": 4, "base_dim": 8, "decoder_base_dim": 8,
-                           "num_res_blocks": 1}  # fmt: skip
+VAES: Mapping[str, Any] = {
+    "layers_per_block": 1, "norm_num_groups": 4, "base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1
+}  # fmt: skip
 """Of any VAE, what of its configuration is smaller, if it has such a key."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from g2rpo_ray.analysis.video import animation, unstrip
 from g2rpo_ray.runs.reader import Evaluation, Run
 from g2rpo_ray.types import Images, text_of
 
@@ -28,7 +29,8 @@ def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
     every = sorted({done for run in shown for done in run.evaluations})
     iterations = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, MAX_EVALUATIONS).round().astype(int))]
     first = shown[0].evaluations[min(shown[0].evaluations)]
-    columns = [{"name": "before", "pictures": [[_shown(first, prompt) for prompt in prompts]] * len(iterations)}]
+    base = [_shown(first, prompt, shown[0].frames) for prompt in prompts]
+    columns = [{"name": "before", "pictures": [base] * len(iterations)}]
     if sources := dict(zip(of_run[0], shown[0].sources, strict=False)):
         told = [{"source": data_uri(sources[prompt]), "scores": ""} for prompt in prompts]
         columns.insert(0, {"name": "source", "pictures": [told] * len(iterations)})
@@ -36,9 +38,9 @@ def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
         made: dict[int, list[dict[str, str]]] = {}
         for done in iterations:
             at = max((d for d in run.evaluations if d <= done), default=min(run.evaluations))
-            made[done] = [_shown(run.evaluations[at], prompt) for prompt in prompts]
+            made[done] = [_shown(run.evaluations[at], prompt, run.frames) for prompt in prompts]
         columns.append({"name": run.name if len(runs) > 1 else "now", "pictures": list(made.values())})
-    small = first.pictures[0].shape[1] < MAX_WIDTH / 2
+    small = unstrip(first.pictures[0], shown[0].frames)[0].shape[1] < MAX_WIDTH / 2
     texts = [text_of(prompt) for prompt in prompts]
     return {"prompts": texts, "iterations": iterations, "columns": columns, "small": small}
 
@@ -48,16 +50,22 @@ def _prompts(run: Run) -> list[str]:
     return list(evaluation.prompts[: len(evaluation.pictures)])
 
 
-def _shown(evaluation: Evaluation, prompt: str) -> dict[str, str]:
+def _shown(evaluation: Evaluation, prompt: str, frames: int) -> dict[str, str]:
     at = list(evaluation.prompts).index(prompt)
     scores = "\n".join(f"{name} {scores[at, 0]:.3g}" for name, scores in evaluation.scores.items())
-    return {"source": data_uri(evaluation.pictures[at]), "scores": scores}
+    return {"source": data_uri(evaluation.pictures[at], frames), "scores": scores}
 
 
-def data_uri(picture: Images) -> str:
-    """The picture [H, W, 3] as a page holds it: small ones exactly, others smaller and as WebP."""
-    image, stream = Image.fromarray(picture), io.BytesIO()
-    if image.width <= MAX_WIDTH / 2:
+def data_uri(picture: Images, frames: int = 1) -> str:
+    """The picture [H, W, 3] as a page holds it: small ones exactly, others smaller and as WebP; a video moves."""
+    images, stream = [Image.fromarray(each) for each in unstrip(picture, frames)], io.BytesIO()
+    image = images[0]
+    if frames > 1:
+        for each in images:
+            each.thumbnail((MAX_WIDTH, MAX_WIDTH))
+        stream.write(animation(images))
+        kind = "webp"
+    elif image.width <= MAX_WIDTH / 2:
         image.save(stream, "PNG", optimize=True)
         kind = "png"
     else:

@@ -26,6 +26,7 @@ SERVER_OPTIONS = ("base_urls",)
 PACKAGES = {
     "hpsv2": ("hpsv2", ", whose own pins are too old for the rest: pip install --no-deps hpsv2==1.2.0 clint args"),
     "ocr": ("rapidocr", ": pip install rapidocr onnxruntime, on a GPU onnxruntime-gpu in place of the latter"),
+    **dict.fromkeys(("dynamic_degree", "temporal_consistency"), ("cv2", ": pip install opencv-python-headless")),
 }
 """By kind, what must be installed beside the package's own dependencies, and how."""
 QUESTIONS = {

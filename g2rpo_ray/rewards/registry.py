@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # not loaded with the package, which `python -m g2rpo_ray.rew
     from numpy.typing import NDArray
 
     from g2rpo_ray.config import RewardConfig
+    from g2rpo_ray.config.schema import Frames
 
 
 class NotScores(ValueError):
@@ -32,9 +33,10 @@ class Reward(Protocol):
         reward that has a third argument `metadata` is given a mapping for each prompt, what its file says of it: see
         `data.read_records`. Of a prompt with pictures it has them, too, uint8 [H, W, 3] and each of its own size:
         `source`, a tuple of them, `target`, `mask`. One whose `scope` is "group" is given all pictures at once that
-        credit compares, of one prompt; without it, any of them. One that asks somebody else may have `waits`, the most
-        seconds that a question takes and how many are asked at a time: its server isn't taken for hung before it has
-        had that time for every picture.
+        credit compares, of one prompt; without it, any of them. One whose `scope` is "video" is given videos
+        [N, F, H, W, 3], with F = 1 of a model of pictures; others are given a frame of each video at a time, and the
+        mean counts. One that asks somebody else may have `waits`, the most seconds that a question takes and how many
+        are asked at a time: its server isn't taken for hung before it has had that time for every picture.
         """
         ...
 
@@ -66,6 +68,8 @@ KINDS = {
     "pairwise": "g2rpo_ray.rewards.pairwise:build",
     "preservation": "g2rpo_ray.rewards.preservation:build",
     "preservation_dino": "g2rpo_ray.rewards.preservation:build_dino",
+    "dynamic_degree": "g2rpo_ray.rewards.motion:dynamic_degree",
+    "temporal_consistency": "g2rpo_ray.rewards.motion:temporal_consistency",
     "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "g2rpo_ray.rewards.jpeg:incompressibility",
 }
@@ -134,15 +138,23 @@ def ask(
     images: "NDArray[np.uint8]",
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
+    frames: "Frames" = "all",
 ) -> "NDArray[np.float32]":
-    """The reward's scores [N] of images [N, H, W, 3]; it is told the `metadata` of the prompts if it asks for that.
+    """The reward's scores [N] of images [N, H, W, 3] or videos [N, F, H, W, 3].
 
-    It may return an array, a tensor or a list, in which None is a missing score.
+    It is told the `metadata` of the prompts if it asks for that. It may return an array, a tensor or a list, in which
+    None is a missing score.
+
+    Args:
+        frames: of a video, those whose mean score counts, for a reward of pictures.
 
     Raises:
         NotScores: what it returned is not as many numbers.
     """
-    return _checked(reward.score(images, _texts(prompts), **_told(reward.score, prompts, metadata)), len(images))
+    given = _texts(prompts), _told(reward.score, prompts, metadata)
+    return _mean(
+        [_checked(reward.score(each, given[0], **given[1]), len(each)) for each in _takes(reward, images, frames)]
+    )
 
 
 def ask_parts(
@@ -150,17 +162,24 @@ def ask_parts(
     images: "NDArray[np.uint8]",
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
+    frames: "Frames" = "all",
 ) -> "dict[str, NDArray[np.float32]]":
     """The same of all parts that the reward has, by name; of one without parts under ""."""
     all_parts = getattr(reward, "score_parts", None)
     if all_parts is None:
-        return {"": ask(reward, images, prompts, metadata)}
-    found = all_parts(images, _texts(prompts), **_told(all_parts, prompts, metadata))
-    return {part: _checked(scores, len(images)) for part, scores in found.items()}
+        return {"": ask(reward, images, prompts, metadata, frames)}
+    texts, told = _texts(prompts), _told(all_parts, prompts, metadata)
+    found = [all_parts(each, texts, **told) for each in _takes(reward, images, frames)]
+    return {part: _mean([_checked(scores[part], len(images)) for scores in found]) for part in found[0]}
 
 
 def ask_in_chunks(
-    reward: Reward, images: "NDArray[np.uint8]", prompt: str, metadata: Mapping[str, Any], size: int
+    reward: Reward,
+    images: "NDArray[np.uint8]",
+    prompt: str,
+    metadata: Mapping[str, Any],
+    size: int,
+    frames: "Frames" = "all",
 ) -> "dict[str, NDArray[np.float32]]":
     """`ask_parts` of all images of one unit, at most `size` at a time.
 
@@ -170,13 +189,30 @@ def ask_in_chunks(
     import numpy as np
 
     chunks = [images[at : at + size] for at in range(0, len(images), size)]
-    found = [ask_parts(reward, chunk, [prompt] * len(chunk), [metadata] * len(chunk)) for chunk in chunks]
+    found = [ask_parts(reward, chunk, [prompt] * len(chunk), [metadata] * len(chunk), frames) for chunk in chunks]
     return {part: np.concatenate([scores[part] for scores in found]) for part in found[0]}
 
 
 def scores_of(config: "RewardConfig", answer: "Mapping[str, NDArray[np.float32]]") -> "NDArray[np.float32]":
     """The scores of an answer by part that the reward of this section uses."""
     return answer[""] if "" in answer else answer[config.options["part"]]
+
+
+def _takes(reward: Reward, images: "NDArray[np.uint8]", frames: "Frames") -> "list[NDArray[np.uint8]]":
+    """What the reward is given, one after the other: of videos, if it judges pictures, a frame of each at a time."""
+    if getattr(reward, "scope", "image") == "video":
+        return [images if images.ndim == 5 else images[:, None]]
+    if images.ndim == 4:
+        return [images]
+    named = {"all": range(images.shape[1]), "first": (0,), "last": (-1,)}
+    return [images[:, frame] for frame in (named[frames] if isinstance(frames, str) else frames)]
+
+
+def _mean(scores: "Sequence[NDArray[np.float32]]") -> "NDArray[np.float32]":
+    """Of the frames' scores [N]; where one is missing, all are."""
+    import numpy as np
+
+    return np.mean(scores, axis=0, dtype=np.float32)
 
 
 def _told(method: Callable[..., Any], prompts: Sequence[str], metadata: Any) -> dict[str, Any]:

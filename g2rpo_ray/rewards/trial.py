@@ -135,5 +135,5 @@ def _scores(
         for batch in (alike[at : at + size] for at in range(0, len(alike), size)):
             images = np.stack([pictures[at].image for at in batch])
             prompts, metadata = [told[at].prompt for at in batch], [told[at].metadata for at in batch]
-            scores[batch] = ask(reward, images, prompts, metadata)
+            scores[batch] = ask(reward, images, prompts, metadata, config.frames)
     return scores

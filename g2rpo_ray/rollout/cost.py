@@ -127,7 +127,7 @@ def object_store_bytes(config: Config) -> int:
 
     Latents of the iterations under way, images that wait for scores, and three versions of the LoRA.
     """
-    sampler, pixels = config.sampler, config.model.height * config.model.width
+    sampler, pixels = config.sampler, config.model.pixels
     trunk, prompts = TrunkUnit(0, 0, ""), config.data.prompts_per_iteration
     latents = images = 0
     for tree in {*possible_trees(config, sampler.dearest), *possible_trees(config, sampler.dearest, probing=True)}:

@@ -19,8 +19,10 @@ class Decoder:
 
     def unit(self, count: int) -> "Decoding":
         """Begin with a unit that ends with `count` images."""
-        height, width = self._config.model.height, self._config.model.width
-        images = torch.empty(count, height, width, 3, dtype=torch.uint8, pin_memory=self._stream is not None)
+        model = self._config.model
+        frames = (model.frames,) if model.frames > 1 else ()
+        shape = (count, *frames, model.height, model.width, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
         return Decoding(self._model, images, self._config.rollout.decode_batch, self._stream)
 
 
@@ -39,7 +41,7 @@ class Decoding:
                 self._decode(slice(batch * self._size, (batch + 1) * self._size), latents)
 
     def images(self) -> Images:
-        """Images [N, H, W, 3], when all have ended and are here."""
+        """Images [N, H, W, 3], or videos [N, F, H, W, 3], when all have ended and are here."""
         assert not any(self._missing), "a row has not ended"
         if self._stream:
             self._stream.synchronize()

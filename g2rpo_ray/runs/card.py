@@ -31,7 +31,7 @@ def write_card(run: Run, folder: Path, repository: str) -> list[str]:
         shutil.copytree(lora, folder, dirs_exist_ok=True)
     (folder / SETTINGS).write_text(yaml.safe_dump(_published(run.settings), sort_keys=False))
     if pictured := _pictures(run):
-        picture_grid(folder / PICTURES, *pictured)
+        picture_grid(folder / PICTURES, *pictured, run.frames)
     (folder / "README.md").write_text(_card(run, repository, bool(pictured)))
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 

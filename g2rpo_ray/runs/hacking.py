@@ -17,6 +17,7 @@ from g2rpo_ray.runs.tracking import Metrics
 from g2rpo_ray.types import FloatArray, Images
 
 COARSE = 32  # pixels a side at which images of a prompt are compared: colours and shapes, no texture
+WHITE = 0.95  # of 0 to 1, from which on a pixel has no drawing
 SMALLEST = 16  # pixels a side of an image that has a spectrum worth the name
 
 
@@ -46,6 +47,7 @@ LIMITS: dict[PanelName, Limit] = {
     "high_frequency": Limit("share of the spectrum's energy above half of the highest frequency", 2.0, 0.01),
     "periodicity": Limit("correlation of the fine structure with itself, one and two periods on", 1.0, 0.2),
     "saturation": Limit("mean difference of the strongest and the weakest colour channel, 0 to 1", 1.5, 0.05),
+    "exposure": Limit("share of pixels that are white, or nearly", 2.0, 0.1),
     "distance": Limit("norm of what the LoRA adds to the weights, of their own", 1.0, 0.5),
     "unseen": Limit("highest upper end of the 95 % intervals of what unseen rewards changed by", 0.5, 0.0),
     "decline": Limit(
@@ -58,7 +60,13 @@ LIMITS: dict[PanelName, Limit] = {
 
 
 def image_traces(images: Images) -> dict[str, float]:
-    """The numbers of one prompt's images [S, H, W, 3], a seed each; NaN where there are too few or too small ones."""
+    """The numbers of one prompt's images [S, H, W, 3], a seed each; NaN where there are too few or too small ones.
+
+    Of videos [S, F, H, W, 3] the means over their frames.
+    """
+    if images.ndim == 5:
+        of_frames = [image_traces(images[:, frame]) for frame in range(images.shape[1])]
+        return {name: float(np.mean([traces[name] for traces in of_frames])) for name in of_frames[0]}
     pixels = images.astype(np.float32) / 255
     spectra = [] if min(pixels.shape[1:3]) < SMALLEST else [_fine_structure(image.mean(axis=-1)) for image in pixels]
     return {
@@ -66,6 +74,7 @@ def image_traces(images: Images) -> dict[str, float]:
         "high_frequency": float(np.mean([high for high, _ in spectra])) if spectra else math.nan,
         "periodicity": float(np.mean([period for _, period in spectra])) if spectra else math.nan,
         "saturation": float((pixels.max(axis=-1) - pixels.min(axis=-1)).mean()),
+        "exposure": float((pixels.min(axis=-1) > WHITE).mean()),
     }
 
 

@@ -140,7 +140,7 @@ class Journal:
             columns = {**self._sources, self._first_column(): first, f"iteration {done}": samples.pictures}
             columns |= {"its average": ema.pictures} if ema else {}
             shown = samples.prompts[: len(samples.pictures)]
-            picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns)
+            picture_grid(self._run / "samples" / f"{done:06d}.png", shown, columns, self._config.model.frames)
         replace_text(self._run / "samples" / f"{done:06d}.json", to_json(record) + "\n")
         means = {name: interval(scores).mean for name, scores in samples.scores.items()}
         self.say(

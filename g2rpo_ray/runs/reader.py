@@ -50,6 +50,11 @@ class Run:
     sources: Sequence[Images] = ()  # [H, W, 3] of the held-out prompts that are shown, where prompts have any
 
     @property
+    def frames(self) -> int:
+        """Of a video, whose pictures are strips; 1: pictures."""
+        return int(self.settings["model"].get("frames", 1))
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics of each iteration, counted from 1 (0: before the first), as written in metrics.jsonl."""
         return [dict(line) for line in self.lines]

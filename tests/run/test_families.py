@@ -91,12 +91,12 @@ def sample_by_diffusers(family: str, made: Any, steps: int = STEPS) -> np.ndarra
             for seed, prompt in enumerate(PROMPTS)
         ]  # fmt: skip
         return over_white(np.stack(images))
-    images = made(
+    drawn = made(
         prompt=list(PROMPTS), height=config.height, width=config.width, num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in range(3)], output_type="np",
-        max_sequence_length=model.text_tokens, **options,
-    ).images  # fmt: skip
-    return np.asarray(images)
+        max_sequence_length=model.text_tokens, **options, **({"num_frames": 1} if family == "wan" else {}),
+    )  # fmt: skip
+    return np.asarray(drawn.images if family != "wan" else drawn.frames[:, 0])
 
 
 def over_white(images: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from g2rpo_ray.rehearsal.parts import (
     randomise,
     t5,
     t5_tokenizer,
+    umt5,
 )  # fmt: skip
 from tests.support.tiny_flux import vae, write_tiny_flux
 
@@ -37,7 +38,8 @@ def write_tiny(family: str, directory: str | Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         pipeline = BUILDERS[family]()
-        randomise(pipeline.transformer, 2.0 if family == "sd3" else 3.0 if family.startswith("qwen_image") else 1.5)
+        sharp = family.startswith(("qwen_image", "wan"))
+        randomise(pipeline.transformer, 2.0 if family == "sd3" else 3.0 if sharp else 1.5)
     pipeline.save_pretrained(directory)
     return Path(directory)
 
@@ -183,6 +185,31 @@ def lumina2() -> Any:
     )  # fmt: skip
 
 
+def wan(residual: bool = False) -> Any:
+    """As Wan 2.1, or as Wan 2.2's 5B, which patches pixels in its VAE and has a time for each token."""
+    channels = 8
+    more = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 4}
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1 * n for n in range(channels)], latents_std=[1 + 0.1 * n for n in range(channels)],
+        scale_factor_spatial=16 if residual else 8, **(more if residual else {}),
+    )  # fmt: skip
+    randomise(vae.decoder, 1.5)
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=WIDTH,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    tokenizer = t5_tokenizer()
+    return diffusers.WanPipeline(
+        transformer=transformer, scheduler=_scheduler(shift=3.0), vae=vae, text_encoder=umt5(tokenizer),
+        tokenizer=tokenizer, expand_timesteps=residual,
+    )  # fmt: skip
+
+
+def wan_5b() -> Any:
+    return wan(residual=True)
+
+
 def _lumina_vae() -> AutoencoderKL:
     """Eight pixels to a latent, which that pipeline takes for granted."""
     return AutoencoderKL(
@@ -195,7 +222,7 @@ def _lumina_vae() -> AutoencoderKL:
 BUILDERS: dict[str, Callable[[], Any]] = {
     build.__name__: build
     for build in (
-        *(sd3, qwen_image, z_image, flux2_klein, flux2, chroma, lumina2),
+        *(sd3, qwen_image, z_image, flux2_klein, flux2, chroma, lumina2, wan, wan_5b),
         qwen_image_edit_plus,
         qwen_image_21,
         flux_kontext,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from g2rpo_ray.algo.completion import completion_path
 from g2rpo_ray.algo.growth import grow, integrate
-from g2rpo_ray.algo.kernels import ode_step, step_between, transition
+from g2rpo_ray.algo.kernels import ode_step, step_between, time_weight, transition
 from g2rpo_ray.algo.objectives import OBJECTIVES, edge_losses, edge_ratios, mean_shift, policy_loss
 from g2rpo_ray.algo.schedule import resolution_shift, shifted_sigmas
 from g2rpo_ray.algo.signal import agreement, spreads
@@ -310,3 +310,19 @@ def test_spreads_by_hand():
     by_root = {0: [pytest.approx(math.sqrt(2)), pytest.approx(math.sqrt(8))]}
     assert spreads(tree, scores, group="siblings") == by_root
     assert spreads(tree, scores, group="step") == {0: [pytest.approx(math.sqrt(35 / 3))]}
+
+
+def test_time_weights_give_every_step_a_gradient_of_the_same_size():
+    """With a shift of 12, as video models have, it differs by more than 5 times without them."""
+    sigmas, noise = shifted_sigmas(10, 12.0), torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    sizes, weighted = [], []
+    for index in range(9):
+        velocity = torch.zeros(1, 4000, requires_grad=True)
+        reached = transition("flow", noise, velocity, sigmas, index, 0.7, noise=noise.roll(1)).next_x.detach()
+        found = transition("flow", noise, velocity, sigmas, index, 0.7, next_x=reached)
+        (gradient,) = torch.autograd.grad(found.log_prob.sum(), velocity)
+        sizes.append(float(gradient.norm()))
+        weighted.append(sizes[-1] * time_weight(*(float(sigmas[at]) for at in (index, index + 1, 1))))
+    assert max(sizes) > 5 * min(sizes)
+    assert weighted[1:] == pytest.approx([weighted[1]] * 8, rel=1e-3)
+    assert weighted[0] * (1 + 0.7**2 / 2) == pytest.approx(weighted[1], rel=1e-3)  # no drift by g at pure noise
