@@ -1,4 +1,4 @@
-# make run: train the embedded default.  make test: all tests.  make docs: the site.  All set up .venv first, once.
+# make run: train the embedded default.  make test: the quick ones; CI runs all.  make docs: the site.  All set up .venv first, once.
 # JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes 4 GB and keeps two cores busy.
 PYTHON ?= python3
 JOBS ?= 2

@@ -46,6 +46,8 @@ from tests.support.faulty import build_breaking
 from tests.support.hub import serve_hub
 from tests.support.judge_server import chat_server
 
+pytestmark = pytest.mark.core
+
 IMAGES = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
 
 

@@ -84,6 +84,7 @@ print(run.engine._model.__class__.__module__)
 """
 
 
+@pytest.mark.core
 @pytest.mark.slow
 def test_a_run_with_ones_own_kernel_objective_group_and_family(own, tmp_path):
     """Which compute what those of the package do: the same bits."""

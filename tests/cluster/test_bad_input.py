@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.refusals import refused
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),

@@ -42,6 +42,7 @@ def whole(files, tmp_path_factory):
     return output, finish(start(files, output, "--set", "rollout.max_actors=1"))
 
 
+@pytest.mark.core
 def test_an_evaluation_leaves_what_the_documentation_promises(files, whole):
     output, printed = whole
     assert "| base | " in printed

@@ -41,6 +41,7 @@ PINNED = {
 }  # fmt: skip
 
 
+@pytest.mark.core
 def test_killed_actors_of_each_kind_change_no_bit(bits, tmp_path):
     process = start(tmp_path, "faulty")
     wait_for_iteration(process, tmp_path, "faulty", 1)

@@ -48,7 +48,8 @@ from tests.support.learner_groups import (  # noqa: F401  fixtures
 )
 from tests.support.runs import descendants, title_of
 
-pytestmark = pytest.mark.timeout(1500)  # all groups work through their jobs before the first test
+# all groups work through their jobs before the first test
+pytestmark = [pytest.mark.core, pytest.mark.timeout(1500)]
 
 
 # The reference: one process, one edge at a time, torch's own AdamW and clipping, every formula written out.
@@ -430,6 +431,7 @@ def test_group(cluster, pipeline, rollouts, results, tmp_path):
         assert with_group(config, partial(publish_again, checkpoint=start)) == manifest_of(lora, 2)
 
 
+@pytest.mark.slow
 def test_group_that_cannot_start(cluster, pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"learner\.safetensors: cannot be read"):
         with_group(settings(pipeline), lambda group: group.start(120, tmp_path))
@@ -444,6 +446,7 @@ class Bomb:
         return os._exit, (1,)
 
 
+@pytest.mark.slow
 def test_death_of_a_rank(cluster, pipeline, rollouts):
     async def die(group):
         await group.start(120)
@@ -461,6 +464,7 @@ def test_death_of_a_rank(cluster, pipeline, rollouts):
     verify(ray.get(ref), manifest)  # what was published outlives the learner
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_rank_that_stands_still_in_its_start_is_lost_and_starts_again(cluster, pipeline):
     """Once it is known what a start takes: the first one has `startup_timeout_s`."""

@@ -46,6 +46,7 @@ from tests.support.runs import (
 )
 
 
+@pytest.mark.core
 def test_a_run_leaves_what_the_documentation_promises(reference):
     output, printed = reference
     folder = output / "reference"
@@ -71,6 +72,7 @@ def test_a_run_leaves_what_the_documentation_promises(reference):
     assert any(np.abs(tensor).max() > 0 for name, tensor in lora(output, "reference").items() if "lora_B" in name)
 
 
+@pytest.mark.core
 def test_two_actors_one_and_none_give_the_same_bits(reference, alone, tmp_path):
     """Of the adapter, and on the way of each unit, score and version of the LoRA, whose digests are in audit.jsonl."""
     run(tmp_path, "one", rewards__preference__replicas=2, data__embeddings="null", **PREFERENCE)
@@ -104,6 +106,7 @@ DAMAGE = {
 """What is done to a copy of a run, and how its replay ends."""
 
 
+@pytest.mark.core
 def test_a_replay_in_one_process_names_the_first_thing_that_is_not_as_recorded(reference, tmp_path):
     """A line of the audit was changed, or what an iteration starts from; and the replay writes nothing."""
     for damage in DAMAGE:
@@ -229,6 +232,7 @@ def resumed(output):
     return (output / "again" / "run.log").read_text().rpartition("again: starting the actors")[2]
 
 
+@pytest.mark.core
 def test_a_finished_run_that_was_killed_while_it_wrote_its_end_is_put_in_order(reference, tmp_path, capsys):
     """The adapter of before, no report, a line of zeros, a checkpoint that is half deleted: without any actor."""
     output, folder = reference[0], tmp_path / "reference"
