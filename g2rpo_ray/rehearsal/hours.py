@@ -66,7 +66,7 @@ class Estimate:
         return cls(operations(config).scaled(1 / fleet.device.tflops), (least, most), heldout)
 
     def hours(self, config: Config, fleet: Fleet | None = None) -> Hours:
-        """How long the run takes where all of its actors have their devices to themselves.
+        """How long the run takes; an actor with a part of a GPU takes as much longer as that part is smaller.
 
         Args:
             fleet: None: all of `rollout.max_actors` find a place.
@@ -86,8 +86,11 @@ class Estimate:
                     "lower the resources"
                 )
             config, devices = _split(config, actors, config.learner.ranks), actors * each + ranks + others
-        found = simulate(config, self.times)
-        return Hours(config, devices, found, heldout_s(config, self.times, self.heldout), self.slower)
+        times = self.times.shared(
+            *(1 / min(1, section.resources.get("GPU") or 1) for section in (config.rollout, config.learner))
+        )
+        found = simulate(config, times)
+        return Hours(config, devices, found, heldout_s(config, times, self.heldout), self.slower)
 
     def best(self, now: Hours, fleet: Fleet, goal: Callable[[Hours], float]) -> Hours:
         """The split of the fleet, or of a part of it, with the least of `goal`; `now`, unless it saves some hundredths.

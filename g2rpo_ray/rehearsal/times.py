@@ -33,14 +33,20 @@ class Times:
 
     def scaled(self, factor: float) -> "Times":
         """All of them so many times as long."""
+        scores = {name: factor * seconds for name, seconds in self.scores.items()}
+        return replace(self.shared(factor, factor), scores=scores)
+
+    def shared(self, rollout: float, learner: float) -> "Times":
+        """Those of rollout actors and of the learner so many times as long, as where several share a device."""
+        factors = {"evaluations": rollout, "decodings": rollout, "completions": rollout, "states": learner}
         tables: dict[str, Any] = {
             name: {size: factor * seconds for size, seconds in table.items()}
-            for name in ("evaluations", "decodings", "states", "completions")
+            for name, factor in factors.items()
             if (table := getattr(self, name)) is not None
         }
-        numbers = {name: factor * getattr(self, name) for name in ("unit", "step", "publish", "receive")}
-        scores = {name: factor * seconds for name, seconds in self.scores.items()}
-        return replace(self, **tables, **numbers, scores=scores)
+        numbers: dict[str, Any] = {name: rollout * getattr(self, name) for name in ("unit", "receive")}
+        numbers |= {name: learner * getattr(self, name) for name in ("step", "publish")}
+        return replace(self, **tables, **numbers)
 
 
 def of_batch(table: BySize, size: int) -> float:

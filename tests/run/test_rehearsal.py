@@ -109,6 +109,15 @@ def test_hours_by_hand():
         estimate().hours(config, Fleet.parse("h100:2"))
 
 
+def test_actors_that_share_devices_take_longer():
+    """Twelve with half a GPU each take about as long as six with one each."""
+    config = load_config("flux_hps", ["rollout.max_actors=12", "rollout.resources={GPU: 0.5}"])
+    halves, wholes = estimate().hours(config, H100), estimate().hours(load_config("flux_hps"), H100)
+    assert (halves.config.rollout.max_actors, halves.devices) == (12, 8)
+    assert halves.simulated.rollout_s == pytest.approx(wholes.simulated.rollout_s, rel=0.03)
+    assert halves.simulated.update_s == wholes.simulated.update_s
+
+
 def test_the_best_splits_are_the_best_of_all():
     """Updates are most of the work: with 6 actors and 1 rank they take nearly the whole time."""
     config = load_config("flux_hps", ["iterations=1"])
