@@ -20,10 +20,10 @@ MODEL_FILES = ("model_index.json", "transformer/config.json", "vae/config.json",
 
 
 def open_run(config: Config) -> Folder:
-    """The run directory, within reach.
+    """The run directory, after checking access to it.
 
     Raises:
-        ValueError: one line; `output` is no place for it.
+        ValueError: one line; `output` cannot hold it.
     """
     try:
         run = Folder(config.output) / config.name
@@ -36,7 +36,7 @@ def open_run(config: Config) -> Folder:
 
 
 def _check_embeddings(given: str) -> None:
-    """Raise ValueError, in one line, if the folder of embeddings cannot be looked at or made."""
+    """Raises ValueError, in one line, if the folder of embeddings cannot be read or created."""
     try:
         folder = Folder(given)
         folder.names()
@@ -48,26 +48,23 @@ def _check_embeddings(given: str) -> None:
 
 
 def check_lasting(config: Config) -> None:
-    """Raise ValueError, in one line, if what the run writes would be deleted with its Ray job."""
+    """Raises ValueError, in one line, if the run's files would be deleted with its Ray job."""
     require_lasting("output", config.output)
     if config.data.embeddings is not None:
         require_lasting("data.embeddings", config.data.embeddings)
 
 
 def require_lasting(key: str, name: str) -> None:
-    """Raise ValueError, in one line, for a relative path inside a Ray job.
-
-    Its working directory is a copy in the session of Ray, which is deleted with the session.
-    """
+    """Raises ValueError, in one line, for a relative path in a Ray job, whose working directory is deleted later."""
     if RAY_JOB in os.environ and "://" not in name and not os.path.isabs(resolve(name)):
         raise ValueError(
-            f"{key}: {shown(name)} given, a relative path, which inside a Ray job is in a folder that Ray deletes; "
-            f"give a path that every node sees, such as {key}=/shared/runs, or a URI such as s3://bucket/runs"
+            f"{key}: {shown(name)} given, a relative path, which in a Ray job is in a folder that Ray deletes; "
+            f"give a path that every node can read, such as {key}=/shared/runs, or a URI such as s3://bucket/runs"
         )
 
 
 def check_writable(config: Config, run: Folder) -> None:
-    """Raise ValueError, in one line, if nothing can be written in the run directory."""
+    """Raises ValueError, in one line, if the run directory is not writable."""
     try:
         run.require_writable()
     except OSError as error:
@@ -79,10 +76,10 @@ def _no_place(config: Config, error: Exception) -> ValueError:
 
 
 def read_run_prompts(config: Config) -> Prompts:
-    """The prompts that the configuration names.
+    """The prompts of a configuration, checked for its rewards.
 
     Raises:
-        ValueError: one line; a file is missing or empty, or too short for an iteration, or a reward needs more of it.
+        ValueError: one line; a file is missing, empty, too short for an iteration, or a reward cannot score a prompt.
     """
     prompts = read_unscored_prompts(config)
     check_prompts(config, prompts.records)
@@ -90,12 +87,12 @@ def read_run_prompts(config: Config) -> Prompts:
 
 
 def read_unscored_prompts(config: Config) -> Prompts:
-    """The same whatever the rewards need of a prompt."""
+    """Like `read_run_prompts`, without checking them for the rewards."""
     heldout = read_records(config.data.heldout_prompts, "data.heldout_prompts", config.model.sources)
     given = read_records(config.data.train_prompts, "data.train_prompts", config.model.sources)
     train = without_heldout(tuple(given), tuple(heldout))
     if not train:
-        raise ValueError(f"data.train_prompts: all {len(given)} are among data.heldout_prompts, too; give others")
+        raise ValueError(f"data.train_prompts: all {len(given)} are also in data.heldout_prompts; give others")
     iteration_prompts(train, config.data.prompts_per_iteration, config.seed, 0)
     used = {prompt: given[prompt] for prompt in train} | heldout
     metadata = {prompt: known for prompt, known in used.items() if known}
@@ -103,13 +100,13 @@ def read_unscored_prompts(config: Config) -> Prompts:
 
 
 def check_prompts(config: Config, records: Mapping[str, Metadata]) -> None:
-    """Raise ValueError, in one line, if a reward can never score one of the prompts, given with their metadata."""
+    """Raises ValueError, in one line, if a reward can never score one of the prompts, given with their metadata."""
     for key, reward in config.rewards_by_key.items():
         check_prompts_of(key, reward, records)
 
 
 def check_prompts_of(key: str, reward: RewardConfig, records: Mapping[str, Metadata]) -> None:
-    """The same of one reward."""
+    """Like `check_prompts`, for one reward."""
     from g2rpo_ray.rewards import prompt_check
 
     check = prompt_check(reward.kind)
@@ -121,10 +118,10 @@ def check_prompts_of(key: str, reward: RewardConfig, records: Mapping[str, Metad
 
 
 def check_models(config: Config) -> list[str]:
-    """Check the model and the rewards that the configuration names; what could not be checked here, a line each.
+    """Checks the model and the rewards of a configuration; returns a line for each item that could not be checked.
 
     Raises:
-        ValueError: one line that names the key, what was given and what is expected.
+        ValueError: one line with the key, the given value and the expected one.
     """
     from g2rpo_ray.rewards import check_reward
 
@@ -135,7 +132,7 @@ def check_models(config: Config) -> list[str]:
 
 
 def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
-    """`check_models`, that the adapters which the run starts from are of this model, and that it can be tracked."""
+    """Like `check_models`, and checks the initial adapters and the packages that settings need."""
     unchecked = check_models(config)
     check_packages(config)
     if config.lora.initial or checkpoint:
@@ -144,24 +141,24 @@ def check_files(config: Config, checkpoint: Checkpoint | None) -> list[str]:
 
 
 def check_packages(config: Config) -> None:
-    """Raise ValueError, in one line, if a package that a setting needs is not installed here."""
+    """Raises ValueError, in one line, if a package that a setting needs is not installed on this machine."""
     if config.tracking.wandb_project and not find_spec("wandb"):
-        raise ValueError("tracking.wandb_project: wandb is not installed here: `pip install wandb`, or leave it out")
+        raise ValueError("tracking.wandb_project: given, but wandb is not installed; pip install wandb, or remove it")
     quantized, apart = config.rollout.completions.quantization != "none", config.rollout.runtime_env
     if quantized and not apart and not find_spec("torchao"):
         raise ValueError(
-            "rollout.completions.quantization: torchao is not installed here: pip install 'g2rpo_ray[completions]', or "
-            "leave it out"
+            "rollout.completions.quantization: given, but torchao is not installed; pip install "
+            "'g2rpo_ray[completions]', or remove it"
         )
 
 
 def fit_batches(config: Config) -> Config:
-    """The configuration with `rollout.micro_batch` lowered to what `rollout.memory_gib`, if given, holds.
+    """The configuration with `rollout.micro_batch` lowered to fit `rollout.memory_gib`, if given.
 
-    Decided by the configuration alone: actors on other hardware, or after a resume, make the same batches.
+    It depends on the configuration only: actors on other hardware, or after a resume, use the same batches.
 
     Raises:
-        ValueError: one line; not even one latent fits, or the model's configuration cannot be read here.
+        ValueError: one line; no latent fits, or the model's configuration cannot be read on this machine.
     """
     given = config.rollout.memory_gib
     if given is None:
@@ -171,14 +168,14 @@ def fit_batches(config: Config) -> Config:
     fits = fitting_micro_batch(config, int(given * 2**30))
     if not fits:
         raise ValueError(
-            f"rollout.memory_gib: {given:g} given; not enough for one latent of this model: lower "
+            f"rollout.memory_gib: {given:g} given; not enough for one latent of this model; lower "
             f"rollout.decode_batch={config.rollout.decode_batch} or the size of the images, or use a larger device"
         )
     return with_micro_batch(config, fits)
 
 
 def check_model(config: Config) -> list[str]:
-    """Check that `model.path` is a pipeline; a line if it is not on this machine."""
+    """Checks that `model.path` is a pipeline; returns a line if it is not on this machine."""
     given, path = config.model.path, Path(resolve(config.model.path))
     if path.is_dir():
         for name in MODEL_FILES:
@@ -187,13 +184,13 @@ def check_model(config: Config) -> list[str]:
         return []
     if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.exists():
         return [f"model.path: {given} is a hub id; its files are fetched before the actors start"]
-    raise ValueError(f"model.path: {given} is not a directory; give a diffusers pipeline's, or a hub id like org/name")
+    raise ValueError(f"model.path: {given} is not a directory; give one of a diffusers pipeline, or a hub id org/name")
 
 
 def check_network(config: Config) -> None:
-    """Raise ValueError, in one line, for a size, a LoRA or an attention backend that the model cannot have.
+    """Raises ValueError, in one line, for a size, LoRA or attention backend that the model cannot have.
 
-    Its configuration files are on this machine.
+    The model's configuration files must be on this machine.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -209,12 +206,12 @@ def check_network(config: Config) -> None:
 
 
 def check_adapters(config: Config, checkpoint: Checkpoint | None, model_is_here: bool) -> list[str]:
-    """Compare the adapters that the run would start from with the one that the configuration describes.
+    """Compares the initial adapters of the run with `lora` of the configuration.
 
-    A line if the configuration files of its model are not on this machine.
+    Returns a line if the configuration files of the model are not on this machine.
 
     Raises:
-        ValueError: one line; they are of another model, or cannot be read.
+        ValueError: one line; an adapter is of another model, or cannot be read.
     """
     from g2rpo_ray.models import check_adapter_file, check_lora, describe_model, lora_shapes, read_lora
 

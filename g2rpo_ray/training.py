@@ -1,4 +1,4 @@
-"""`train`, around the training loop: checks, run directory, cluster, results."""
+"""`train`: everything around the training loop: checks, run directory, cluster, results."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what is heavy is loaded when there is something to run
+if TYPE_CHECKING:  # slow imports happen when a run starts
     from g2rpo_ray.config import Config
     from g2rpo_ray.data import Prompts
     from g2rpo_ray.runs.checkpoint import Checkpoint
@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # what is heavy is loaded when there is something to run
     from g2rpo_ray.runs.storage import Folder
     from g2rpo_ray.runs.tracking import Sink
 
-# of a run directory: the actors read them where they are
-NOT_NEEDED_HERE = ("checkpoints", "embeddings", "lora", "lora_ema", "lease.json")
+# files of a run directory that actors read themselves, and the driver's copy omits
+NOT_COPIED = ("checkpoints", "embeddings", "lora", "lora_ema", "lease.json")
 
 
 def train(
@@ -29,29 +29,29 @@ def train(
     resume: str = "auto",
     address: str | None = None,
 ) -> "Run":
-    """Train on Ray and return the run that was written below `config.output`; one that is interrupted can be resumed.
+    """Trains on Ray and returns the run, written below `config.output`. An interrupted run can be resumed.
 
     Works in a script, a thread and a notebook, any number of times in one process.
 
     Args:
         config: see `load_config`.
-        rewards: in place of `config.rewards`, by name: a function of images (uint8 [N, H, W, 3]) and prompts (N texts)
-            that returns N numbers, higher being better, None or NaN where one is missing; an object with such a method
-            `score`; or settings as a mapping, whose `kind` may be such a function. Functions reach Ray by cloudpickle.
-        prompts: in place of `data.train_prompts`: a file, a list of texts or of objects with `prompt` and `metadata`,
-            or a `datasets.Dataset` with such columns. With `model.sources` they may have pictures, such as `source`: a
+        rewards: by name, instead of `config.rewards`. A function of images (uint8 [N, H, W, 3]) and prompts (N texts)
+            that returns N numbers, higher is better, None or NaN for a missing one; an object with such a method
+            `score`; or settings as a mapping, whose `kind` may be such a function. Functions are sent by cloudpickle.
+        prompts: instead of `data.train_prompts`: a file, a list of texts or of objects with `prompt` and `metadata`,
+            or a `datasets.Dataset` with such columns. With `model.sources` they may have images, such as `source`: a
             path, bytes, a PIL image or an array uint8 [H, W, 3], of 16 MiB in all.
-        heldout: the same, in place of `data.heldout_prompts`.
-        callbacks: each is called with the iteration, counted from 1 (0: before the first), and its metrics. What one
-            raises ends the run.
-        resume: "auto": from the run's latest checkpoint, if it has one; "never": from the beginning; or the path of
+        heldout: instead of `data.heldout_prompts`, in the same forms.
+        callbacks: each is called with the iteration, counted from 1 (0: before the first), and its metrics. An
+            exception in one ends the run.
+        resume: "auto": from the run's latest checkpoint, if any; "never": from the beginning; or the path of
             another run's checkpoint.
-        address: of a Ray cluster; default: the one that Ray is connected to, RAY_ADDRESS, or a private one.
+        address: of a Ray cluster. Default: the cluster that Ray is connected to, RAY_ADDRESS, or a private one.
 
     Raises:
         ValueError: one line; a setting, file, reward or cluster cannot be used. Nothing was started.
         RunFailed: one line; the run ended early, and error.log in its folder has the trace.
-        RunInterrupted: a signal ended it, after what was done was saved.
+        RunInterrupted: a signal ended it; finished work is saved.
     """
     from g2rpo_ray.config import with_settings
     from g2rpo_ray.runs.reader import read_run
@@ -68,9 +68,9 @@ def run_to_end(
     address: str | None = None,
     wait_s: float = 0.0,
 ) -> "tuple[Folder, int]":
-    """`train` without reading what was written: the run directory, and how many iterations are done.
+    """Like `train`, but returns the run directory and the number of finished iterations.
 
-    Another process that writes there is waited for, for `wait_s` seconds.
+    Waits up to `wait_s` seconds for another process that writes the run.
     """
     with prepared(config, resume, wait_s=wait_s) as start, ExitStack() as stack:
         if _is_finished(start):
@@ -86,18 +86,18 @@ def run_to_end(
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that is checked and may begin."""
+    """A checked run that can start."""
 
     config: "Config"
     run: "Folder"
     prompts: "Prompts"
     lease: "Lease"
     checkpoint: "Checkpoint | None"
-    """To start from, of this run or another."""
+    """Checkpoint to start from, of this run or another."""
     made_with: Mapping[str, Any]
-    """The settings, as checkpoints have them."""
+    """The settings in the form that checkpoints record."""
     unchecked: list[str]
-    """A line for each file that could not be looked at here."""
+    """A line for each file that could not be checked on this machine."""
 
     @property
     def done(self) -> int:
@@ -106,11 +106,11 @@ class Prepared:
 
 
 @contextmanager
-def prepared(config: "Config", resume: str, only_look: bool = False, wait_s: float = 0.0) -> Iterator[Prepared]:
-    """Check a configuration and its run directory, whose lease is held inside; `only_look`: it is not.
+def prepared(config: "Config", resume: str, read_only: bool = False, wait_s: float = 0.0) -> Iterator[Prepared]:
+    """Checks a configuration and its run directory; holds the directory's lease inside unless `read_only`.
 
     Raises:
-        ValueError: one line that names the key or file, what was given and what is allowed.
+        ValueError: one line with the key or file, the given value and the allowed ones.
     """
     from g2rpo_ray.config.resume import settings
     from g2rpo_ray.preflight import check_files, check_lasting, fit_batches, open_run, read_run_prompts
@@ -123,7 +123,7 @@ def prepared(config: "Config", resume: str, only_look: bool = False, wait_s: flo
     config = fit_batches(config)
     lease = Lease(run, wait_s)
     with ExitStack() as stack:
-        if not only_look:
+        if not read_only:
             stack.enter_context(lease)
         made_with = settings(config, prompts.train, prompts.heldout, prompts.metadata)
         checkpoint = find_start(run, resume, made_with)
@@ -131,7 +131,7 @@ def prepared(config: "Config", resume: str, only_look: bool = False, wait_s: flo
 
 
 def _is_finished(start: Prepared) -> bool:
-    """Put the run in order, where a process was killed in it; if nothing is left to do, say so, and return True."""
+    """Repairs the run after a killed process. If the run is finished, prints its summary and returns True."""
     from g2rpo_ray.report.page import write_report
     from g2rpo_ray.runs.checkpoint import settle_checkpoints
     from g2rpo_ray.runs.journal import is_finished, is_stopped, summarize
@@ -146,7 +146,7 @@ def _is_finished(start: Prepared) -> bool:
         if not is_finished(config, run, done):
             return False
         print(f"{config.name} is finished; another --name gives another run\n")
-        with run.workspace(NOT_NEEDED_HERE) as here:
+        with run.workspace(NOT_COPIED) as here:
             began = time.time()
             print(summarize(config, here, done))
             write_report(here, run)
@@ -156,9 +156,9 @@ def _is_finished(start: Prepared) -> bool:
 
 
 def _train(start: Prepared, reachable: AbstractContextManager[None], callbacks: "Sequence[Sink]") -> int:
-    """Run the loop on the cluster that Ray is connected to; iterations done."""
+    """Runs the loop on the cluster that Ray is connected to; returns the number of finished iterations."""
     from g2rpo_ray.actors.interrupt import run_interruptible
-    from g2rpo_ray.actors.session import run_session  # imports Ray, which may not be before there is a cluster
+    from g2rpo_ray.actors.session import run_session  # imports Ray, which must not happen before a cluster exists
     from g2rpo_ray.exits import RunInterrupted
     from g2rpo_ray.run import training_loop
     from g2rpo_ray.runs.start import begin
@@ -170,7 +170,7 @@ def _train(start: Prepared, reachable: AbstractContextManager[None], callbacks: 
         stack.enter_context(traced(run))
         checkpoint = begin(run, start.checkpoint, start.made_with)
         stack.enter_context(reachable)
-        here = stack.enter_context(run.workspace(NOT_NEEDED_HERE))
+        here = stack.enter_context(run.workspace(NOT_COPIED))
         stack.enter_context(witness(run.path and run.path / FILE))
         given = (config, start.prompts, run, here, checkpoint, start.lease)
         done = run_interruptible(lambda interrupt: run_session(training_loop, *given, interrupt, callbacks))

@@ -1,4 +1,4 @@
-"""What `--check` does beyond the checks of every start: the plan, the model's shapes, a score of each reward."""
+"""`--check`, beyond the checks of every start: plan, shapes of the model, a score of each reward, resources."""
 
 import os
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def check(
     fleet: Fleet | None = None,
     times: Times | None = None,
 ) -> None:
-    """Print the plan, what could not be checked, and whether the cluster, or this machine, has what the run needs.
+    """Prints the plan, unchecked items, and whether the cluster or this machine has enough resources.
 
     Args:
-        unchecked: what the checks before could not look at, a line each.
-        address: the Ray cluster; None: a private one is not started, the machine is looked at.
-        fleet: devices that are to be had, for which hours are told; then nothing else is looked at.
-        times: the same, by what `g2rpo bench` measured.
+        unchecked: a line for each item that earlier checks could not check.
+        address: the Ray cluster; None: no cluster is started, and this machine is checked.
+        fleet: devices for which hours are estimated; then resources are not checked.
+        times: measurements of `g2rpo bench` to estimate hours from; then resources are not checked.
 
     Raises:
         ValueError: one line; the run cannot work.
@@ -45,7 +45,7 @@ def check(
     shape = (2, *([model.frames] if model.frames > 1 else []), model.height, model.width, 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pictures = [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
-    with trial(_at_hand(config, unchecked), pictures, config.startup_timeout_s) as tried:
+    with trial(_local_rewards(config, unchecked), pictures, config.startup_timeout_s) as tried:
         if shaped := with_shapes(config):
             check_network(shaped)
         print(describe_plan(config))
@@ -59,7 +59,7 @@ def check(
             if "untried" in found:
                 unchecked.append(f"{key}: not tried, {found['untried']}")
             elif not np.isfinite(found["scores"]).all():
-                unchecked.append(f"{key}: gave no score for a picture of noise and the prompt {prompt!r}")
+                unchecked.append(f"{key}: no score for an image of noise and the prompt {prompt!r}")
     for line in unchecked:
         print(f"not checked:   {line}")
     if fleet or times:
@@ -70,10 +70,10 @@ def check(
         if machine["GPU"] and (fault := cuda_fault()):
             raise ValueError(f"CUDA does not work on this machine: {fault}")
         has = ", ".join(f"{amount:g} {name}" for name, amount in machine.items())
-        print(f"cluster:       none was asked; this machine, with {has}, {room}")
+        print(f"cluster:       none given; this machine, with {has}, {room}")
         return
     with cluster(address):
-        from g2rpo_ray.actors.pool.cuda import check_cuda  # imports Ray, which may not be before there is a cluster
+        from g2rpo_ray.actors.pool.cuda import check_cuda  # imports Ray, which must not happen before a cluster exists
 
         room = check_resources(config)
         for line in check_cuda(config):
@@ -84,13 +84,13 @@ def check(
 def _hours(config: Config, shaped: Config | None, heldout: int, fleet: Fleet) -> str:
     if shaped is None:
         raise ValueError(
-            f"--devices: the shapes of {config.model.path} are not known here; give a folder with the model's files"
+            f"--devices: the shapes of {config.model.path} are unknown; give a folder with the model's files"
         )
     return describe_hours(shaped, heldout, fleet)
 
 
 def _check_memory(config: Config) -> None:
-    """Raise ValueError, in one line, if a rollout actor on this machine's CPU needs more memory than there is."""
+    """Raises ValueError, in one line, if a rollout actor on this machine's CPU needs more memory than it has."""
     if not config.model.is_local:
         return
     from g2rpo_ray.models.estimate import rollout_memory
@@ -99,13 +99,13 @@ def _check_memory(config: Config) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:
         raise ValueError(
-            f"rollout.micro_batch: {config.rollout.micro_batch} given; an actor needs {needed:.0f} GiB for pictures of "
-            f"{config.model.width} × {config.model.height}, this machine has {there:.0f} GiB: lower it, "
-            "rollout.decode_batch, or the size of the pictures"
+            f"rollout.micro_batch: {config.rollout.micro_batch} given; an actor needs {needed:.0f} GiB for images of "
+            f"{config.model.width} × {config.model.height}, this machine has {there:.0f} GiB; lower it, "
+            "rollout.decode_batch, or the size of the images"
         )
 
 
-def _at_hand(config: Config, unchecked: Sequence[str]) -> dict[str, RewardConfig]:
+def _local_rewards(config: Config, unchecked: Sequence[str]) -> dict[str, RewardConfig]:
     """The rewards, by key, whose files are all on this machine."""
     rewards = config.rewards_by_key.items()
     return {key: reward for key, reward in rewards if not any(line.startswith(f"{key}.") for line in unchecked)}

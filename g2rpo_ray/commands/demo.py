@@ -1,6 +1,6 @@
-"""A page to try adapters on: base beside tuned, on the same noise: `python -m g2rpo_ray.demo --adapter RUN`.
+"""A web page that shows base and tuned images of the same noise: `python -m g2rpo_ray.demo --adapter RUN`.
 
-prompt, seed, steps, share ─► Studio: one model, a LoRA after the other ─► pictures and their scores ─► Gradio
+prompt, seed, steps, share ─► Studio: one model, one LoRA after the other ─► images and their scores ─► Gradio
 """
 
 import argparse
@@ -30,14 +30,14 @@ from g2rpo_ray.types import Images, Metadata, PromptEmbedding, SampleUnit, sourc
 
 logger = logging.getLogger(__name__)
 
-NOT_NEEDED = ("checkpoints", "embeddings", "samples", "timeline", "tensorboard")  # of a run on object storage
-LONGEST_PROMPT, MOST_STEPS, LARGEST_SEED = 1000, 100, 2**31 - 1
-SMALLEST_SHOWN = 256  # pixels: smaller pictures are enlarged by a whole factor
+NOT_COPIED = ("checkpoints", "embeddings", "samples", "timeline", "tensorboard")  # of a run on object storage
+MAX_PROMPT, MAX_STEPS, MAX_SEED = 1000, 100, 2**31 - 1
+MIN_SHOWN_SIZE = 256  # pixels; smaller images are enlarged by a whole factor
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One adapter's picture [H, W, 3] and its scores by reward."""
+    """One adapter's image [H, W, 3] and its scores by reward."""
 
     adapter: str
     picture: Images
@@ -45,12 +45,12 @@ class Shown:
 
 
 class Studio:
-    """The model, the adapters and the rewards, in this process. One picture is made at a time."""
+    """The model, the adapters and the rewards, in this process. It makes one image at a time."""
 
     def __init__(self, config: Config, adapters: Sequence[Adapter], scored: bool = True):
         """
         Raises:
-            ValueError: one line; the model or a reward cannot be loaded here.
+            ValueError: one line; the model or a reward cannot be loaded on this machine.
         """
         from g2rpo_ray.models import FlowModel
         from g2rpo_ray.rewards import open_reward
@@ -66,20 +66,24 @@ class Studio:
         self._lock = threading.Lock()
 
     def draw(self, prompt: str, seed: int, steps: int, share: float, source: str | None = None) -> list[Shown]:
-        """The prompt by every adapter, the base first, on the noise of `evaluate` for the same seed.
+        """An image of the prompt by every adapter, the base first, with the noise of `evaluate` for the same seed.
 
         Args:
-            source: file of the picture to edit.
+            prompt: 1 to 1000 characters.
+            seed: 0 to 2^31 - 1.
+            steps: sampling steps, 1 to 100.
+            share: part of the steps that adapters make, 0 to 1; the base makes the rest.
+            source: file of the image to edit.
 
         Raises:
-            ValueError: one line; a value is outside of its bounds.
+            ValueError: one line; a value is outside its bounds.
         """
-        if not prompt.strip() or len(prompt) > LONGEST_PROMPT:
-            raise ValueError(f"prompt: {len(prompt)} characters given; type 1 to {LONGEST_PROMPT}")
-        if not (1 <= steps <= MOST_STEPS and 0 <= seed <= LARGEST_SEED and 0 <= share <= 1):
+        if not prompt.strip() or len(prompt) > MAX_PROMPT:
+            raise ValueError(f"prompt: {len(prompt)} characters given; type 1 to {MAX_PROMPT}")
+        if not (1 <= steps <= MAX_STEPS and 0 <= seed <= MAX_SEED and 0 <= share <= 1):
             raise ValueError(
-                f"steps {steps}, seed {seed}, share {share:g} given; steps are 1 to {MOST_STEPS}, "
-                f"seeds 0 to {LARGEST_SEED}, the share 0 to 1"
+                f"steps {steps}, seed {seed}, share {share:g} given; steps are 1 to {MAX_STEPS}, "
+                f"seeds 0 to {MAX_SEED}, the share 0 to 1"
             )
         files = [picture_file(source, Path())] if source else []
         prompt, known = with_sources(prompt, files), {"source": tuple(files)} if files else {}
@@ -113,7 +117,7 @@ class Studio:
 
 
 def build_page(studio: Studio, example: str, source: Image.Image | None = None) -> Any:
-    """The Gradio page of a studio; nothing on it is fetched from a network."""
+    """The Gradio page of a studio; it fetches nothing from a network."""
     import gradio as gr
 
     sampler = studio.config.sampler
@@ -122,18 +126,18 @@ def build_page(studio: Studio, example: str, source: Image.Image | None = None) 
             f"# Base and tuned, on the same noise\n{studio.config.model.path}, base and "
             + ", ".join(adapter.name for adapter in studio.adapters[1:])
         )
-        prompt = gr.Textbox(label="Prompt", value=example, max_length=LONGEST_PROMPT, lines=1)
+        prompt = gr.Textbox(label="Prompt", value=example, max_length=MAX_PROMPT, lines=1)
         with gr.Row():
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED)
-            steps = gr.Slider(1, MOST_STEPS, value=sampler.steps, step=1, label="Sampling steps")
-            share = gr.Slider(0, 1, value=1, step=0.05, label="Adapter share: part of the steps, from the first on")
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED)
+            steps = gr.Slider(1, MAX_STEPS, value=sampler.steps, step=1, label="Sampling steps")
+            share = gr.Slider(0, 1, value=1, step=0.05, label="Adapter share of the steps, from the first")
         edits = studio.config.model.sources > 0
         picture = gr.Image(source, label="Source", type="filepath", format="png", visible=edits)
         button = gr.Button("Draw", variant="primary")
         outputs: list[Any] = []
         with gr.Row():
             for adapter in studio.adapters:
-                with gr.Column(min_width=SMALLEST_SHOWN):
+                with gr.Column(min_width=MIN_SHOWN_SIZE):
                     outputs.append(gr.Image(label=adapter.name, format="png", interactive=False, buttons=["download"]))
                     outputs.append(gr.Markdown())
 
@@ -151,7 +155,7 @@ def build_page(studio: Studio, example: str, source: Image.Image | None = None) 
 
 def _enlarged(picture: Images) -> Image.Image:
     image = Image.fromarray(picture)
-    factor = max(1, -(-SMALLEST_SHOWN // image.width))
+    factor = max(1, -(-MIN_SHOWN_SIZE // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -163,28 +167,28 @@ def _caption(shown: Shown) -> str:
 def _prepare(config: Config) -> None:
     import torch
 
-    set_up_torch(config.deterministic, config.rollout.threads)  # as a rollout actor does: the same bits
+    set_up_torch(config.deterministic, config.rollout.threads)  # as in a rollout actor, for the same bits
     if config.rollout.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "rollout.device: cuda needs a GPU, and torch finds none on this machine; give "
+            "rollout.device: cuda given, but torch finds no GPU on this machine; give "
             "--set rollout.device=auto --set 'rollout.resources={CPU: 1}'"
         )
 
 
 def _find(given: Sequence[str], stack: ExitStack) -> tuple[str | None, list[str]]:
-    """The settings of the first run that is given, None without one, and every adapter as NAME=PATH."""
+    """The settings of the first run among the arguments, or None, and every adapter as NAME=PATH."""
     config, named = None, []
     for argument in given:
         name, separator, place = argument.rpartition("=")
         folder = Folder(place)
         if folder.exists("config.yaml"):
-            run = stack.enter_context(folder.workspace(NOT_NEEDED))
+            run = stack.enter_context(folder.workspace(NOT_COPIED))
             config = config or str(run / "config.yaml")
             named.append(f"{name or str(folder).partition('?')[0].rstrip('/').rpartition('/')[2]}={run / 'lora'}")
         elif separator:
             named.append(argument)
         else:
-            raise ValueError(f"--adapter: {argument} given, which is no run's folder; give one, or NAME=PATH")
+            raise ValueError(f"--adapter: {argument} given, which is not a run's folder; give one, or NAME=PATH")
     return config, named
 
 
@@ -202,10 +206,10 @@ def _page(options: argparse.Namespace, stack: ExitStack) -> Any:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo demo`."""
     parser = Parser(
         prog="python -m g2rpo_ray.demo",
-        description="A page in the browser: base beside tuned, on the same noise, with the scores of the rewards.",
+        description="Serve a web page that shows base and tuned images of the same noise, with the rewards' scores.",
         epilog="example: python -m g2rpo_ray.demo --adapter runs/quickstart",
     )
     parser.add_argument(
@@ -214,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="settings; default: those of the first run")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
     parser.add_argument("--no-scores", action="store_true", help="load no rewards")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="make the page public through Gradio's tunnel")
     return parser
@@ -222,7 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Serve the page; returns the exit status: 0 done, 2 invalid input."""
+    """Serves the page; returns the exit status: 0 done, 2 invalid input."""
     with ExitStack() as stack:
         try:
             import gradio as gr

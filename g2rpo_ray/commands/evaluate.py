@@ -1,4 +1,4 @@
-"""The command line of an evaluation."""
+"""The command `g2rpo evaluate`."""
 
 import argparse
 import logging
@@ -12,7 +12,7 @@ from g2rpo_ray.exits import Parser, command, path_option
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo evaluate`."""
     parser = Parser(
         prog="python -m g2rpo_ray.evaluate",
         description="Compare the base model and adapters: rewards, steps, seeds.",
@@ -38,14 +38,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def planned(options: argparse.Namespace) -> EvaluationPlan:
-    """What the options ask for, checked. ValueError in one line where it cannot be."""
+    """The checked plan of the options. ValueError, in one line, if it is not possible."""
     changed = {"data.heldout_prompts": options.prompts} if options.prompts else {}
     config = load_config(options.config, options.set, **changed)
     asked = {name: getattr(options, name) for name in ("steps", "seeds", "hybrid", "grid", "output")}
     return make_plan(config, options.adapter, **asked)
 
 
-@command(make_parser, stopped="stopped: the same command goes on with what is scored")
+@command(make_parser, stopped="stopped; scores are saved, and the same command resumes")
 def _main(options: argparse.Namespace) -> int:
     plan = planned(options)
     print(write_results(plan, score(plan, options.address)))
@@ -53,7 +53,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare; returns the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
+    """Compares; returns the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
     from g2rpo_ray.actors.cluster import leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -1,4 +1,4 @@
-"""Fetches the models that a configuration names into the hub's cache: `python -m g2rpo_ray.fetch --config FILE`."""
+"""Downloads the models of a configuration to the hub's cache: `python -m g2rpo_ray.fetch --config FILE`."""
 
 import argparse
 import time
@@ -9,11 +9,11 @@ from g2rpo_ray.hub import all_files
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo fetch`."""
     parser = Parser(
         prog="python -m g2rpo_ray.fetch",
-        description="Fetch the model and the rewards' models that a configuration names into the Hugging Face cache "
-        "(HF_HOME). A run does so before its actors start; this does it alone, on a machine without GPUs too.",
+        description="Download the model and the rewards' models of a configuration to the Hugging Face cache "
+        "(HF_HOME). A run does so before its actors start; this command needs no GPU.",
         epilog="example: python -m g2rpo_ray.fetch --config flux_hps",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML settings, or the name of a packaged file")
@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Fetch; returns the exit status: 0 done, 2 invalid input or a file that cannot be fetched."""
+    """Downloads; returns the exit status: 0 done, 2 invalid input or a file that cannot be downloaded."""
     wanted = all_files(load_config(options.config, options.set))
     for files in wanted:
         print(f"{files.key}: {files.name}", flush=True)

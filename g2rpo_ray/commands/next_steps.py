@@ -1,4 +1,4 @@
-"""The last words of a run: where its results are, how to load them, and the commands that go on from there."""
+"""The summary that a run prints at its end: files, how to load the LoRA, next commands."""
 
 import os
 
@@ -7,8 +7,8 @@ from g2rpo_ray.runs.storage import Folder
 
 
 def next_steps(config: Config, run: Folder, done: int) -> str:
-    """The lines that end a run with `done` iterations behind it."""
-    here = run.path is not None  # of object storage a file must be fetched first
+    """The summary of a run with `done` finished iterations."""
+    here = run.path is not None  # else the run is in object storage
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
     lora = "lora" if here and in_pod else run / "lora"
     lines = [
@@ -16,7 +16,7 @@ def next_steps(config: Config, run: Folder, done: int) -> str:
         f"report:     {run / 'report.html'}",
         f"LoRA:       {run / 'lora'}",
     ]
-    if here and in_pod:  # whose paths nobody has outside, and whose image has no gradio for a demo
+    if here and in_pod:  # its paths do not exist outside, and its image has no gradio for a demo
         lines += [
             "copy it:    kubectl apply -f deploy/tools/files.yaml",
             "            kubectl wait --for=condition=Ready pod/g2rpo-files",
@@ -32,13 +32,13 @@ def next_steps(config: Config, run: Folder, done: int) -> str:
 
 
 def _commands(config: Config, run: Folder, done: int) -> list[str]:
-    """What can be run on this machine."""
+    """The commands to run next on this machine."""
     lines = [f"try it:     python -m g2rpo_ray.demo --adapter {run}"]
     if run.path is not None:
         settings, more = run / "config.yaml", f"--set iterations={done + config.iterations}"
         adapter = f"{config.name}={run / 'lora'}"
         lines += [
             f"compare:    python -m g2rpo_ray.evaluate --config {settings} --adapter {adapter} --seeds 8",
-            f"go on:      python -m g2rpo_ray.run --config {settings} {more}",
+            f"continue:   python -m g2rpo_ray.run --config {settings} {more}",
         ]
     return lines

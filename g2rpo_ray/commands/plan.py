@@ -1,4 +1,4 @@
-"""The plan of a run in words: what it evaluates, in how many units, what it takes, and who keeps up with whom."""
+"""The plan of a run as text: evaluations, units, memory, and the balance of learner and rollout."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,9 +13,9 @@ from g2rpo_ray.types import TrunkUnit
 
 
 def describe_plan(config: Config) -> str:
-    """What an iteration evaluates, in how many units, and what it leaves in memory; of `auto`, at its dearest."""
+    """The plan as lines `name: text`: evaluations, units and memory; `auto` has its costliest choice."""
     prompts, sampler = config.data.prompts_per_iteration, config.sampler
-    trees, probes = possible_trees(config, sampler.dearest), possible_trees(config, sampler.dearest, probing=True)
+    trees, probes = possible_trees(config, sampler.costliest), possible_trees(config, sampler.costliest, probing=True)
     cost = config.velocity_cost
     mean = prompt_cost(config, trees)
     trunk = TrunkUnit(0, 0, "")
@@ -36,7 +36,7 @@ def describe_plan(config: Config) -> str:
             f"granularities {strides}",
             *_auto(config),
             f"a prompt:      {about}{mean.evaluations:g} velocity evaluations, {mean.images:g} images to score, "
-            f"{mean.states:g} learner states" + (", with guidance, which counts twice" if cost > 1 else ""),
+            f"{mean.states:g} learner states" + (", with guidance counted twice" if cost > 1 else ""),
             f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
             f"{members} members, {an_iteration:g} evaluations; update: {prompts * mean.states:g} states forward and "
             f"backward, as much as {updated:g} evaluations",
@@ -50,7 +50,7 @@ def describe_plan(config: Config) -> str:
             *_devices(config),
             f"object store:  {stored / 2**20:.1f} MiB of images an iteration, freed as they are scored; at most "
             f"{config.rollout.max_unscored_units} units wait; with latents, weights and embeddings at most about "
-            f"{object_store_bytes(config) / 1e9:.1f} GB, which a private cluster is given",
+            f"{object_store_bytes(config) / 1e9:.1f} GB, the size in a private cluster",
         ]
     )
 
@@ -61,7 +61,7 @@ def _list(sampler: SamplerConfig, key: Literal["branch_steps", "strides"]) -> st
 
 
 def _auto(config: Config) -> list[str]:
-    """The range of what `auto` may take, and its probes."""
+    """The range of the cost of `auto`, and its probes."""
     sampler, auto = config.sampler, config.sampler.auto
     if not sampler.is_auto:
         return []
@@ -71,38 +71,38 @@ def _auto(config: Config) -> list[str]:
         return config.velocity_cost * sum(tree.evaluations for tree in trees) / len(trees)
 
     prompts, often = min(auto.prompts, config.data.prompts_per_iteration), -(-config.iterations // auto.every)
-    least, most = (evaluations(choice) for choice in (sampler.cheapest, sampler.dearest))
-    probe = evaluations(sampler.dearest, probing=True)
+    least, most = (evaluations(choice) for choice in (sampler.cheapest, sampler.costliest))
+    probe = evaluations(sampler.costliest, probing=True)
     all_prompts = config.iterations * config.data.prompts_per_iteration
     low, high = ((all_prompts - often * prompts) * each + often * prompts * probe for each in (least, most))
     return [
-        f"auto:          a prompt takes {least:g} to {most:g} evaluations, and {probe:g} where it probes: {prompts} "
-        f"prompts each {auto.every} iterations; the run: {low:g} to {high:g}. Below: at its dearest, without probes"
+        f"auto:          {least:g} to {most:g} evaluations per prompt, {probe:g} per probe; {prompts} probes every "
+        f"{auto.every} iterations; the run: {low:g} to {high:g}. Below: the costliest choice, without probes"
     ]
 
 
 def _completions(config: Config, trees: Sequence[Tree]) -> list[str]:
-    """What of a rollout is computed otherwise than the policy's likelihood."""
+    """The share of a rollout that `rollout.completions` computes."""
     given = config.rollout.completions
     if not given.differ:
         return []
     below = sum(tree.completions for tree in trees) / sum(tree.evaluations for tree in trees)
     kind = {"none": "in full precision"}.get(given.quantization, f"in {given.quantization}")
     return [
-        f"completions:   {below:.1%} of the velocities, {kind}; log-probabilities rest on the others alone. "
-        f"Prompts completed exactly, too: {given.probe_prompts} each {given.probe_every} iterations, not counted here"
+        f"completions:   {below:.1%} of the velocities, {kind}; log-probabilities depend only on the others. "
+        f"Exact probes, not counted here: {given.probe_prompts} prompts every {given.probe_every} iterations"
     ]
 
 
 def _devices(config: Config) -> list[str]:
-    """What the model's micro-batches may be on devices of the usual sizes."""
+    """The largest micro-batches on devices of common sizes."""
     if (shaped := with_shapes(config)) is None:
         return []
     from g2rpo_ray.models.estimate import fits
 
     lines = []
     for fit in fits(shaped):
-        learner = "learner does not fit: more learner.ranks, or smaller images"
+        learner = "learner does not fit; use more learner.ranks, or smaller images"
         if fit.states:
             checkpointing = "with" if fit.checkpointed else "without"
             learner = f"learner {fit.states}, {checkpointing} gradient checkpointing, zero_stage {fit.zero_stage}"
@@ -113,10 +113,10 @@ def _devices(config: Config) -> list[str]:
 
 def _memory(config: Config) -> str:
     if (shaped := with_shapes(config)) is None:
-        return "its memory is known when the model's files are on this machine"
+        return "memory unknown: the model's files are not on this machine"
     from g2rpo_ray.models.estimate import rollout_memory
 
     needed = {part: size / 2**30 for part, size in rollout_memory(shaped).items()}
     work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
     batch = f"in batches of {config.rollout.micro_batch}"
-    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB to work {batch}, beside what libraries take"
+    return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB of tensors {batch}, without libraries"

@@ -1,4 +1,4 @@
-"""Rehearses a configuration on this machine: checks all of it, then runs it on a twin of its model."""
+"""Rehearses a configuration on this machine: checks all of it, then runs it with a twin of its model."""
 
 import argparse
 import logging
@@ -18,10 +18,11 @@ ACTOR = "ray::RolloutActor"  # the title of its process
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo rehearse`."""
     parser = Parser(
         prog="python -m g2rpo_ray.rehearse",
-        description="Check all of a configuration, then run two iterations of it on a tiny twin of its model, here.",
+        description="Check all of a configuration, then run two iterations with a tiny twin of its model, on this "
+        "machine.",
         epilog="examples:\n"
         "  python -m g2rpo_ray.rehearse --config flux_hps\n"
         "  python -m g2rpo_ray.rehearse --config my.yaml --local     in this process, without Ray",
@@ -30,26 +31,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML settings, or the name of a packaged file")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
     parser.add_argument(
-        "--local", action="store_true", help="in this process, without Ray: no actors, checkpoint, resume and report"
+        "--local", action="store_true", help="in this process, without Ray: no actors, checkpoint, resume or report"
     )
     parser.add_argument(
         "--devices", metavar="KIND:NUMBER", type=fleet,
-        help="also compare the memory of the actors at full size with that of a device, such as h100:8",
+        help="also compare the actors' memory at full size with that of a device, such as h100:8",
     )  # fmt: skip
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=path_option,
-        help="a new folder; default: one where the system has temporary files",
+        help="a new folder; default: a temporary folder",
     )
     return parser
 
 
 def rehearse(config: Config, folder: Path, local: bool, devices: Fleet | None = None) -> bool:
-    """Print what is found; whether nothing is wrong.
+    """Prints the findings; returns True if there is no problem.
 
     Args:
-        devices: whose memory the actors' at full size is compared with.
+        folder: for the twin and its run.
+        local: rehearse in this process, without Ray.
+        devices: compare the actors' memory at full size with these.
 
     Raises:
         ValueError: one line; no twin can be made of such a model.
@@ -65,19 +68,19 @@ def rehearse(config: Config, folder: Path, local: bool, devices: Fleet | None = 
         for line in lines:
             print(f"{kind + ':':<15}{line}")
     if found.prompts is None or found.shaped is None:
-        print("rehearsed:     nothing, since a twin needs prompts and the configuration files of the model")
+        print("rehearsed:     no; a twin needs prompts and the configuration files of the model")
         return False
     parameters = write_twin(found.shaped.model, folder / "twin")
-    print(f"twin:          {config.model.path} in small, {parameters:,} parameters of random values: {folder / 'twin'}")
+    print(f"twin:          of {config.model.path}, {parameters:,} random parameters: {folder / 'twin'}")
     rehearsed = small(config, found.untried, found.prompts, folder, local)
     print(f"smaller:       {', '.join(differences(config, rehearsed))}")
     for key, reason in found.untried.items():
-        print(f"stand-in:      {key}: {rehearsed.rewards_by_key[key].kind} scores in its place: {reason}", flush=True)
+        print(f"stand-in:      {key}: {rehearsed.rewards_by_key[key].kind} scores instead: {reason}", flush=True)
     began = time.monotonic()
     try:
         done = _in_this_process(rehearsed) if local else _on_ray(rehearsed)
     except ValueError as error:
-        print(f"rehearsed:     not to the end: {error}")
+        print(f"rehearsed:     failed: {error}")
         return False
     print(f"rehearsed:     {done}, in {time.monotonic() - began:.0f} s")
     return not found.problems
@@ -90,7 +93,7 @@ def _in_this_process(config: Config) -> str:
     from g2rpo_ray.local import LocalRun
 
     for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()  # they would warn of each prompt that is cut
+        library.set_verbosity_error()  # else they warn of each truncated prompt
     run = LocalRun(config)
     run.heldout()
     for iteration in range(config.iterations):
@@ -107,25 +110,25 @@ def _on_ray(config: Config) -> str:
     from g2rpo_ray.rollout.cost import object_store_bytes
     from g2rpo_ray.training import run_to_end
 
-    os.environ.pop("RAY_ADDRESS", None)  # the twin is on this machine alone
+    os.environ.pop("RAY_ADDRESS", None)  # the twin is on this machine only
     with cluster(None, object_store_bytes(config)):
         with suppress(RunInterrupted):
-            run_to_end(config, [_disturb])
+            run_to_end(config, [_inject_faults])
         run, done = run_to_end(config)
     return (
         f"{done} iterations through Ray by {config.rollout.max_actors} rollout actors, one of them killed, and "
-        f"{config.learner.ranks} learner ranks; stopped after the first, resumed from its checkpoint, evaluated; the "
-        f"report is {run / 'report.html'}"
+        f"{config.learner.ranks} learner ranks; stopped after the first, resumed from its checkpoint, evaluated; "
+        f"report: {run / 'report.html'}"
     )
 
 
-def _disturb(iteration: int, metrics: Mapping[str, float]) -> None:
-    """Kill a rollout actor before the first iteration, and ask the run to end after it."""
+def _inject_faults(iteration: int, metrics: Mapping[str, float]) -> None:
+    """Kills a rollout actor before the first iteration, and interrupts the run after it."""
     import psutil
 
     if iteration == 0:
         for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # others end by themselves
+            with suppress(psutil.Error):  # a process may end meanwhile
                 if "".join(child.cmdline()).startswith(ACTOR):
                     child.kill()
                     return
@@ -145,7 +148,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rehearse; returns the exit status: 0 nothing wrong, 1 something is, 2 invalid input, 130 interrupted."""
+    """Rehearses; returns the exit status: 0 no problem, 1 a problem, 2 invalid input, 130 interrupted."""
     from g2rpo_ray.actors.cluster import leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

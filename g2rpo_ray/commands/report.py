@@ -1,4 +1,4 @@
-"""Writes a report: `python -m g2rpo_ray.report RUN [RUN ...]`, runs being folders or URIs, going on or ended."""
+"""Writes a report: `python -m g2rpo_ray.report RUN [RUN ...]`. A RUN is a folder or URI, running or finished."""
 
 import argparse
 from pathlib import Path
@@ -8,14 +8,14 @@ from g2rpo_ray.report.page import render
 from g2rpo_ray.runs.reader import read_run
 from g2rpo_ray.runs.storage import Folder, replace_text
 
-MOST_RUNS = 8  # as many as there are colours to tell them apart
+MAX_RUNS = 8  # the number of distinct colours
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo report`."""
     parser = Parser(
         prog="python -m g2rpo_ray.report",
-        description="Write one self-contained HTML file about a run, or several compared.",
+        description="Write one self-contained HTML file about a run, or a comparison of several.",
         epilog="example: python -m g2rpo_ray.report runs/a runs/b --output compared.html",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, such as runs/quickstart, or its URI")
@@ -23,16 +23,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         type=path_option,
-        help="default: report.html in the run's folder, or, of several, here",
+        help="default: report.html in the run's folder; for several runs, in the current folder",
     )
     return parser
 
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Write the report; returns the exit status: 0 done, 2 invalid input."""
-    if len(options.runs) > MOST_RUNS:
-        raise ValueError(f"{len(options.runs)} runs given; at most {MOST_RUNS} fit in one report")
+    """Writes the report; returns the exit status: 0 done, 2 invalid input."""
+    if len(options.runs) > MAX_RUNS:
+        raise ValueError(f"RUN: {len(options.runs)} runs given; at most {MAX_RUNS} fit in one report")
     runs = [read_run(place) for place in options.runs]
     alone = Folder(options.runs[0]).path if len(runs) == 1 else None
     target = options.output or (alone or Path()) / "report.html"

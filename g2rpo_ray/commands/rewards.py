@@ -1,4 +1,4 @@
-"""Tries every reward of a configuration: loads it, scores pictures, tells scale, spread, cost and determinism."""
+"""Tries every reward of a configuration: loads it, scores images, prints scale, spread, cost and determinism."""
 
 import argparse
 import hashlib
@@ -20,10 +20,10 @@ from g2rpo_ray.types import text_of
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a repository says that its checkpoint, which is our default, gives its pictures."""
+    """Scores that a repository publishes for its images with the default checkpoint."""
 
     where: str
-    values: dict[str, float]  # by the digest of the picture's pixels
+    values: dict[str, float]  # by `digest_of` the image
     tolerance: float
 
 
@@ -42,10 +42,10 @@ PUBLISHED = {
 
 
 def check(config: Config, folder: Path | None) -> bool:
-    """Print what is found of each reward; whether all were tried, and nothing was wrong.
+    """Prints the results of each reward; returns True if all were tried and nothing is wrong.
 
     Raises:
-        ValueError: one line; the folder holds no pictures.
+        ValueError: one line; the folder has no images.
     """
     size, sources = (config.model.height, config.model.width), config.model.sources
     pictures = read_pictures(folder, sources) if folder else references(*size)
@@ -61,11 +61,11 @@ def check(config: Config, folder: Path | None) -> bool:
 
 
 def _check_one(key: str, reward: RewardConfig, pictures: Sequence[Picture], limit_s: float) -> list[str]:
-    """What is found of a reward. ValueError, in one line, where it can't be tried."""
+    """The lines about a reward. ValueError, in one line, if it cannot be tried."""
     check_reward(key, reward)
     fitting = [picture for picture in pictures if _fits(reward, picture)]
     if not fitting:
-        raise ValueError(f"none of the pictures has what {reward.kind} needs of a prompt; give IMAGES that have")
+        raise ValueError(f"none of the images has a prompt that {reward.kind} can score; give IMAGES with such prompts")
     with trial({key: reward}, fitting, limit_s, measured=True) as tried:
         found = tried()[key]
     if "untried" in found:
@@ -80,7 +80,7 @@ def _check_one(key: str, reward: RewardConfig, pictures: Sequence[Picture], limi
         f"{key}: {reward.kind} on {placed}",
         f"loaded in {found['load_s']:.1f} s; {found['per_s']:.3g} images/s; {found['memory_gib']:.2f} GiB{gpu}",
         _scale(scores, found["group"]),
-        "a second time: " + ("the same bits" if found["same"] else "WRONG, other bits: runs can't be repeated with it"),
+        "repeated: " + ("the same bits" if found["same"] else "WRONG, other bits, so runs are not reproducible"),
         *([] if found["group"] else [_own_prompts(scores, np.array(found["other"], np.float32))]),
         _published(reward, fitting, scores),
     ]
@@ -97,9 +97,9 @@ def _fits(reward: RewardConfig, picture: Picture) -> bool:
 def _scale(scores: np.ndarray, group: bool) -> str:
     there = scores[np.isfinite(scores)].astype(np.float64)
     if not len(there):
-        return f"WRONG: none of {len(scores)} pictures got a score"
+        return f"WRONG: none of {len(scores)} images has a score"
     missing = f", {len(scores) - len(there)} missing" if len(there) < len(scores) else ""
-    of = "pictures as one group" if group else "pictures"
+    of = "images as one group" if group else "images"
     return (
         f"{len(scores)} {of}: {there.min():.4f} to {there.max():.4f}, mean {there.mean():.4f}, "
         f"spread (std) {there.std():.4f}{missing}"
@@ -109,45 +109,45 @@ def _scale(scores: np.ndarray, group: bool) -> str:
 def _own_prompts(scores: np.ndarray, other: np.ndarray) -> str:
     gain = (scores - other)[np.isfinite(scores - other)]
     if not len(gain) or not gain.any():
-        return "prompts: another picture's prompt gives the same score: it ignores them, or can't score these"
+        return "prompts: another image's prompt gives the same score, so it ignores prompts, or cannot score these"
     better = f"{(gain > 0).sum()} of {len(gain)}"
-    return f"prompts: {number(float(gain.mean()), '+.4f')} with their own against another's, more for {better}"
+    return f"prompts: {number(float(gain.mean()), '+.4f')} with its own against another's, more for {better}"
 
 
 def _published(reward: RewardConfig, pictures: Sequence[Picture], scores: np.ndarray) -> str:
     known = PUBLISHED.get(reward.kind)
     if known is None or not _is_published(reward):
-        return "published: no value is known for this checkpoint and these pictures"
+        return "published: no value is known for this checkpoint and these images"
     pairs = [
         (float(score), known.values[digest])
         for picture, score in zip(pictures, scores, strict=True)
         if (digest := digest_of(picture)) in known.values
     ]
     if not pairs:
-        return f"published: values are known for other pictures: {known.where}"
+        return f"published: values are known for other images: {known.where}"
     worst = max(abs(score - value) for score, value in pairs)
     verdict = "equal" if worst <= known.tolerance else "WRONG, they differ"
     return (
-        f"published: {verdict} within {known.tolerance:g}: {len(pairs)} pictures, by at most {worst:.4f}; {known.where}"
+        f"published: {verdict} within {known.tolerance:g}: {len(pairs)} images, by at most {worst:.4f}; {known.where}"
     )
 
 
 def _is_published(reward: RewardConfig) -> bool:
-    """Whether it loads what was published: by no option, or by the name of the default."""
+    """True if the options leave the published checkpoint."""
     defaults = option_defaults(reward.kind)
     return all(reward.options.get(name, defaults.get(name)) == defaults.get(name) for name in ("checkpoint", "model"))
 
 
 def digest_of(picture: Picture) -> str:
-    """Of the prompt and the pixels: whatever the file is called."""
+    """SHA-256 of the prompt and the pixels."""
     return hashlib.sha256(picture.prompt.encode() + picture.image.tobytes()).hexdigest()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo rewards`."""
     parser = Parser(
         prog="python -m g2rpo_ray.rewards",
-        description="Load every reward of a configuration, score pictures, tell what comes out and what it costs.",
+        description="Load every reward of a configuration, score images, print scores, speed and memory.",
         epilog="examples:\n"
         "  python -m g2rpo_ray.rewards quickstart\n"
         "  python -m g2rpo_ray.rewards my.yaml pictures/     NAME.png, with the prompt in NAME.txt",
@@ -159,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         type=path_option,
         nargs="?",
-        help="a folder of pictures; default: some that are drawn",
+        help="a folder of images; default: drawn images",
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override section.key=value")
     return parser
@@ -167,5 +167,5 @@ def make_parser() -> argparse.ArgumentParser:
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Try the rewards; returns the exit status: 0 all fine, 1 something is wrong or was not tried, 2 invalid input."""
+    """Tries the rewards; returns the exit status: 0 all passed, 1 one is wrong or was not tried, 2 invalid input."""
     return 0 if check(load_config(options.config, options.set), options.images) else 1

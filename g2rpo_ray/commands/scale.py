@@ -1,4 +1,4 @@
-"""`python -m g2rpo_ray.scale`: change the number of rollout actors or reward servers of a run that is going on."""
+"""`python -m g2rpo_ray.scale`: changes the number of rollout actors or reward servers of a running run."""
 
 import argparse
 import os
@@ -9,23 +9,23 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from g2rpo_ray.config import load_config
-from g2rpo_ray.config.schema import MOST_ACTORS
+from g2rpo_ray.config.schema import MAX_ACTORS
 from g2rpo_ray.exits import INVALID, Parser, command
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.runs.storage import Folder
 
-ANSWER_S = 30.0  # for the run's control actor, which has nothing else to do
+ANSWER_TIMEOUT_S = 30.0  # of the run's control actor, which is otherwise idle
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo scale`."""
     parser = Parser(
         prog="python -m g2rpo_ray.scale",
-        description="Change the size of a running job.",
+        description="Change the number of actors of a running run.",
         epilog="example: python -m g2rpo_ray.scale --name flux_hps --rollout 12 --reward hpsv2=2",
     )
     parser.add_argument("--name", default=load_config().name, help="name of the run (default: the quickstart's)")
-    parser.add_argument("--output", default=load_config().output, help="where its folder is (default: %(default)s)")
+    parser.add_argument("--output", default=load_config().output, help="parent of its folder (default: %(default)s)")
     parser.add_argument("--rollout", metavar="N", type=int, help="rollout actors")
     parser.add_argument("--reward", metavar="NAME=N", action="append", default=[], help="servers of a reward")
     parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else the one started here")
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Ask for the sizes; returns the exit status: 0 done, 2 invalid input."""
+    """Requests the sizes; returns the exit status: 0 done, 2 invalid input."""
     from g2rpo_ray.actors.cluster import leave
 
     return leave(_main(options))
@@ -47,9 +47,9 @@ def _main(options: argparse.Namespace) -> int:
         if not sizes:
             raise ValueError("--rollout N or --reward NAME=N: give at least one")
         for pool, size in sizes.items():
-            if not 1 <= size <= MOST_ACTORS:
+            if not 1 <= size <= MAX_ACTORS:
                 option = "--rollout" if pool == "rollout" else f"--reward {pool}"
-                raise ValueError(f"{option}: {size} given; must be from 1 to {MOST_ACTORS}")
+                raise ValueError(f"{option}: {size} given; must be from 1 to {MAX_ACTORS}")
         return _ask(options.name, options.output, options.address, sizes)
     except ValueError as error:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
@@ -58,7 +58,7 @@ def _main(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _cluster_of(run: str, output: str, address: str | None) -> Iterator[None]:
-    """The cluster at the address, or the private one that the run left word of, or the one that was started here."""
+    """Connects to the cluster at the address, else to the run's private one, else to one started on this machine."""
     from g2rpo_ray.actors.access import FILE, address_of
     from g2rpo_ray.actors.cluster import cluster
 
@@ -71,8 +71,9 @@ def _cluster_of(run: str, output: str, address: str | None) -> Iterator[None]:
         except ValueError as error:
             if private is None:
                 raise
-            left = f"{folder}/{FILE} was left by one that was killed"
-            raise ValueError(f"--name: no run {run!r} is going on, {left} ({error})") from None
+            raise ValueError(
+                f"--name: no run {run!r} is running; {folder}/{FILE} is left from a killed one ({error})"
+            ) from None
         yield
 
 
@@ -86,28 +87,29 @@ def _ask(run: str, output: str, address: str | None, sizes: dict[str, int]) -> i
             control = ray.get_actor(control_name(run), namespace=NAMESPACE)
         except ValueError:
             raise ValueError(
-                f"--name: no run {run!r} is going on on this cluster; give the --output of a run on a private cluster, "
+                f"--name: no run {run!r} is running on this cluster; give the --output of a run on a private cluster, "
                 "or the --address of another cluster"
             ) from None
         for pool, size in sizes.items():
             asked: Any = control.ask.remote(pool, size)  # a named actor has no type
             try:
-                now = ray.get(asked, timeout=ANSWER_S)
+                now = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
             except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):  # which may come first
+                setting = f"rollout.max_actors={size}" if pool == "rollout" else f"replicas={size} for {pool}"
                 raise ValueError(
-                    f"--name: run {run!r} does not answer for up to {ANSWER_S:.0f} s: its control actor stands still, "
-                    "or its node is gone; end the run and start it again, with this number: it goes on"
+                    f"--name: run {run!r} did not answer within {ANSWER_TIMEOUT_S:.0f} s, because its control actor "
+                    f"hangs or its node is down; stop the run and start it with {setting}, it resumes"
                 ) from None
             except ray.exceptions.RayActorError:
-                raise ValueError(f"--name: run {run!r} ends just now; start it again with this number") from None
+                raise ValueError(f"--name: run {run!r} is ending; start it again with this number") from None
             if pool not in now:
                 raise ValueError(f"--reward: {pool!r} given; this run has {', '.join(sorted(set(now) - {'rollout'}))}")
-            print(f"{pool}: {size} actors asked for")
+            print(f"{pool}: {size} actors requested")
     return 0
 
 
 def _reward_size(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
     if not re.fullmatch("[0-9]{1,18}", number):
-        raise ValueError(f"--reward: {text!r} given; must look like NAME=N")
+        raise ValueError(f"--reward: {text!r} given; expected NAME=N")
     return name, int(number)

@@ -1,4 +1,4 @@
-"""Runs a study: `python -m g2rpo_ray.study STUDY.yaml`. Interrupted, the same command goes on from the record."""
+"""Runs a study: `python -m g2rpo_ray.study STUDY.yaml`. The same command resumes an interrupted one."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ from g2rpo_ray.study.tables import to_json_table, to_markdown
 
 
 def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
-    """What can be done at the same time, table by table: the base and the grids, then all variants, seed by seed."""
+    """Groups of independent cases, table by table: the base and the grids, then all variants, seed by seed."""
     for table, has in plan.study.tables.items():
         yield [plan.base(table), *(case for variant in has.variants for case in plan.tuning(table, variant))]
         rates = {variant: results.rate(table, variant) for variant in has.variants}
@@ -37,7 +37,7 @@ def waves(plan: Plan, results: Results) -> Iterator[list[Case]]:
 
 
 def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None) -> None:
-    """Do all runs that the record lacks; after each wave the tables are written anew."""
+    """Does all runs that the record lacks, and writes the tables after each wave."""
     with workers(plan.study.runner, jobs, record.folder, address) as pool:
         for wave in waves(plan, Results(plan, record.lines)):
             missing = {case.key: case for case in wave if case.key not in record.lines}
@@ -54,7 +54,7 @@ def run(plan: Plan, record: Record, lease: Lease, jobs: int, address: str | None
 
 
 def write(plan: Plan, record: Record) -> str:
-    """Write tables, curves and pictures from the record; the Markdown."""
+    """Writes tables, curves and images from the record; returns the Markdown."""
     results = Results(plan, record.lines)
     rows = list(results.rows())
     markdown = to_markdown(results, rows)
@@ -68,7 +68,7 @@ def write(plan: Plan, record: Record) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo study`."""
     parser = Parser(
         prog="python -m g2rpo_ray.study",
         description="Compare methods at equal cost: variants × seeds, tables with intervals, curves.",
@@ -79,13 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--output", metavar="DIR", type=path_option, help="record, tables, figures; default: studies/<name>"
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of all runs")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as there are cores; on Ray, 1")
+    parser.add_argument("--jobs", type=int, help="concurrent runs; default: the number of cores, with Ray 1")
     parser.add_argument("--address", metavar="RAY", help="Ray cluster, for `runner: ray`; default: RAY_ADDRESS")
     parser.add_argument("--table", action="store_true", help="write tables and figures from the record, run nothing")
-    parser.add_argument("--check", action="store_true", help="check all variants, print what they cost, end")
+    parser.add_argument("--check", action="store_true", help="check all variants, and print their cost")
     parser.add_argument(
         "--devices", metavar="KIND:NUMBER[@PRICE]", type=fleet,
-        help="with --check: devices to tell the hours of, such as h100:16@2.50",
+        help="with --check: print hours on these devices, such as h100:16@2.50",
     )  # fmt: skip
     return parser
 
@@ -112,10 +112,10 @@ def main(options: argparse.Namespace) -> int:
                 run(plan, Record(folder), lease, jobs, options.address)
         print(write(plan, Record(folder)))
     except KeyboardInterrupt:
-        print("stopped: what is finished is in the record, and the same command goes on from there")
+        print("stopped; finished runs are in the record, and the same command resumes")
         return INTERRUPTED
     except (RuntimeError, OSError, BrokenExecutor) as error:
-        print(f"error: {one_line(error, 500)}; the same command goes on from the record", file=sys.stderr)
+        print(f"error: {one_line(error, 500)}; the same command resumes from the record", file=sys.stderr)
         return FAILED
     print(f"written to {folder}: table.md, table.csv, table.json, curves and pictures")
     return 0

@@ -1,4 +1,4 @@
-"""Replays iterations of a run in this process, and compares them with the run's audit."""
+"""Replays iterations of a run in this process, and compares them with the run's audit.jsonl."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from g2rpo_ray.exits import FAILED, Parser, command
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.runs.storage import Folder
 
-if TYPE_CHECKING:  # what is heavy is loaded when the run can be replayed
+if TYPE_CHECKING:  # slow imports happen when the run can be replayed
     from g2rpo_ray.config import Config, RewardConfig
     from g2rpo_ray.local import LocalRun
     from g2rpo_ray.runs.checkpoint import Checkpoint
@@ -21,12 +21,12 @@ Line = Mapping[str, Any]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of `g2rpo verify`."""
     parser = Parser(
         prog="python -m g2rpo_ray.verify",
         description="Replay an iteration of a run from the nearest checkpoint, in this process without Ray, and "
-        "compare it with the run's audit.jsonl. Exit status: 0 the same, 1 it differs, 2 it can't be replayed. The run "
-        "is only read. The same bits need the same code and libraries, and the same kind of device.",
+        "compare it with the run's audit.jsonl. Exit status: 0 equal, 1 different, 2 not replayable. The run "
+        "is only read. Equal bits need the same code, libraries and kind of device.",
         epilog="example: python -m g2rpo_ray.verify runs/quickstart --iteration 12",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, such as runs/quickstart, or its URI")
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @command(make_parser)
 def main(options: argparse.Namespace) -> int:
-    """Replay; returns the exit status: 0 the same, 1 it differs, 2 invalid input."""
+    """Replays; returns the exit status: 0 equal, 1 different, 2 invalid input."""
     from g2rpo_ray.runs.audit import read_audit
     from g2rpo_ray.version import code_version
 
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     number = max(lines, default=0) if options.iteration is None else options.iteration
     if number not in lines:
         there = f"iterations {min(lines)} to {max(lines)}" if lines else "no iteration"
-        raise ValueError(f"--iteration: {number} given; {folder}/audit.jsonl has {there}, some may be damaged")
+        raise ValueError(f"--iteration: {number} given; {folder}/audit.jsonl has {there}, or its line is damaged")
     config = _config(folder)
     checkpoint = _nearest(folder, number - 1)
     _check_settings(folder, config)
@@ -72,11 +72,11 @@ def _config(folder: Folder) -> "Config":
 
 
 def _nearest(folder: Folder, done: int) -> "Checkpoint | None":
-    """The newest sound checkpoint with at most so many iterations done, of the run or what it was resumed from."""
+    """The newest intact checkpoint with at most `done` iterations, of the run or of the one it started from."""
     from g2rpo_ray.runs.checkpoint import find_checkpoint, read_checkpoint
     from g2rpo_ray.runs.start import read_origin
 
-    with suppress(ValueError):  # all are damaged, which is logged
+    with suppress(ValueError):  # all are damaged, which a warning says
         if checkpoint := find_checkpoint(folder, done):
             return checkpoint
     origin = read_origin(folder)
@@ -84,7 +84,7 @@ def _nearest(folder: Folder, done: int) -> "Checkpoint | None":
 
 
 def _check_settings(folder: Folder, config: "Config") -> None:
-    """Raise ValueError, in one line, if settings or prompts are not those that the run's checkpoints were made with."""
+    """Raises ValueError, in one line, if settings or prompts are not those of the run's checkpoints."""
     from g2rpo_ray.config.resume import changes_in_words, differences, settings
     from g2rpo_ray.preflight import read_run_prompts
     from g2rpo_ray.runs.checkpoint import STATE, finished_checkpoints
@@ -98,13 +98,13 @@ def _check_settings(folder: Folder, config: "Config") -> None:
 
 
 def _check_ranks(folder: Folder, config: "Config", checkpoint: "Checkpoint | None", last: int) -> None:
-    """Say that several ranks' update is not replayed; ValueError, in one line, if the iteration needs one before it."""
+    """Prints that updates of several ranks are not replayed. ValueError, in one line, if an earlier one is needed."""
     ranks, first = config.learner.ranks, checkpoint.iteration if checkpoint else 0
     if ranks > 1 and first != last - 1:
         names = ", ".join(name for name in (folder / "checkpoints").names() if name.isdigit()) or "none"
         raise ValueError(
-            f"learner.ranks: the run had {ranks}, whose sums one process rounds otherwise: only the iteration after a "
-            f"checkpoint can be replayed, without its update; checkpoints of the run: {names}"
+            f"learner.ranks: the run had {ranks}, whose sums one process rounds differently, so only the iteration "
+            f"after a checkpoint can be replayed, without its update; checkpoints of the run: {names}"
         )
     if ranks > 1:
         print(f"learner.ranks: the run had {ranks}; its update is not replayed")
@@ -130,7 +130,7 @@ def _replay(
                 return
         elif asked:
             raise ValueError(
-                f"{folder}: iteration {iteration + 1} has no record, and {', '.join(asked)} can't be asked"
+                f"{folder}: iteration {iteration + 1} has no record, and {', '.join(asked)} cannot score it here"
             )
         try:
             run.update(iteration, rollouts)
@@ -147,7 +147,7 @@ def _replay(
 def _local(
     folder: Folder, config: "Config", checkpoint: "Checkpoint | None", iterations: range
 ) -> "tuple[LocalRun, list[str]]":
-    """The run in this process; and the rewards that are not asked again, whose recorded scores are taken.
+    """The run in this process, and the names of the rewards whose recorded scores are used.
 
     Raises:
         ValueError: one line; this process cannot replay it.
@@ -156,7 +156,7 @@ def _local(
     from g2rpo_ray.numerics import cuda_fault
 
     if "cuda" in (config.rollout.device, config.learner.device) and (fault := cuda_fault()):
-        raise ValueError(f"{folder}: the run had GPUs, and here {fault}")
+        raise ValueError(f"{folder}: the run had GPUs, but on this machine {fault}")
     rewards, asked = _rewards(config)
     one = config.learner.model_copy(update={"ranks": 1})
     alone = config.model_copy(update={"learner": one, "eval_rewards": {}})
@@ -166,19 +166,19 @@ def _local(
 
 
 def _rewards(config: "Config") -> tuple[dict[str, Any], list[str]]:
-    """The trained rewards as `LocalRun` takes them; and those whose recorded scores are taken, which are named."""
+    """The trained rewards for `LocalRun`, and the names of those whose recorded scores are used, with a line each."""
     made, asked = {}, []
     for name, given in config.rewards.items():
         reward, reason = _reward(given)
         if reason:
-            print(f"reward {name}: its recorded scores are taken, it {reason}")
+            print(f"reward {name}: its recorded scores are used, because it {reason}")
             asked.append(name)
         made[name] = {**given.model_dump(), "kind": reward, "runtime_env": {}}
     return made, asked
 
 
 def _reward(given: "RewardConfig") -> tuple[Any, str]:
-    """The reward, or one without scores and the reason why this process cannot ask it."""
+    """The reward and "", or a reward without scores and the reason why this process cannot use the given one."""
     from g2rpo_ray.functions import PYTHON
     from g2rpo_ray.rewards import open_reward
 
@@ -187,9 +187,9 @@ def _reward(given: "RewardConfig") -> tuple[Any, str]:
     try:
         reward = open_reward(given)
     except (ValueError, OSError) as error:
-        return _unscored, f"can't be opened here: {one_line(error, 200)}"
+        return _unscored, f"cannot be loaded here: {one_line(error, 200)}"
     if hasattr(reward, "waits"):
-        return _unscored, "asks a server"
+        return _unscored, "calls a server"
     return (_unscored, "compares groups") if getattr(reward, "scope", "image") == "group" else (reward, "")
 
 
@@ -198,7 +198,7 @@ def _unscored(images: "Images", prompts: list[str]) -> list[float | None]:
 
 
 def _embeddings(folder: Folder, config: "Config", iterations: range) -> "dict[str, PromptEmbedding]":
-    """Of the prompts of these iterations, as the run had them."""
+    """The run's embeddings of the prompts of these iterations."""
     from g2rpo_ray.data import EmbeddingStore, fingerprint, iteration_prompts
     from g2rpo_ray.preflight import read_run_prompts
 
@@ -209,4 +209,4 @@ def _embeddings(folder: Folder, config: "Config", iterations: range) -> "dict[st
     try:
         return dict(zip(prompts, store.get(list(prompts), negative), strict=True))
     except KeyError:
-        raise ValueError(f"data.embeddings: {place} lacks prompts of the run; they cannot be made again here") from None
+        raise ValueError(f"data.embeddings: {place} lacks prompts of the run, which verify does not encode") from None

@@ -1,4 +1,4 @@
-"""Settings: frozen, unknown keys refused, read from YAML."""
+"""Settings: pydantic models, and the YAML loader."""
 
 from g2rpo_ray.config.learner import LearnerConfig
 from g2rpo_ray.config.loading import dump_config, load_config, with_settings

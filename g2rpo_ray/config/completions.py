@@ -1,4 +1,4 @@
-"""How branches are completed: a reward may be measured cheaply, the policy may not."""
+"""Settings of cheaper completions: they affect scores, never the policy's likelihood."""
 
 from typing import Literal
 
@@ -12,32 +12,32 @@ from g2rpo_ray.config.section import Section
 
 
 class CompletionsConfig(Section):
-    """The velocities of branch units, below the stochastic edges: only scores rest on them."""
+    """Computation of the velocities below the stochastic edges, on which only scores depend."""
 
     quantization: Literal["none", "int8", "int8_weights", "float8", "float8_weights"] = "none"
-    """Of the linear layers of the transformer's blocks, through torchao (`pip install g2rpo_ray[completions]`): of
-    weights and activations, or of weights alone. `float8` needs a GPU of compute capability 8.9."""
+    """Quantization of the linear layers of the transformer's blocks by torchao (`pip install g2rpo_ray[completions]`):
+    weights and activations, or weights only. `float8` needs a GPU of compute capability 8.9."""
     attention_backend: str | None = None
-    """Any backend. Unset: that of `rollout`."""
+    """Attention backend of completions. Unset: that of `rollout`."""
     compile: bool = False
-    """Compile the blocks (torch.compile)."""
+    """Compile the transformer's blocks (torch.compile)."""
     probe_every: int = Field(10, ge=1, le=1_000_000)
-    """Every so many iterations the first prompts are completed exactly, too: `signal/agreement/completions`."""
+    """Iterations between probes, which also complete the first prompts exactly: `signal/agreement/completions`."""
     probe_prompts: int = Field(1, ge=0, le=1024)
-    """Prompts of such an iteration."""
+    """Prompts of a probe."""
 
     @property
     def differ(self) -> bool:
-        """Whether they are computed otherwise than all else."""
+        """True if completions are computed differently from all other velocities."""
         return self.quantization != "none" or self.attention_backend is not None or self.compile
 
     def probes(self, iteration: int, slot: int) -> bool:
-        """Whether a prompt of an iteration is completed both ways."""
+        """True if the prompt at `slot` of an iteration is completed both ways."""
         return self.differ and iteration % self.probe_every == 0 and slot < self.probe_prompts
 
 
 def check_completions(completions: CompletionsConfig, sampler: SamplerConfig, learner: LearnerConfig) -> None:
-    """Raise ValueError, in one line, where the likelihood of a trained edge would rest on a cheap velocity."""
+    """Raises ValueError, in one line, if the likelihood of a trained edge would depend on a cheap velocity."""
     if not completions.differ or learner.forward:  # images have no likelihood
         return
     for branch_steps in sampler.placements():
@@ -47,6 +47,6 @@ def check_completions(completions: CompletionsConfig, sampler: SamplerConfig, le
             share = len(inside) / tree.completions
             raise ValueError(
                 f"rollout.completions: given, but trained edges start at {share:.0%} of the velocities "
-                "of branch units, which have to be exact: leave it out, or train one stochastic edge a branch "
+                "of branch units, which must be exact; remove it, or train one stochastic edge per branch "
                 "(sampler.stochastic_edges=1, no splits)"
             )

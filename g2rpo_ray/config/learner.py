@@ -1,4 +1,4 @@
-"""Settings of the learner, and what they must agree on with the tree: objective, kernel, draws, averages."""
+"""Settings of the learner, and their consistency with the tree: objective, kernel, draws, averages."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,115 +9,116 @@ from g2rpo_ray.config.sampler import SamplerConfig
 from g2rpo_ray.config.section import Own, Section
 
 FORWARD = ("nft", "awm", "awm_t", "awm_t2", "awm_huber", "awm_ghuber")  # objectives of the forward process
-MOST_SUBSTEPS = 16  # of a subpath: each is a forward and backward pass, all held until the last
+MAX_SUBSTEPS = 16  # of a subpath: the activations of all its passes are held at once
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, le=256)
-    """DeepSpeed ranks, each a Ray actor. The result does not depend on it beyond rounding."""
+    """DeepSpeed ranks, each a Ray actor. They change the result only by rounding."""
     threads: int = Field(1, ge=1, le=256)
     """CPU threads of one rank."""
     resources: OneDevice = {"GPU": 1}
-    """Ray resources of one rank. Several ranks need a whole GPU each, or none."""
+    """Ray resources of one rank. Several ranks need a whole GPU each, or no GPU."""
     device: Device = Field("auto", validate_default=True)
     """Device of the ranks. `auto`: the GPU that Ray assigned if `resources` has one, else the CPU."""
     zero_stage: Literal[1, 2, 3] = 1
-    """DeepSpeed's: 1 partitions the optimizer's state over the ranks, 2 the gradients, too, 3 all weights. 2 saves at
-    most 4 bytes a trained parameter, and reduces gradients over the network at each micro-batch, 1 at each step."""
+    """DeepSpeed's ZeRO stage: 1 partitions the optimizer's state over the ranks, 2 also the gradients, 3 also all
+    weights. 2 saves at most 4 bytes per trained parameter and reduces gradients at each micro-batch, 1 at each step."""
     micro_batch: int = Field(1, ge=1, le=4096)
-    """States (parents of trained edges, draws of images) in one forward and backward pass."""
+    """States (parents of trained edges, or draws of images) per forward and backward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more time."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile): a rank starts its first update some minutes later, and rounds
-    otherwise than a rollout without `rollout.compile`. Not with `zero_stage` 3."""
+    """Compile the transformer's blocks (torch.compile). The first update starts some minutes later, and rounds
+    differently from a rollout without `rollout.compile`. Not possible with `zero_stage` 3."""
     objective: (
         Literal["clip", "guard", "dppo", "reinforce", "nft", "awm", "awm_t", "awm_t2", "awm_huber", "awm_ghuber"] | Own
     ) = "clip"
-    """What is minimised: see g2rpo_ray/algo/objectives.py; from `nft` on, of the forward process: forward.py there.
-    Or a function of your own, `package.module:name`, of stochastic edges."""
+    """Loss: see g2rpo_ray/algo/objectives.py. From `nft` on, of the forward process: see g2rpo_ray/algo/forward.py.
+    Or your own function of stochastic edges, `package.module:name`."""
     draws: int = Field(1, ge=1, le=100)
-    """Of the forward process: noise levels at which an image is trained, each with noise of its own."""
+    """For the forward process: number of noise levels at which an image is trained, each with its own noise."""
     times: Literal["grid", "uniform", "logit_normal"] = "grid"
-    """Their distribution: the sampler's own noise levels but those of sampler.untrained, or any on its schedule."""
+    """Distribution of these noise levels: the sampler's own except sampler.untrained (`grid`), or any on its
+    schedule."""
     nft_beta: float = Field(1.0, gt=0, le=10)
-    """β of `nft`: how far from the old policy its two predictions are, as a multiple of what the policy is."""
+    """β of `nft`: distance of its two predictions from the old policy, as a multiple of the policy's distance."""
     old_decay: tuple[Annotated[float, Field(ge=0, le=1_000_000)], Beta, Beta] | None = None
-    """[flat, rate, most]: keep an average of the policy, which after n optimizer steps keeps min(max(0, n − flat) rate,
-    most) of itself at the end of an iteration. With `nft` it is the policy that samples."""
+    """[flat, rate, maximum] of an average of the policy. At the end of an iteration, after n optimizer steps, its decay
+    is min(max(0, n − flat) rate, maximum). With `nft` the average samples."""
     old_kl: float = Field(0.0, ge=0, le=1000)
-    """β of the squared difference in velocity to that average, of the forward process."""
+    """β of the squared difference in velocity to that average, for the forward process."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an average of the LoRA over optimizer steps, min(ema, (1 + n) / (10 + n)) at the n-th: evaluated and
-    exported beside it (lora_ema/)."""
-    subpaths: tuple[Annotated[int, Field(ge=2, le=MOST_SUBSTEPS)], ...] = ()
-    """Of `reinforce` (Pave-GRPO): an edge is rescored along n − 1 ODE substeps and the rest, too, for each n here."""
+    """Decay of an average of the LoRA over optimizer steps, min(ema, (1 + n) / (10 + n)) at the n-th. It is evaluated
+    and exported too (lora_ema/)."""
+    subpaths: tuple[Annotated[int, Field(ge=2, le=MAX_SUBSTEPS)], ...] = ()
+    """For `reinforce` (Pave-GRPO): an edge is also scored along n − 1 ODE substeps and the rest, for each n."""
     edge_weight: Annotated[float, Field(gt=0, le=1000)] | Literal["time"] | None = None
     """Weight of an edge in the loss. A number c: c · std of its step (TempFlow-GRPO: 1.73). `time`: √(σ / ((1 − σ)
     |Δσ|)), for videos, whose large shifts make the gradients of early steps vanish (LongCat-Video). Unset: 1."""
     schedule: Literal["per_step", "accumulate"] = "per_step"
-    """An optimizer step for each schedule index at which trained edges start, ascending, or one for all together."""
+    """`per_step`: an optimizer step for each schedule index at which trained edges start, ascending. `accumulate`: one
+    for all."""
     updates_per_rollout: int = Field(1, ge=1, le=1024)
-    """Equal parts of an iteration's prompts; each makes the optimizer steps of its own, one after another."""
+    """Number of equal parts of an iteration's prompts. Each makes its own optimizer steps, one part after another."""
     lr: float = Field(2e-6, gt=0, le=1)
     """Learning rate of AdamW, after the warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Constant, or falling to 0 at the end of the run: linearly, or along half a cosine."""
+    """`linear` and `cosine` (half a period) fall to 0 at the end of the run."""
     lr_iterations: int | None = Field(None, ge=1, le=1_000_000)
-    """Iterations after which `linear` and `cosine` reach 0. Unset: `iterations`, which a resumed run must keep."""
+    """Iterations after which `linear` and `cosine` reach 0. Unset: `iterations`, fixed when the run is resumed."""
     warmup: int = Field(0, ge=0, le=1_000_000)
     """Iterations over which the learning rate rises linearly to `lr`."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's."""
+    """Betas of AdamW."""
     eps: float = Field(1e-8, gt=0, le=1)
-    """AdamW's. Where it is not far below √v̂ of the gradients it shortens the steps: docs/tuning.md."""
+    """Epsilon of AdamW. If it is not far below √v̂ of the gradients it shortens the steps: docs/tuning.md."""
     weight_decay: float = Field(1e-4, ge=0, le=1000)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     grad_clip: float = Field(1.0, gt=0, le=1_000_000)
-    """Largest norm of the whole gradient."""
+    """Maximum norm of the whole gradient."""
     clip_range: float = Field(1e-4, gt=0, le=1000)
     """ε of the clipped surrogate."""
     kl_beta: float = Field(0.0, ge=0, le=1000)
-    """β of the KL to the model without LoRA; of the forward process, of the squared difference in velocity."""
+    """β of the KL to the model without LoRA; for the forward process, of the squared difference in velocity."""
     max_restarts: int = Field(10, ge=0, le=1_000_000)
-    """Times that the run starts a lost learner again, from the latest checkpoint. Moves off drained nodes do not
-    count."""
+    """Maximum restarts of a lost learner, each from the latest checkpoint. Moves off drained nodes do not count."""
     runtime_env: dict[str, Any] = {}
     """Ray runtime environment of the ranks: env_vars such as NCCL_SOCKET_IFNAME; docs/howto/several_nodes.md."""
     old_log_prob: Literal["learner", "rollout"] = "learner"
-    """`learner`: the learner evaluates the old log-probabilities itself, so that the first ratio is exactly 1.
-    `rollout`: the ratio is against the log-probabilities that the rollout computed."""
+    """Source of the old log-probabilities. `learner`: the learner evaluates them itself, so the first ratio is exactly
+    1. `rollout`: those of the rollout."""
     velocity_tolerance: float | None = Field(None, gt=0, le=1000)
-    """Largest relative error of the learner's velocity against the rollout's, at the same state and weights. A run that
+    """Maximum relative error of the learner's velocity against the rollout's, at the same state and weights. A run that
     exceeds it stops before its next optimizer step. Unset: 1e-5 in float32, 0.03 in bfloat16."""
 
     @property
     def forward(self) -> bool:
-        """Whether images are trained, made noisy again, and not stochastic steps."""
+        """True for objectives of the forward process, which train noised images instead of stochastic steps."""
         return self.objective in FORWARD
 
     @property
     def evaluates_old(self) -> bool:
-        """Whether the learner evaluates the policy that sampled, at edges: `reinforce` is without one."""
+        """True if the learner evaluates the sampling policy at edges; `reinforce` needs none."""
         return self.old_log_prob == "learner" and self.compares_edges
 
     @property
     def compares_edges(self) -> bool:
-        """Whether the objective compares log-probabilities of edges with old ones."""
+        """True if the objective compares log-probabilities of edges with old ones."""
         return not self.forward and self.objective != "reinforce"
 
     @property
     def average_samples(self) -> bool:
-        """Whether rollouts are sampled by the average, and not by the policy itself."""
+        """True if the average of the policy samples, and not the policy itself."""
         return self.objective == "nft" and self.old_decay is not None
 
 
 def check_learner(learner: LearnerConfig, sampler: SamplerConfig, prompts: int, iterations: int) -> None:
-    """Raise ValueError, in one line, for settings that contradict each other."""
+    """Raises ValueError, in one line, for settings that contradict each other."""
     if learner.subpaths and learner.objective != "reinforce":
         raise ValueError(
-            f"learner.subpaths: {list(learner.subpaths)} given; they are for learner.objective=reinforce alone "
+            f"learner.subpaths: {list(learner.subpaths)} given; only learner.objective=reinforce uses them "
             f"(it is {learner.objective})"
         )
     gpus = learner.resources.get("GPU", 0)
@@ -129,27 +130,27 @@ def check_learner(learner: LearnerConfig, sampler: SamplerConfig, prompts: int, 
     if sampler.is_auto and learner.forward:
         raise ValueError(
             f"learner.objective: {learner.objective} given, but `auto` of sampler.branch_steps or sampler.strides "
-            "compares gradients of stochastic steps, which the forward process has not: give lists"
+            "needs gradients of stochastic steps, which the forward process does not have; give lists"
         )
     if sampler.is_auto and (learner.zero_stage == 3 or learner.compile):
         given = "zero_stage: 3" if learner.zero_stage == 3 else "compile: true"
         raise ValueError(
-            f"learner.{given} given, but `auto` of sampler.branch_steps or sampler.strides compares gradients of "
-            "single states, which that does not give: use zero_stage 1 or 2 without compile, or give lists"
+            f"learner.{given} given, but `auto` of sampler.branch_steps or sampler.strides needs gradients of "
+            "single states, which it does not give; use zero_stage 1 or 2 without compile, or give lists"
         )
     if learner.compile and learner.zero_stage == 3:
         raise ValueError(
             "learner.compile: true given, but learner.zero_stage=3 gathers weights in hooks of each layer, which "
-            "torch.compile cannot take into a graph: leave out one of the two"
+            "torch.compile cannot trace; remove one of the two"
         )
     if learner.old_log_prob == "rollout" and not learner.compares_edges:
         raise ValueError(
             f"learner.old_log_prob: rollout given, but learner.objective={learner.objective} does not use "
-            "log-probabilities of the rollout: leave it out"
+            "log-probabilities of the rollout; remove it"
         )
     if learner.updates_per_rollout > prompts:
         raise ValueError(
-            f"learner.updates_per_rollout: {learner.updates_per_rollout} given; at most "
+            f"learner.updates_per_rollout: {learner.updates_per_rollout} given; may be at most "
             f"data.prompts_per_iteration={prompts}"
         )
     _check_rate(learner, iterations)
@@ -159,11 +160,11 @@ def check_learner(learner: LearnerConfig, sampler: SamplerConfig, prompts: int, 
 def _check_rate(learner: LearnerConfig, iterations: int) -> None:
     given, falls = learner.lr_iterations, learner.lr_schedule != "constant"
     if given is not None and not falls:
-        raise ValueError(f"learner.lr_iterations: {given} given, but learner.lr_schedule is constant: leave it out")
+        raise ValueError(f"learner.lr_iterations: {given} given, but learner.lr_schedule is constant; remove it")
     if given is not None and given < iterations:
         raise ValueError(
             f"learner.lr_iterations: {given} given; the learning rate would be 0 before the last of "
-            f"iterations={iterations}: give at least as many"
+            f"iterations={iterations}; give at least {iterations}"
         )
     if learner.warmup and learner.warmup >= (given or iterations):
         raise ValueError(f"learner.warmup: {learner.warmup} given; must be less than {given or iterations} iterations")
@@ -175,11 +176,12 @@ def _check_forward(learner: LearnerConfig, sampler: SamplerConfig) -> None:
     if learner.forward and learner.edge_weight is not None:
         raise ValueError(
             f"learner.edge_weight: {learner.edge_weight} given, but learner.objective={learner.objective} has no "
-            "stochastic edges: leave it out"
+            "stochastic edges; remove it"
         )
     if learner.forward and learner.times == "grid" and set(range(sampler.steps)) <= set(sampler.untrained):
         raise ValueError(
-            f"sampler.untrained: {list(sampler.untrained)} given, which leaves no noise level for learner.times=grid"
+            f"sampler.untrained: {list(sampler.untrained)} given, but learner.times=grid needs a noise level; "
+            "remove an index"
         )
     _check_average(learner)
 
@@ -188,20 +190,20 @@ def _check_ode(learner: LearnerConfig, sampler: SamplerConfig) -> None:
     if not learner.forward:
         raise ValueError(
             f"sampler.kernel: ode given, whose steps have no probability for learner.objective={learner.objective}; "
-            f"choose flow, dance or cps, or an objective of {', '.join(FORWARD)}"
+            f"give flow, dance or cps, or an objective of {', '.join(FORWARD)}"
         )
     if sampler.group_size > 1 or sampler.splits or any(len(steps) > 1 for steps in sampler.placements()):
         raise ValueError(
-            "sampler.kernel: ode given, which makes all children of a root alike: set sampler.group_size to 1, one "
-            "branch step and no splits; sampler.roots are the images to compare"
+            "sampler.kernel: ode given, which makes all children of a root equal; set sampler.group_size to 1, one "
+            "branch step and no splits, and sampler.roots to the number of images to compare"
         )
 
 
 def _check_average(learner: LearnerConfig) -> None:
     if learner.old_decay is not None and not learner.average_samples and learner.old_kl == 0:
         raise ValueError(
-            f"learner.old_decay: {list(learner.old_decay)} given, which learner.objective={learner.objective} uses for "
-            "learner.old_kl alone: give that, or leave it out"
+            f"learner.old_decay: {list(learner.old_decay)} given, but learner.objective={learner.objective} uses it "
+            "only for learner.old_kl; set learner.old_kl, or remove learner.old_decay"
         )
     if learner.old_kl > 0 and (learner.old_decay is None or not learner.forward):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One YAML loader, with inheritance, presets of methods and dotted overrides; refusals are one line."""
+"""The YAML loader of settings, with inheritance, presets of methods and dotted overrides. Errors are one line."""
 
 import difflib
 import os
@@ -12,14 +12,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from g2rpo_ray.config.schema import Config
-from g2rpo_ray.config.text import MOST_BYTES, read_yaml
+from g2rpo_ray.config.text import MAX_BYTES, read_yaml
 from g2rpo_ray.messages import one_line, shown
 from g2rpo_ray.methods import DEFAULT_METHOD, preset
 from g2rpo_ray.paths import local_path, resolve
 
 QUICKSTART = "embedded:config.yaml"
 PACKAGED = Path(resolve("embedded:prompts")).parent
-MOST_STEPS = 1000  # as sampler.steps has it
+MAX_STEPS = 1000  # the bound of sampler.steps
 OF_A_UNION = re.compile(
     r"(constrained-)?(float|int|str)|(literal|tuple|constrained|function-after|union|dict)\[.*"
 )  # pydantic's names
@@ -34,25 +34,24 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         settings: the same as Python values: `load_config(method="mix_grpo", **{"learner.lr": 1e-3})`. A reward may be a
             function, and prompts a list or a `datasets.Dataset`: see `train`.
 
-    A file may name another with `extends: FILE` (beside itself, `embedded:X`, or a packaged one by its name) and give
-    only what differs. Where a file or the overrides give `method`, its preset goes below what is given there and above
-    all that is extended. A mapping in a file is merged with the one that it extends; one in an override takes the place
-    of the file's.
+    A file may extend another with `extends: FILE` (in its folder, `embedded:X`, or a packaged name). A `method` in
+    a file or override applies its preset below the settings given there and above the extended file. A mapping in a
+    file is merged with the extended one; a mapping in an override replaces the file's.
 
     Raises:
-        ValueError: one line that names the key or file, what was given and what is allowed.
+        ValueError: one line with the key or file, the given value and the allowed ones.
     """
     layers = _layers(_locate(QUICKSTART if path is None else os.fspath(path)))
     given: dict[str, Any] = {}
     for key, value in [*map(_parsed, overrides), *settings.items()]:
-        # in the files' place, too, for a mapping there would be merged with; but a method is named where it is given
+        # also in the files' layers, so that an override replaces a mapping; but a method only where it is given
         for tree in [given] if key == "method" else [*layers, given]:
             _set(tree, key, value)
     return _validated(with_preset([*layers, given]))
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with other values of these dotted keys; None keeps the one that it has.
+    """The configuration with these values by dotted key; None keeps the present value.
 
     Raises:
         ValueError: one line, as `load_config`.
@@ -72,7 +71,7 @@ def _validated(settings: Mapping[str, Any]) -> Config:
 
 
 def _locate(name: str, key: str = "--config", folder: Path = Path()) -> str:
-    """The file of that name in a folder, or the packaged one of that name without its ending."""
+    """Path of the file of that name in a folder, or of the packaged configuration of that name."""
     try:
         file = folder / local_path(name)
     except ValueError as error:
@@ -82,7 +81,7 @@ def _locate(name: str, key: str = "--config", folder: Path = Path()) -> str:
         return str(file)
     if not packaged.is_file():
         names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
-        raise ValueError(f"{key}: {name} is no file, and no packaged configuration: these are {names}")
+        raise ValueError(f"{key}: {name} is neither a file nor a packaged configuration; these are {names}")
     return str(packaged)
 
 
@@ -92,7 +91,7 @@ def dump_config(config: Config) -> str:
 
 
 def with_preset(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All layers, the later ones over the earlier, and the last named method's preset below the layer that names it."""
+    """Merges layers, later ones over earlier ones, with the last method's preset below the layer that names it."""
     named = [(number, layer["method"]) for number, layer in enumerate(layers) if "method" in layer]
     name = named[-1][1] if named else DEFAULT_METHOD
     at = 0
@@ -103,13 +102,13 @@ def with_preset(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     below, above = merge(*layers[:at]), merge(*layers[at:])
     sampler = merge(below, above).get("sampler")
     steps = sampler.get("steps") if isinstance(sampler, Mapping) else None
-    if steps is not None and not (isinstance(steps, int) and 0 < steps <= MOST_STEPS):
-        return merge(below, above)  # the validation says what is wrong with it
+    if steps is not None and not (isinstance(steps, int) and 0 < steps <= MAX_STEPS):
+        return merge(below, above)  # the validation raises
     return merge(below, preset(name, steps), above)
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of the later trees over those of the earlier ones, key by key."""
+    """Merges nested mappings key by key; later trees override earlier ones."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():
@@ -119,15 +118,15 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(path: str, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """A file and those that it extends, the most basic one first."""
+    """The contents of a file and those that it extends, the most basic first."""
     if Path(path).resolve() in above:
-        raise ValueError(f"extends: {path} extends itself, by way of {above[-1].name}")
+        raise ValueError(f"extends: {path} extends itself through {above[-1].name}")
     try:
         with Path(path).open() as file:
-            tree = read_yaml(file.read(MOST_BYTES + 1))
+            tree = read_yaml(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, either
+    except ValueError as error:  # also if it is not UTF-8
         raise ValueError(f"--config: {path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config: {path} must hold a mapping of settings, not {type(tree).__name__}")
@@ -144,7 +143,7 @@ def _parsed(override: str) -> tuple[str, Any]:
     """Key and value of `key=value`."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
-        raise ValueError(f"--set: {shown(override)} given; must look like section.key=value")
+        raise ValueError(f"--set: {shown(override)} given; expected section.key=value")
     try:
         return key, read_yaml(text)
     except ValueError as error:
@@ -162,10 +161,10 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def refusal(error: ValidationError, model: type[BaseModel]) -> str:
-    """What a model's validation found wrong, in one line."""
+    """The errors of a model's validation in one line: the first one, and the number of others."""
     first, *others = error.errors()
     location = _location(first)
-    members = [other for other in others if _location(other) == location]  # of a union: what else may be given
+    members = [other for other in others if _location(other) == location]  # the other types of a union
     others = [other for other in others if other not in members]
     message = ", or ".join(dict.fromkeys(_message(part) for part in [first, *members]))
     if first["type"] == "value_error":  # our own validators name the key themselves

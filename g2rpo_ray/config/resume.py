@@ -1,4 +1,4 @@
-"""Settings that may differ when a run is resumed, and how two sets of settings differ."""
+"""Settings that may change when a run is resumed, and differences of settings."""
 
 import hashlib
 import json
@@ -8,59 +8,62 @@ from typing import Any
 
 from g2rpo_ray.config.schema import Config
 
-Differences = dict[str, tuple[Any, Any]]  # by key: before, now; None where it was not given
+Differences = dict[str, tuple[Any, Any]]  # by dotted key: before, now; None if it was not given
 
-FREE = (
+NO_EFFECT = (
     "name", "output", "iterations", "startup_timeout_s", "hung_after_s", "checkpoint.*", "tracking.*",
     "evaluation.every", "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors",
     "rollout.runtime_env*", "learner.runtime_env*",
     "rollout.max_actors", "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas",
     "eval_rewards.*.replicas", "data.embeddings", "data.encoder_resources*", "learner.velocity_tolerance",
 )  # fmt: skip
-"""Settings that change no bit of a result, `*` being any text: a run resumes with any of them. All others count."""
+"""Patterns of settings that change no bit of a result. A run resumes with any values of these only."""
 
 TRAINING = (
     "method", "lora.*", "credit.*", "learner.*", "sampler.*", "rewards.*.weight", "data.train_prompts",
     "data.prompts_per_iteration", "rollout.max_staleness", "rollout.members_per_unit", "rollout.completions.*",
     "evaluation.anchors",
 )  # fmt: skip
-"""Settings that count, but change only what is learned: held-out scores of two runs can be compared."""
-SAMPLING = ("sampler.steps", "sampler.shift")  # change how held-out prompts are sampled
+"""Patterns of settings that affect training but not held-out sampling: held-out scores of two runs are comparable."""
+SAMPLING = ("sampler.steps", "sampler.shift")  # exceptions of TRAINING: they affect held-out sampling
 
 
 def settings(
     config: Config, train: Sequence[str], heldout: Sequence[str], metadata: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a checkpoint says that it was made with: all settings, with the prompts themselves in place of files.
+    """The settings that a checkpoint records, with digests of the prompts in place of files.
 
-    `metadata`, by prompt, of those that have any, counts as part of the prompt.
+    Args:
+        config: all settings.
+        train, heldout: the prompts.
+        metadata: by prompt, for those that have any; part of the digest.
     """
     values = config.model_dump(mode="json")
     if config.learner.lr_schedule != "constant":
         values["learner"]["lr_iterations"] = config.learner.lr_iterations or config.iterations
     for key, prompts in (("train_prompts", train), ("heldout_prompts", heldout)):
-        told = (
+        suffixes = (
             f"\0{json.dumps(metadata[prompt], sort_keys=True, default=str)}" if prompt in metadata else ""
             for prompt in prompts
         )
-        lines = "\n".join(map("".join, zip(prompts, told, strict=True)))
+        lines = "\n".join(map("".join, zip(prompts, suffixes, strict=True)))
         digest = hashlib.sha256(lines.encode()).hexdigest()
         values["data"][key] = f"{len(prompts)} prompts, sha256 {digest[:16]}"
     return values
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """The settings that count and are not the same, by their dotted keys."""
-    return {key: (old, new) for key, old, new in _differences(before, now) if counts(key)}
+    """The changed settings that affect the result, by dotted key."""
+    return {key: (old, new) for key, old, new in _differences(before, now) if affects_result(key)}
 
 
-def counts(key: str) -> bool:
-    """Whether a setting, by its dotted key, can change a bit of a result."""
-    return not matches(key, FREE)
+def affects_result(key: str) -> bool:
+    """True if the setting with this dotted key can change a bit of a result."""
+    return not matches(key, NO_EFFECT)
 
 
 def changes_in_words(changed: Differences) -> str:
-    """The differences in words, in one line."""
+    """The differences as one line: `key before -> now`, each value up to 60 characters."""
     return ", ".join(f"{key} {str(old)[:60]} -> {str(new)[:60]}" for key, (old, new) in changed.items())
 
 
@@ -74,5 +77,5 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], above: str =
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:
-    """Whether a dotted key is among the patterns, such as TRAINING."""
+    """True if a dotted key matches one of the patterns, such as TRAINING."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Every setting, with its type, its bounds and what it means."""
+"""All settings, with type, bounds and documentation."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from g2rpo_ray.paths import resolve
 PanelName = Literal[
     "diversity", "high_frequency", "periodicity", "saturation", "exposure", "distance", "unseen", "decline"
 ]
-MOST_ACTORS = 4096  # of a pool
+MAX_ACTORS = 4096  # of a pool
 MAX_FRAMES = 257
 TORCH_ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """Attention backends of diffusers whose backward pass torch makes deterministic."""
@@ -33,32 +33,32 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit of a hub id."""
     family: Own | None = None
-    """Class of your own model family, `package.module:name`: see docs/models.md; unset: by the pipeline's class."""
+    """Class of your own model family, `package.module:name`: see docs/models.md. Unset: by the pipeline's class."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights and their arithmetic; latents, LoRA and log-probabilities are always float32."""
+    """Type of the frozen weights and their arithmetic. Latents, LoRA and log-probabilities are always float32."""
     height: int = Field(720, gt=0, le=8192)
-    """Pixels; a multiple of the pipeline's latent patch (16 for published models)."""
+    """Height of images in pixels; a multiple of the pipeline's latent patch (16 for published models)."""
     width: int = Field(720, gt=0, le=8192)
-    """Pixels; the same."""
+    """Width of images in pixels; a multiple of the same."""
     frames: int = Field(1, ge=1, le=MAX_FRAMES)
-    """Frames of a video, for a pipeline of videos (Wan: 1 + 4n); 1: a picture."""
+    """Frames of a video, for a pipeline of videos (Wan: 1 + 4n); 1: an image."""
     guidance_scale: float | None = Field(None, ge=0, le=100)
-    """What the pipeline calls so: an input of guidance-distilled models, the scale of classifier-free guidance of the
-    others; unset: the pipeline's default."""
+    """The pipeline's `guidance_scale`: an input of guidance-distilled models, the scale of classifier-free guidance of
+    the others. Unset: the pipeline's default."""
     negative_prompt: str | None = None
-    """What classifier-free guidance guides away from, "" being a text, too; unset: no such guidance."""
+    """Negative prompt of classifier-free guidance; "" is a negative prompt too. Unset: no classifier-free guidance."""
     sources: int = Field(0, ge=0, le=10)
-    """Source pictures that a prompt may have, for a pipeline that edits; 0: prompts are text alone. Memory is estimated
-    for so many of the size of the result."""
+    """Maximum source images of a prompt, for editing pipelines; 0: prompts are text only. The estimate of memory
+    assumes this many sources of the result's size."""
     max_sequence_length: int | None = Field(None, gt=0, le=1024)
-    """Tokens a prompt is cut, or padded, to; unset: the pipeline's default."""
+    """Tokens to which a prompt is truncated or padded. Unset: the pipeline's default."""
     attention_backend: str | None = None
-    """A diffusers attention backend by name, for rollout and learner; unset: the default of diffusers. With
-    `deterministic` one of torch's own (`native` ...): others have a backward pass of other bits each time, or none."""
+    """Name of a diffusers attention backend, for rollout and learner. Unset: the default of diffusers. With
+    `deterministic` it must be one of torch's (`native` ...): others have no deterministic backward pass."""
 
     @property
     def location(self) -> str:
-        """The path on this machine, or the hub id, as diffusers' `from_pretrained` takes it."""
+        """The local path or hub id, for diffusers' `from_pretrained`."""
         return resolve(self.path)
 
     @property
@@ -76,53 +76,53 @@ class LoraConfig(Section):
     rank: int = Field(64, gt=0, le=1024)
     """Rank of each adapter."""
     alpha: float = Field(64, gt=0, le=1_000_000)
-    """The adapter is scaled by alpha / rank in training; its file has this in B, and alpha = rank."""
+    """The adapter is scaled by alpha / rank in training. Its file has the scale in B, and alpha = rank."""
     targets: Literal["all-linear"] | tuple[str, ...] | None = None
-    """Name endings of the transformer's linear layers that get an adapter, or `all-linear`; unset: those of attention,
-    which docs/models.md lists."""
+    """Suffixes of the names of the transformer's linear layers that get an adapter, or `all-linear`. Unset: the
+    attention layers listed in docs/models.md."""
     initial: PathName | None = None
-    """Adapter to start from, with the effect of its own alpha: file or folder, in a format of docs/models.md."""
+    """Adapter to start from, with its own alpha: file or folder, in a format of docs/models.md."""
 
 
 class RolloutConfig(Section):
-    min_actors: int = Field(1, ge=1, le=MOST_ACTORS)
-    """Rollout actors without which the run does not start. The result does not depend on their number."""
-    max_actors: int = Field(1, ge=1, le=MOST_ACTORS)
-    """Rollout actors asked for, all the time: they join as the cluster finds room, and autoscalers see the demand. The
-    learner and reward servers have priority: where they find no place, rollout actors above min_actors end."""
+    min_actors: int = Field(1, ge=1, le=MAX_ACTORS)
+    """Rollout actors required to start the run. The result does not depend on their number."""
+    max_actors: int = Field(1, ge=1, le=MAX_ACTORS)
+    """Rollout actors always requested. They join as the cluster finds room, and autoscalers see the demand. The
+    learner and reward servers have priority: if they cannot be placed, rollout actors above min_actors end."""
     threads: int = Field(1, ge=1, le=256)
     """CPU threads of one actor."""
     micro_batch: int = Field(8, ge=1, le=4096)
-    """Most latents in one velocity evaluation. Part of the plan: results depend on it by rounding."""
+    """Maximum latents per velocity evaluation. Results depend on it by rounding."""
     memory_gib: float | None = Field(None, gt=0, le=1_000_000)
-    """Memory of an actor's device. Given, `micro_batch` is lowered, before anything starts, to what an estimate says
-    that it holds; it stays so for the run."""
+    """Memory of an actor's device in GiB. If given, `micro_batch` is lowered before anything starts to what fits by an
+    estimate, and stays so for the run."""
     attention_backend: str | None = None
-    """The same for rollout actors alone, which have no backward pass: any backend, `_flash_3` and `sage` too. Unset:
-    that of `model`."""
+    """Attention backend of the rollout actors. They have no backward pass, so any backend works, also `_flash_3` and
+    `sage`. Unset: that of `model`."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile): an actor starts a minute or two later, and rounds otherwise
-    than the learner does: watch mismatch/velocity."""
+    """Compile the transformer's blocks (torch.compile). An actor starts a minute or two later, and rounds differently
+    from the learner: watch mismatch/velocity."""
     members_per_unit: int | None = Field(None, ge=1, le=1024)
-    """Children that one work unit holds, of all roots at one branch step; unset: all of them."""
+    """Children in one work unit, of all roots at one branch step. Unset: all of them."""
     decode_batch: int = Field(1, ge=1, le=1024)
-    """Most latents in one pass of the VAE, which takes gigabytes an image at 720 px."""
+    """Maximum latents per pass of the VAE, which takes gigabytes per image at 720 px."""
     completions: CompletionsConfig = CompletionsConfig()
-    """How branches are completed below their stochastic edges, where it is not as all else: docs/methods.md."""
+    """Cheaper computation of branches below their stochastic edges: docs/methods.md."""
     max_staleness: Literal[0, 1] = 0
-    """1: an iteration is sampled while the one before it updates, with weights one version old. The ratio is against
-    the policy that sampled; the result depends on this setting, not on timing."""
+    """1: an iteration is sampled during the update of the one before, with weights one version old. The ratio is
+    against the policy that sampled. The result does not depend on timing."""
     max_unscored_units: int = Field(64, ge=1, le=65_536)
-    """Units whose images may wait for their scores, or two for each rollout actor where that is more; beyond that
-    rollout waits for the reward servers."""
+    """Maximum units whose images wait for scores; at least two per rollout actor are allowed. Beyond that rollout
+    waits for the reward servers."""
     resources: OneDevice = {"GPU": 1}
-    """Ray resources of one actor; a custom resource pins it to its worker group."""
+    """Ray resources of one actor. A custom resource pins it to its worker group."""
     device: Device = Field("auto", validate_default=True)
     """Device of the rollout actors. `auto`: the GPU that Ray assigned if `resources` has one, else the CPU."""
     max_restarts: int = Field(100, ge=0, le=1_000_000)
-    """Deaths of actors (all together) that the run survives."""
+    """Maximum deaths of rollout actors, in total, before the run fails."""
     runtime_env: dict[str, Any] = {}
-    """Ray runtime environment of the rollout actors, and of the one that encodes prompts: env_vars, image_uri ..."""
+    """Ray runtime environment of the rollout actors and of the prompt encoder: env_vars, image_uri ..."""
 
     @model_validator(mode="after")
     def _range(self) -> "RolloutConfig":
@@ -136,20 +136,20 @@ Frames = Literal["all", "first", "last"] | tuple[Annotated[int, Field(ge=-MAX_FR
 
 class RewardConfig(Section):
     kind: str
-    """One of the kinds in docs/rewards.md, or `module:factory` for your own; in Python a function, too."""
+    """A kind of docs/rewards.md, or `module:factory` for your own; in Python also a function."""
     weight: float = Field(1.0, gt=0, le=1000)
-    """w_r in the advantage; not used in `eval_rewards`."""
+    """w_r in the advantage; ignored in `eval_rewards`."""
     options: dict[str, Any] = {}
     """Arguments of the reward: checkpoint, architecture, dtype ..."""
-    replicas: int = Field(1, ge=1, le=MOST_ACTORS)
-    """Server actors."""
+    replicas: int = Field(1, ge=1, le=MAX_ACTORS)
+    """Number of server actors."""
     batch_size: int = Field(16, ge=1, le=4096)
-    """Most images in one forward pass. Part of the plan: results depend on it by rounding."""
+    """Maximum images per forward pass. Results depend on it by rounding."""
     frames: Frames = "all"
-    """Frames of a video whose mean score counts, for a reward of pictures: `all`, `first`, `last`, or a list of
-    indices, those below 0 from the end."""
+    """Frames of a video whose scores are averaged, for a reward of images: `all`, `first`, `last`, or a list of
+    indices, negative ones from the end."""
     retries: int = Field(2, ge=0, le=100)
-    """Times a failed or non-finite score is asked for again before it counts as missing."""
+    """Retries of a failed or non-finite score before it counts as missing."""
     threads: int = Field(1, ge=1, le=256)
     """CPU threads of one server."""
     resources: Resources = {"GPU": 1}
@@ -157,10 +157,10 @@ class RewardConfig(Section):
     device: Device = Field("auto", validate_default=True)
     """Device of the servers, for rewards that have an argument `device`. `auto`: as in `rollout`."""
     max_restarts: int = Field(100, ge=0, le=1_000_000)
-    """Deaths of servers (all together) that the run survives."""
+    """Maximum deaths of servers, in total, before the run fails."""
     win_rate: bool = False
-    """Train on the share of its group that an image beats by this reward, a tie being half (Pref-GRPO), in place of its
-    score. Held-out scores stay what they are."""
+    """Train on the share of its group that an image beats by this reward instead of on its score; a tie counts half
+    (Pref-GRPO). Held-out scores do not change."""
     runtime_env: dict[str, Any] = {}
     """Ray runtime environment of the servers: pip, uv, conda, image_uri ...; docs/rewards.md."""
 
@@ -174,18 +174,18 @@ class RewardConfig(Section):
         return {name: value_in_words(value) for name, value in options.items()}
 
 
-RESERVED_NAMES = ("rollout",)  # `scale` and the metrics have the rollout actors under this name
+RESERVED_NAMES = ("rollout",)  # the name of the rollout actors in `scale` and in the metrics
 
 
 def _usable_names(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
-    """Reward names are parts of metric names and of file names."""
+    """Raises ValueError unless all reward names can be part of metric names and file names."""
     for name in rewards:
         if name in RESERVED_NAMES:
             raise ValueError(f"{name}: this name is reserved for the rollout actors; give the reward another name")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise ValueError(
-                f"{shown(name)}: cannot be a name in metrics and files; give 1 to 100 characters of A-Z, a-z, 0-9, "
-                "'.', '_' and '-', the first one a letter or a digit"
+                f"{shown(name)}: not usable as a name in metrics and files; give 1 to 100 characters of A-Z, a-z, 0-9, "
+                "'.', '_' and '-', beginning with a letter or a digit"
             )
     return rewards
 
@@ -199,85 +199,85 @@ PromptSource = Annotated[PathName | tuple[str | dict[str, Any], ...], BeforeVali
 
 class DataConfig(Section):
     train_prompts: PromptSource
-    """Text (a prompt a line), .jsonl, .json (HPDv2's, too), .csv, .tsv or .parquet, also as .gz; a pattern for several;
-    see docs/evaluate.md. Or the prompts: a list of texts, or of objects that a .jsonl file could have as lines."""
+    """File of training prompts: text (one per line), .jsonl, .json (also HPDv2's), .csv, .tsv or .parquet, also as .gz;
+    or a pattern for several files: docs/evaluate.md. Or a list of texts, or of objects as in the lines of a .jsonl."""
     heldout_prompts: PromptSource
-    """The same. What is held out is dropped from the training prompts."""
+    """Held-out prompts, in the same forms. They are dropped from the training prompts."""
     prompts_per_iteration: int = Field(16, ge=1, le=16_384)
-    """Prompts drawn for an iteration; each has a tree of its own."""
+    """Prompts drawn for an iteration; each has its own tree."""
     embeddings: PlaceName | None = None
-    """Folder or URI of the encoded prompts (Parquet), shared between runs; unset: in the run directory."""
+    """Folder or URI of the encoded prompts (Parquet), to share between runs. Unset: in the run directory."""
     encoder_resources: OneDevice = {"GPU": 1}
-    """Ray resources of the actor that encodes prompts, held only until all are encoded."""
+    """Ray resources of the prompt encoder, released when all prompts are encoded."""
     encoder_device: Device = Field("auto", validate_default=True)
-    """Device on which prompts are encoded. `auto`: as in `rollout`."""
+    """Device of the prompt encoder. `auto`: as in `rollout`."""
 
 
 class EvaluationConfig(Section):
     anchors: bool = True
-    """Carry the trunks on to the image and score it with all rewards: the on-policy evaluation `eval/*`. `method` fills
+    """Complete the trunks to images and score them with all rewards: the on-policy evaluation `eval/*`. `method` sets
     it."""
     guidance: bool = True
-    """The same as sampler.guidance, of held-out samples and of `evaluate`."""
+    """Classifier-free guidance of held-out samples and of `evaluate`, as sampler.guidance."""
     every: int = Field(50, ge=0, le=1_000_000)
-    """Iterations between held-out evaluations; 0: only before the first and after the last."""
+    """Iterations between held-out evaluations; 0: only before the first iteration and after the last."""
     seeds: int = Field(2, ge=1, le=1024)
-    """Samples of each held-out prompt; the same noise at every evaluation."""
+    """Samples of each held-out prompt, with the same noise at every evaluation."""
     grid_prompts: int = Field(8, ge=0, le=1024)
     """Held-out prompts shown in samples/<iteration>.png."""
     stop_on: tuple[PanelName, ...] = ()
-    """Numbers of the hacking panel (docs/rewards.md) that end the run, with its best checkpoint, when they pass their
+    """Numbers of the hacking panel (docs/rewards.md) that end the run with its best checkpoint when they pass their
     limits."""
 
 
 class CheckpointConfig(Section):
     every: int = Field(10, ge=1, le=1_000_000)
-    """Iterations between checkpoints; the last iteration always makes one."""
+    """Iterations between checkpoints; the last iteration always writes one."""
     keep: int = Field(3, ge=1, le=1_000_000)
-    """Newest checkpoints kept, beside the one with the best held-out scores."""
+    """Newest checkpoints kept, in addition to the one with the best held-out scores."""
 
 
 class TrackingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files to `tensorboard/` in the run directory."""
     timeline_every: int = Field(10, ge=0, le=1_000_000)
-    """Iterations between timelines of who did what when; 0: none."""
+    """Iterations between timelines of all actors' work; 0: none."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project (needs `pip install wandb`). A resumed run is the same run there."""
+    """Weights & Biases project to log to (needs `pip install wandb`). A resumed run continues the same W&B run."""
 
 
 class Config(Section):
-    """A run. `name`, `output` and `seed` say which, the sections how."""
+    """All settings of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Folder of the run below `output`."""
     output: PlaceName = "runs"
-    """Where run directories are made: a path that every node of the cluster sees, or a URI such as s3://bucket/runs."""
+    """Parent of run directories: a path that every node of the cluster can read, or a URI such as s3://bucket/runs."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the order of prompts, all noise, and the start of the LoRA."""
+    """Seed of the order of prompts, all noise, and the initial LoRA."""
     method: str = "g2rpo"
-    """What fills the tree's shape, `credit` and the objective, unless they are given beside it or later: a name in
-    docs/methods.md, or the import path of a module of your own, with a dot."""
+    """Preset of the tree's shape, `credit` and the objective; settings beside it or later override it. A name in
+    docs/methods.md, or the import path of your own module, with a dot."""
     iterations: int = Field(300, ge=1, le=1_000_000)
     """Iterations of the run: a rollout and an update each."""
     startup_timeout_s: float = Field(600, gt=0, le=604_800)
-    """How long the run waits for its actors to start. Once some have, one that takes ten times as long as they did from
-    when it has a process, and at least half of this, is taken for hung and started again."""
+    """Time limit in seconds for the start of the actors. After the first start, an actor that takes ten times as long
+    from when it has a process, and at least half of this limit, counts as hung and is restarted."""
     hung_after_s: float = Field(1800, gt=0, le=86400)
-    """Seconds after which a unit, a score, an update or whatever else an actor does is taken for hung, and the actor
-    for dead. Less, but a minute at least, once it is known what such calls usually take: ten times that."""
+    """Time limit in seconds of a call (a unit, a score, an update ...) while typical durations are unknown. After that:
+    ten times the typical duration, at least a minute. The actor of a hung call is replaced."""
     deterministic: bool = True
-    """The same bits each time on the same kind of device. false: faster attention and convolutions on GPUs, other last
-    bits each time."""
+    """The same bits in every run on the same kind of device. false: faster attention and convolutions on GPUs, with
+    different last bits in each run."""
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     sampler: SamplerConfig = SamplerConfig()
     credit: CreditConfig = CreditConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: Rewards = Field(min_length=1)
-    """Trained on, by name: 1 to 100 characters of A-Z, a-z, 0-9, `.`, `_` and `-`, and not `rollout`."""
+    """Trained rewards by name: 1 to 100 characters of A-Z, a-z, 0-9, `.`, `_` and `-`, and not `rollout`."""
     eval_rewards: Rewards = {}
-    """Logged and never trained on. Here and in `rewards`, null takes out one that `extends` brought in."""
+    """Rewards that are only logged. Here and in `rewards`, null removes a reward of an extended file."""
     learner: LearnerConfig = LearnerConfig()
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -299,7 +299,7 @@ class Config(Section):
             other = exported.setdefault(re.sub(r"\W", "_", name), name)
             if other != name:
                 section = "rewards" if name in self.rewards else "eval_rewards"
-                raise ValueError(f"{section}.{name}: Prometheus cannot tell it from {other}; rename one of them")
+                raise ValueError(f"{section}.{name}: has the same name as {other} in Prometheus; rename one of them")
         self._check_credit()
         self._check_attention()
         self._check_frames()
@@ -321,11 +321,11 @@ class Config(Section):
         weights, strides = self.credit.granularity_weights, self.sampler.strides
         if weights is not None and strides == "auto":
             raise ValueError(
-                "credit.granularity_weights: given, but sampler.strides=auto has one at a time: leave it out"
+                "credit.granularity_weights: given, but sampler.strides=auto uses one granularity at a time; remove it"
             )
         if weights is not None and len(weights) != len(strides):
             raise ValueError(
-                f"credit.granularity_weights: {list(weights)} given; give one for each of "
+                f"credit.granularity_weights: {list(weights)} given; give one weight for each of "
                 f"sampler.strides={list(strides)}"
             )
         for branch_steps in self.sampler.placements():
@@ -335,41 +335,41 @@ class Config(Section):
             if alone.any():
                 raise ValueError(
                     f"credit.group: {self.credit.group} given, but a trained edge that starts at index "
-                    f"{tree.start[alone][0]} has none to be compared with: raise sampler.group_size or sampler.roots, "
+                    f"{tree.start[alone][0]} is alone in its group; raise sampler.group_size or sampler.roots, "
                     "or set credit.group to step"
                 )
 
     def _check_attention(self) -> None:
-        """The learner uses `model.attention_backend`."""
+        """Raises ValueError if the learner cannot use `model.attention_backend`."""
         given = self.model.attention_backend
         if given is None:
             return
         if given == "_flash_3" or "sage" in given:
             raise ValueError(
-                f"model.attention_backend: {given} given, which has no backward pass for the learner; give it as "
-                "rollout.attention_backend"
+                f"model.attention_backend: {given} given, which has no backward pass for the learner; set "
+                "rollout.attention_backend instead"
             )
         if self.deterministic and given not in TORCH_ATTENTION:
             raise ValueError(
                 f"model.attention_backend: {given} given; with deterministic=true the learner can use "
-                f"{', '.join(TORCH_ATTENTION)}: give it as rollout.attention_backend, or set deterministic to false"
+                f"{', '.join(TORCH_ATTENTION)}; set rollout.attention_backend instead, or deterministic to false"
             )
 
     @property
     def rollout_model(self) -> ModelConfig:
-        """The model as rollout actors load it."""
+        """The model of rollout actors."""
         backend = self.rollout.attention_backend or self.model.attention_backend
         return self.model.model_copy(update={"attention_backend": backend})
 
     @property
     def completions_model(self) -> ModelConfig:
-        """The model as branches are completed with it."""
+        """The model of completions."""
         backend = self.rollout.completions.attention_backend or self.rollout_model.attention_backend
         return self.model.model_copy(update={"attention_backend": backend})
 
     @property
     def velocity_cost(self) -> int:
-        """Evaluations that a velocity of rollout and update takes: with classifier-free guidance two."""
+        """Evaluations per velocity in rollout and update: 2 with classifier-free guidance, else 1."""
         return 1 + (self.sampler.guidance and self.model.negative_prompt is not None)
 
     @property
@@ -380,22 +380,22 @@ class Config(Section):
 
     @property
     def sample_cost(self) -> int:
-        """The same of held-out samples."""
+        """Evaluations per velocity of held-out samples."""
         return 1 + (self.evaluation.guidance and self.model.negative_prompt is not None)
 
     @property
     def credit_weights(self) -> list[float]:
-        """w_r of the scores that credit takes: see `rollout.plan.with_credit_scores`."""
+        """Weights w_r of the scores in the advantage: see `rollout.plan.with_credit_scores`."""
         weights = [reward.weight for reward in self.rewards.values()]
         return [1.0] if self.credit.normalise == "sum" else weights
 
     @property
     def all_rewards(self) -> dict[str, RewardConfig]:
-        """Trained rewards first: their order is the R axis of the advantage."""
+        """All rewards by name, trained ones first. Their order is the R axis of scores."""
         return {**self.rewards, **self.eval_rewards}
 
     @property
     def rewards_by_key(self) -> dict[str, RewardConfig]:
-        """The same by their dotted keys, such as `rewards.preference`, for messages and for what a section has."""
+        """All rewards by dotted key, such as `rewards.preference`."""
         sections = {"rewards": self.rewards, "eval_rewards": self.eval_rewards}
         return {f"{section}.{name}": reward for section, has in sections.items() for name, reward in has.items()}

@@ -1,4 +1,4 @@
-"""What all sections of the settings share."""
+"""Base class and field types of the sections of the settings."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ def _checked_path(name: str) -> str:
 
 def _checked_place(name: str) -> str:
     if name.startswith("memory://"):
-        return _without_fault(name, "it would be in the memory of one process; give a path, or a URI of a storage")
+        return _without_fault(name, "memory:// exists in one process only; give a path, or a URI of a storage")
     return _without_fault(name, place_fault(name))
 
 
@@ -30,9 +30,9 @@ def _without_fault(name: str, fault: str) -> str:
 
 
 PathName = Annotated[str, AfterValidator(_checked_path)]
-"""A path that can be on this machine, a hub id, or `embedded:X`; see `files.resolve`."""
+"""A local path, a hub id, or `embedded:X`; see `paths.resolve`."""
 PlaceName = Annotated[str, AfterValidator(_checked_place)]
-"""A path, or the URI of a storage that several processes see."""
+"""A path, or the URI of a storage that several processes can read."""
 
 
 def _importable(path: str) -> str:
@@ -46,11 +46,11 @@ def _importable(path: str) -> str:
 
 
 Own = Annotated[str, AfterValidator(_importable)]
-"""What a user adds, by its import path."""
+"""Import path of the user's own code; imported to check it."""
 
 
 class Section(BaseModel):
-    """What all sections share: nothing changes after loading, nothing unknown gets in, no number is NaN or infinite."""
+    """Base of all sections: frozen, unknown keys refused, no NaN or infinite number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -64,7 +64,7 @@ class Section(BaseModel):
 
 
 def _refuse_bool(key: str, given: Any, taken: Any) -> None:
-    """Raise ValueError where pydantic took true for 1, or false for 0."""
+    """Raises ValueError if pydantic converted true to 1 or false to 0."""
     if isinstance(given, bool) and not isinstance(taken, bool):
         raise ValueError(f"{key}: {str(given).lower()} given; must be a number")
     if isinstance(given, Mapping) and isinstance(taken, Mapping):

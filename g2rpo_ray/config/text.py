@@ -1,16 +1,16 @@
-"""YAML that cannot grow: what a few lines of aliases or brackets could become is refused before it is built."""
+"""A YAML reader with limits: text whose aliases or brackets expand too far is refused before it is constructed."""
 
 import re
 from typing import Any
 
 import yaml
 
-MOST_BYTES, MOST_NODES, MOST_DEPTH = 1 << 20, 10_000, 32
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 10_000, 32
 INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers are what they look like: in YAML 1.1 010 is 8, 1:30 is 90, and a date is no text."""
+    """Without YAML 1.1's surprises, where 010 is 8, 1:30 is 90, and a date is not text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if tag not in (INT, FLOAT, TIMESTAMP)]
@@ -31,13 +31,13 @@ _Loader.add_constructor(INT, _Loader.construct_int)
 
 
 def read_yaml(text: str) -> Any:
-    """The value in a YAML text.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: it is not YAML, gives a key twice, or is too long, too deep, or too large with its aliases expanded.
+        ValueError: it is not YAML, has a key twice, or is too long, too deep, or too large with its aliases expanded.
     """
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"longer than {MOST_BYTES} characters")
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"longer than {MAX_BYTES} characters")
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # a control character, or half of a surrogate pair
@@ -47,11 +47,11 @@ def read_yaml(text: str) -> Any:
         if node is None:
             return None
         size, _ = _measure(node, {})
-        if size > MOST_NODES:
-            raise ValueError(f"more than {MOST_NODES} values, with its aliases expanded")
+        if size > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES} values, with its aliases expanded")
         return loader.construct_document(node)
     except RecursionError:
-        raise ValueError(f"nested more than {MOST_DEPTH} deep") from None
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     finally:
@@ -59,7 +59,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Number of values, as if aliases were copies, and depth. An alias inside of itself ends in RecursionError."""
+    """Number of values, with aliases expanded, and depth. RecursionError for an alias inside itself."""
     if id(node) not in known:
         if isinstance(node, yaml.ScalarNode):
             _refuse_surrogate(node)
@@ -69,7 +69,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
             parts = [part for pair in node.value for part in pair]
         sizes = [_measure(part, known) for part in parts]
         known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
-        if known[id(node)][1] > MOST_DEPTH:
+        if known[id(node)][1] > MAX_DEPTH:
             raise RecursionError
     return known[id(node)]
 
@@ -78,12 +78,12 @@ def _refuse_twice(node: yaml.MappingNode) -> None:
     known: set[str] = set()
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         if key.value in known:
-            raise ValueError(f"{key.value} is given a second time in line {key.start_mark.line + 1}")
+            raise ValueError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
         known.add(key.value)
 
 
 def _refuse_surrogate(node: yaml.ScalarNode) -> None:
-    """As an escape gives one: it cannot be written anywhere."""
+    """Raises ValueError for half of a surrogate pair, from an escape: it cannot be encoded."""
     try:
         node.value.encode()
     except UnicodeEncodeError:

@@ -143,7 +143,7 @@ class Bench:
         """Seconds of a whole unit beside its evaluations and decodings: of the last branch step's first unit."""
         from g2rpo_ray.algo.growth import batch_sizes
 
-        place = TrunkUnit(0, 0, "", config.sampler.dearest)
+        place = TrunkUnit(0, 0, "", config.sampler.costliest)
         tree = prompt_tree(config, 0, 0, "", place.choice)
         unit = list(branch_units(config, tree, place))[-1]
         trunk, _ = sampler.trunk(place, embedding)
@@ -165,7 +165,7 @@ class Bench:
 
     def _sampled(self, config: Config, sampler: Sampler, embedding: PromptEmbedding) -> list[PromptRollout]:
         """One prompt, as often as the learner's micro-batch has room, as far as a rank has so many."""
-        place = TrunkUnit(0, 0, "", config.sampler.dearest)
+        place = TrunkUnit(0, 0, "", config.sampler.costliest)
         tree = prompt_tree(config, 0, 0, "", place.choice)
         trunk, _ = sampler.trunk(place, embedding)
         branches = tuple(sampler.branch(unit, embedding, trunk)[0] for unit in branch_units(config, tree, place))

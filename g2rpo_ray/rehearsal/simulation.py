@@ -45,8 +45,8 @@ class Simulated:
 
 
 def simulate(config: Config, times: Times) -> Simulated:
-    """Some iterations of the run, with `rollout.max_actors` actors. Of `auto` at its dearest, without probes."""
-    trees, prompts = possible_trees(config, config.sampler.dearest), range(config.data.prompts_per_iteration)
+    """Some iterations of the run, with `rollout.max_actors` actors. `auto` has its costliest choice, without probes."""
+    trees, prompts = possible_trees(config, config.sampler.costliest), range(config.data.prompts_per_iteration)
     looks, slides = min(MAX_LOOKS, len(trees)), config.sampler.branch_schedule == "slide"
     firsts = [look * len(trees) // looks for look in range(looks)]
     run = _Run(config, times)

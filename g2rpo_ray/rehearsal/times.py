@@ -68,14 +68,14 @@ def pieces(number: int, size: int) -> list[int]:
 
 
 def operations(config: Config) -> Times:
-    """By PyTorch's count of 10^12 floating-point operations: seconds of a device that does so many a second.
+    """Times in units of 10^12 floating-point operations by PyTorch's count: seconds on a device of 1 TFLOP/s.
 
-    Of the model's configuration files, which are on this machine; of `auto`, at its dearest. Rewards take no time.
+    From the model's configuration files on this machine. `auto` has its costliest choice. Rewards take no time.
     """
     from g2rpo_ray.models.estimate import count_operations
 
     counted, learner = count_operations(config), config.learner
-    mean = prompt_cost(config, possible_trees(config, config.sampler.dearest))
+    mean = prompt_cost(config, possible_trees(config, config.sampler.costliest))
     states, checkpointed = config.velocity_cost * mean.states, learner.gradient_checkpointing
     others = mean.update - (BACKWARD + checkpointed) * states  # by policies without a gradient
     update = states * counted.state(checkpointed) + others * counted.evaluation

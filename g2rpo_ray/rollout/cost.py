@@ -99,13 +99,13 @@ def prompt_cost(config: Config, trees: Sequence[Tree]) -> PromptCost:
 def iteration_cost(config: Config, train: Sequence[str], iteration: int, choice: Choice | None = None) -> float:
     """What an iteration will cost: evaluations of rollouts, and what the states of the learner count in these.
 
-    Of `auto` with this choice; None: the dearest. Of all others exactly.
+    With `auto`, for this choice; None: the costliest. Exact without `auto`.
     """
     sampler, size = config.sampler, config.data.prompts_per_iteration
     drawn: Sequence[str] = [""] * size  # whose trees do not depend on the prompt
     if sampler.is_drawn:
         drawn = iteration_prompts(train, size, config.seed, iteration)
-    chosen = choice or sampler.dearest
+    chosen = choice or sampler.costliest
     trees = [prompt_tree(config, iteration, slot, prompt, chosen) for slot, prompt in enumerate(drawn)]
     rollout = sum(rollout_evaluations(config, tree, iteration, slot) for slot, tree in enumerate(trees))
     return rollout + update_cost(config, trees)
@@ -130,7 +130,7 @@ def object_store_bytes(config: Config) -> int:
     sampler, pixels = config.sampler, config.model.pixels
     trunk, prompts = TrunkUnit(0, 0, ""), config.data.prompts_per_iteration
     latents = images = 0
-    for tree in {*possible_trees(config, sampler.dearest), *possible_trees(config, sampler.dearest, probing=True)}:
+    for tree in {*possible_trees(config, sampler.costliest), *possible_trees(config, sampler.costliest, probing=True)}:
         units = list(branch_units(config, tree, trunk))
         parts = [branch_part(tree, unit) for unit in units]
         latents = max(latents, 2 * len(tree.branch_points) + sum(len(part.touched) for part in parts))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.config.resume import SAMPLING, TRAINING, counts, matches, settings
+from g2rpo_ray.config.resume import SAMPLING, TRAINING, affects_result, matches, settings
 from g2rpo_ray.data import Prompts
 from g2rpo_ray.paths import EMBEDDED, resolve
 from g2rpo_ray.preflight import check_lasting, read_run_prompts
@@ -176,7 +176,7 @@ class Plan:
         values = {
             key: value
             for key, value in given.items()
-            if counts(key) and (key in SAMPLING or not matches(key, untrained))
+            if affects_result(key) and (key in SAMPLING or not matches(key, untrained))
         }
         files = [_content(value) for value in values.values() if isinstance(value, str) and value.startswith(EMBEDDED)]
         text = json.dumps([values, files, budget, looks], sort_keys=True)

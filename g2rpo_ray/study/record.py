@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from g2rpo_ray.analysis.statistics import interval
-from g2rpo_ray.config.resume import counts
+from g2rpo_ray.config.resume import affects_result
 from g2rpo_ray.rollout.metrics import mean_of_present
 from g2rpo_ray.runs.tracking import read_lines, to_json
 from g2rpo_ray.study.plan import Case
@@ -77,7 +77,7 @@ class Curve:
         return {
             "key": case.key, "kind": case.kind, "table": case.table, "variant": case.variant, "seed": config.seed,
             "lr": config.learner.lr, "budget": case.budget, **more, "curve": self.points, "scores": by_prompt,
-            "settings": {key: value for key, value in given if counts(key)},
+            "settings": {key: value for key, value in given if affects_result(key)},
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
 

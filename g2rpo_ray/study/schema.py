@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from g2rpo_ray.config.loading import PACKAGED, refusal
 from g2rpo_ray.config.section import PathName, Section
-from g2rpo_ray.config.text import MOST_BYTES, read_yaml
+from g2rpo_ray.config.text import MAX_BYTES, read_yaml
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.paths import local_path
 
@@ -106,7 +106,7 @@ def read_study(path: str) -> tuple[Study, Path]:
     file = packaged if not named.exists() and packaged.is_file() else named
     try:
         with file.open() as stream:
-            tree = read_yaml(stream.read(MOST_BYTES + 1))
+            tree = read_yaml(stream.read(MAX_BYTES + 1))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; name a study's file") from None
     except ValueError as error:

@@ -116,7 +116,7 @@ def test_a_killed_node_and_a_new_size_change_no_bit(cluster, long_bits, tmp_path
         "3",
     ]
     asked = subprocess.run(scale, capture_output=True, text=True, timeout=120, check=False)
-    assert "rollout: 3 actors asked for" in asked.stdout, asked.stderr
+    assert "rollout: 3 actors requested" in asked.stdout, asked.stderr
     wait_for(process, lambda: "rollout-2 on" in (tmp_path / "nodes" / "run.log").read_text())
     learner.resume()
     finish(process)

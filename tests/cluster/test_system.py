@@ -99,7 +99,7 @@ DAMAGE = {
     "checkpoint": (0, "iteration 2: the same\niteration 3: the same\n"),
     "asked elsewhere": (
         0,
-        "reward preference: its recorded scores are taken, it has a runtime_env\niteration 3: the same",
+        "reward preference: its recorded scores are used, because it has a runtime_env\niteration 3: the same",
     ),
     "ranks": (0, "learner.ranks: the run had 2; its update is not replayed\niteration 3: the same\n"),
 }

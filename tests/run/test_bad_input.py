@@ -50,7 +50,7 @@ CASES = {
     "granularity 0": (["--set", "sampler.strides=[0]"], ["sampler.strides: [0] given", "from 1 up"]),
     "step beyond T": (["--set", "sampler.branch_steps=[10]"], ["sampler.branch_steps: [10] given", "0..9"]),
     "no such method": (["--set", "method=grpo"], ["method: 'grpo' given", "allowed are awm, ", "g2rpo"]),
-    "a group of one": (["--set", "sampler.group_size=1"], ["credit.group: siblings given", "none to be compared with"]),
+    "a group of one": (["--set", "sampler.group_size=1"], ["credit.group: siblings given", "alone in its group"]),
     "no noise to train": (
         ["--set", "method=flow_grpo_fast", "--set", "sampler.branch_steps=[8]"],
         ["sampler.kernel: cps given, which has no noise in a step that ends at the image"],
@@ -58,7 +58,7 @@ CASES = {
     "empty prompts": (["--set", "data.train_prompts=FILES/empty.txt"], ["data.train_prompts: ", "holds no prompt"]),
     "all held out": (
         ["--set", "data.train_prompts=embedded:prompts_heldout.txt"],
-        ["data.train_prompts: all 12 are among data.heldout_prompts, too"],
+        ["data.train_prompts: all 12 are also in data.heldout_prompts"],
     ),
     "few prompts": (["--set", "data.prompts_per_iteration=500"], ["data.prompts_per_iteration: 500 given"]),
     "unreadable checkpoint": (["--resume", "FILES/checkpoint"], ["--resume: ", "not a readable checkpoint"]),
@@ -81,7 +81,7 @@ CASES = {
         ["model.path: cannot load 'some/model'", "download it where the hub can be reached"],
     ),
     "an output below a file": (["--set", "output=FILES/empty.txt/runs"], ["output: cannot use ", "empty.txt"]),
-    "no wandb": (["--set", "tracking.wandb_project=x"], ["tracking.wandb_project: wandb is not installed here"]),
+    "no wandb": (["--set", "tracking.wandb_project=x"], ["tracking.wandb_project: given, but wandb is not installed"]),
     "brackets without end": (["--set", "data.train_prompts=FILES/deep.json"], ["data.train_prompts: ", "too deep"]),
     "name outside its folder": (["--name", "../x"], ["name: '../x' given"]),
     "no number of seconds": (["--wait", "soon"], ["argument --wait: 'soon' given; must be seconds from 0 to 86400"]),
@@ -148,7 +148,7 @@ def test_check_needs_no_cluster_and_little_time(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("method: ")
-    assert re.match(r"cluster: +none was asked; this machine, with \d+ CPU, \d+ GPU, has what the run needs", lines[-1])
+    assert re.match(r"cluster: +none given; this machine, with \d+ CPU, \d+ GPU, has what the run needs", lines[-1])
     assert "not checked" not in done.stdout
     assert not done.stderr
     assert not list(tmp_path.iterdir())

@@ -255,17 +255,17 @@ def test_choices_follow_from_what_is_known_when_an_iteration_begins(staleness):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method=flow_grpo", AUTO[0]], "stochastic edges reach index 10 of 10"),
-        (["method=dance_grpo", AUTO[0]], "stochastic edges reach index 9 of 10"),
+        (["method=flow_grpo", AUTO[0]], "ODE steps begin only at index 10 of 10"),
+        (["method=dance_grpo", AUTO[0]], "ODE steps begin only at index 9 of 10"),
         (["method=branch_grpo", AUTO[1]], "branch_steps: auto given, which needs stochastic_edges=1"),
-        (["method=mix_grpo", AUTO[1]], "branch_schedule=fixed; these are 4 and slide"),
-        (["method=awm", AUTO[0]], "strides: auto given, but with kernel=ode"),
-        (["method=diffusion_nft", AUTO[1]], "branch_steps: auto given, but with kernel=ode"),
+        (["method=mix_grpo", AUTO[1]], "branch_schedule=fixed; they are 4 and slide"),
+        (["method=awm", AUTO[0]], "strides: auto given, but kernel=ode"),
+        (["method=diffusion_nft", AUTO[1]], "branch_steps: auto given, but kernel=ode"),
         ([AUTO[0], "sampler.auto.largest=1"], "up to auto.largest=1"),
         ([AUTO[0], "learner.zero_stage=3"], "learner.zero_stage: 3 given, but `auto`"),
         ([AUTO[1], "learner.compile=true"], "learner.compile: true given, but `auto`"),
         ([AUTO[0], "learner.objective=nft"], "learner.objective: nft given, but `auto`"),
-        ([AUTO[0], "credit.granularity_weights=[1,2]"], "sampler.strides=auto has one at a time"),
+        ([AUTO[0], "credit.granularity_weights=[1,2]"], "credit.granularity_weights: given, but sampler.strides=auto"),
         (["sampler.strides=automatic"], "sampler.strides: 'automatic' given"),
     ],
 )
@@ -281,7 +281,7 @@ def test_the_plan_tells_the_range(method):
     config = load_config(None, [f"method={method}", AUTO[0], "iterations=7", "sampler.auto.every=3"])
     (line,) = [line for line in describe_plan(config).splitlines() if line.startswith("auto:")]
     low, high = (float(word.strip(".")) for word in line.split("the run: ")[1].split()[:3:2])
-    for choice in (config.sampler.cheapest, config.sampler.dearest, Choice((2,), config.sampler.all_branch_steps)):
+    for choice in (config.sampler.cheapest, config.sampler.costliest, Choice((2,), config.sampler.all_branch_steps)):
         prompts = range(config.data.prompts_per_iteration)
         trees = [prompt_tree(config, iteration, slot, "x", choice) for iteration in range(7) for slot in prompts]
         slack = 1.1 if config.sampler.branch_schedule == "draw" else 1  # there the plan has means

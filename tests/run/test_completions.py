@@ -151,5 +151,5 @@ def test_what_a_device_or_an_installation_lacks_is_one_line(monkeypatch):
 
 def test_torchao_is_missed_before_anything_starts(monkeypatch):
     monkeypatch.setattr("g2rpo_ray.preflight.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="^rollout.completions.quantization: torchao is not installed here"):
+    with pytest.raises(ValueError, match="^rollout.completions.quantization: given, but torchao is not"):
         check_files(config_of("rollout.completions.quantization=int8"), None)

@@ -164,8 +164,8 @@ def test_a_relative_output_is_refused_inside_a_ray_job(tmp_path, monkeypatch, ca
     ):
         assert cli(arguments) == 2, arguments
         printed = capsys.readouterr().err
-        assert f"{key} given, a relative path, which inside a Ray job is in a folder that Ray deletes" in printed
-        assert "a path that every node sees" in printed
+        assert f"{key} given, a relative path, which in a Ray job is in a folder that Ray deletes" in printed
+        assert "a path that every node can read" in printed
         assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -179,9 +179,7 @@ def test_the_check_tells_hours_and_money_of_devices_that_are_not_here(capsys):
         assert part in printed
     assert "error" not in printed
     assert main([*given, "--devices", "h100:8"]) == 2
-    assert (
-        capsys.readouterr().err == "error: --devices: given without --check; hours are told before a run, add --check\n"
-    )
+    assert capsys.readouterr().err == "error: --devices: given without --check; add --check to estimate hours\n"
 
 
 def test_a_study_tells_the_hours_of_all_its_runs(tmp_path, capsys):

@@ -112,14 +112,14 @@ def test_all_that_is_wrong_with_a_configuration_is_named_and_not_the_first_thing
     ]  # fmt: skip
     assert "the prompt 'a cat' has no text in quotes" in problems[3]
     assert printed.count("\nstand-in:") == 2
-    assert "\nrehearsed:     not to the end: lora.targets: 'nothing' is not the ending of any linear layer" in printed
+    assert "\nrehearsed:     failed: lora.targets: 'nothing' is not the ending of any linear layer" in printed
 
 
 def test_a_model_that_is_unknown_here_has_no_twin(tmp_path, capsys):
     assert main(["--set", "model.path=somebody/else", "--output", str(tmp_path / "new"), "--local"]) == 1
     printed = capsys.readouterr().out
     assert "somebody/else is a hub id" in printed
-    assert "rehearsed:     nothing, since a twin needs prompts and the configuration files of the model" in printed
+    assert "rehearsed:     no; a twin needs" in printed
     assert main(["--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: --output: {tmp_path} given, which is not empty; give a new folder\n"
 

@@ -21,10 +21,10 @@ def test_the_quickstart_s_rewards_are_fine(capsys):
     said = capsys.readouterr().out
     preference, shape = said.split("eval_rewards.shape: ")
     assert preference.startswith("rewards.preference: hpsv2 on cpu, float32\n    loaded in ")
-    assert "6 pictures: 0.8657 to 0.9891, mean 0.9513, spread (std) 0.0430\n" in preference
-    assert "prompts: +0.7365 with their own against another's, more for 6 of 6" in preference
-    assert "6 pictures: 1.0000 to 1.0000" in shape
-    assert said.count("a second time: the same bits") == 2
+    assert "6 images: 0.8657 to 0.9891, mean 0.9513, spread (std) 0.0430\n" in preference
+    assert "prompts: +0.7365 with its own against another's, more for 6 of 6" in preference
+    assert "6 images: 1.0000 to 1.0000" in shape
+    assert said.count("repeated: the same bits") == 2
     assert said.count("published: no value is known") == 2
 
 
@@ -46,7 +46,7 @@ def test_what_is_wrong_is_one_line_each_and_the_others_are_tried(tmp_path, capsy
     wrong, drifts, *more, apart = capsys.readouterr().out.splitlines()
     assert wrong.startswith(f"rewards.wrong: not tried: checkpoint: {tmp_path}/wrong.pt")
     assert drifts == "rewards.drifts: tests.support.faulty:build_drifting on no device"
-    assert "    a second time: WRONG, other bits: runs can't be repeated with it" in more
+    assert "    repeated: WRONG, other bits" in more
     assert apart.startswith("rewards.apart: not tried: it has an environment of its own")
 
 
@@ -57,9 +57,9 @@ def test_a_group_is_compared_as_one_and_missing_scores_are_told():
     assert found["group"]
     scores = np.array([1, np.nan, 3], np.float32)
     assert command._scale(scores, True) == (
-        "3 pictures as one group: 1.0000 to 3.0000, mean 2.0000, spread (std) 1.0000, 1 missing"
+        "3 images as one group: 1.0000 to 3.0000, mean 2.0000, spread (std) 1.0000, 1 missing"
     )
-    assert command._scale(scores[1:2], False) == "WRONG: none of 1 pictures got a score"
+    assert command._scale(scores[1:2], False) == "WRONG: none of 1 images has a score"
 
 
 def test_published_values_are_compared_for_the_published_checkpoint_alone(monkeypatch):
@@ -68,10 +68,10 @@ def test_published_values_are_compared_for_the_published_checkpoint_alone(monkey
     monkeypatch.setitem(PUBLISHED, "imagereward", Published("there", {digest_of(picture): 0.5}, 0.01))
     published, own = RewardConfig(kind="imagereward"), RewardConfig(kind="imagereward", options={"checkpoint": "my.pt"})
     equal, differs = np.array([0.505], np.float32), np.array([0.6], np.float32)
-    assert command._published(published, [picture], equal).startswith("published: equal within 0.01: 1 pictures, by")
+    assert command._published(published, [picture], equal).startswith("published: equal within 0.01: 1 images, by")
     assert "WRONG, they differ" in command._published(published, [picture], differs)
     assert "no value is known for this checkpoint" in command._published(own, [picture], differs)
-    assert "values are known for other pictures: there" in command._published(published, references(32, 32)[:1], equal)
+    assert "values are known for other images: there" in command._published(published, references(32, 32)[:1], equal)
 
 
 def test_an_environment_that_ray_does_not_take_is_told_before_the_start():

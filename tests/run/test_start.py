@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from g2rpo_ray.config import load_config
-from g2rpo_ray.config.resume import FREE, TRAINING, differences, settings
+from g2rpo_ray.config.resume import NO_EFFECT, TRAINING, differences, settings
 from g2rpo_ray.runs.checkpoint import find_checkpoint, finish_checkpoint, is_evaluated, new_checkpoint
 from g2rpo_ray.runs.start import begin, find_start, first_iteration, is_own, read_origin
 from g2rpo_ray.runs.storage import Folder
@@ -157,7 +157,7 @@ def test_what_may_change_freely_exists():
     """Each entry of the two lists is a setting, so that a new name cannot make an old one count, or not."""
     config = load_config(None, ["eval_rewards.judge={kind: jpeg_compressibility}"])
     keys = [key for key, *_ in leaves(settings(config, ["a"], ["b"], {}))]
-    for pattern in (*FREE, *TRAINING):
+    for pattern in (*NO_EFFECT, *TRAINING):
         assert any(fnmatchcase(key, pattern) for key in keys), pattern
 
 

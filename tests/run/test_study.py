@@ -313,7 +313,7 @@ def test_a_reward_that_hangs_ends_the_study_in_a_line(tmp_path, capfd):
     assert main([str(file), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert line.startswith("error: one: base")
-    assert line.endswith("no progress for hung_after_s; the same command goes on from the record")
+    assert line.endswith("no progress for hung_after_s; the same command resumes from the record")
     assert set(multiprocessing.active_children()) == others
 
 

@@ -154,7 +154,7 @@ def test_rollout_nodes_come_up_for_a_run_and_go_down_after_it(manifests, cluster
 
     scale = [sys.executable, "-m", "g2rpo_ray.scale", "--address", cluster.address, "--name", "scaled"]
     asked = subprocess.run([*scale, "--rollout", str(most + 1)], capture_output=True, text=True, check=False)
-    assert f"rollout: {most + 1} actors asked for" in asked.stdout, asked.stderr
+    assert f"rollout: {most + 1} actors requested" in asked.stdout, asked.stderr
     time.sleep(5 * TICK_S)  # more than the group has: one actor waits
     learner.resume()
     finish(process)

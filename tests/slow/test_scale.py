@@ -37,7 +37,7 @@ def test_two_private_runs_on_a_machine_are_told_apart(tmp_path):
         control.suspend()
         hung = scale(tmp_path, "--name", "one", "--rollout", "1")
         assert hung.returncode == 2
-        assert hung.stderr.splitlines()[-1].startswith("error: --name: run 'one' does not answer for up to 30 s: ")
+        assert hung.stderr.splitlines()[-1].startswith("error: --name: run 'one' did not answer within 30 s")
         assert "Traceback" not in hung.stderr
         control.resume()
         processes["one"].terminate()

@@ -78,7 +78,7 @@ def test_a_full_disk_ends_the_study_in_a_line_and_costs_no_run_that_is_done(tmp_
         _, told = process.communicate(timeout=240)
         assert process.returncode == 1, told
         assert re.match(
-            r"error: .*No space left on device.*; the same command goes on from the record", told.splitlines()[-1]
+            r"error: .*No space left on device.*; the same command resumes from the record", told.splitlines()[-1]
         )
         assert "Traceback" not in told
         kept = read_lines(disk / FILE)

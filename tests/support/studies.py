@@ -66,4 +66,4 @@ def command(file: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-STOPPED = "stopped: what is finished is in the record, and the same command goes on from there"
+STOPPED = "stopped; finished runs are in the record, and the same command resumes"

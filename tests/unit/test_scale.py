@@ -13,7 +13,7 @@ from g2rpo_ray.commands.scale import main
         (["--reward", "preference=99999"], ["--reward preference: 99999 given", "from 1 to 4096"]),
         (["--reward", "preference=²"], ["--reward: 'preference=²' given", "NAME=N"]),
         ([], ["--rollout N or --reward NAME=N"]),
-        (["--rollout", "2", "--name", "killed"], ["no run 'killed' is going on", "left by one that was killed"]),
+        (["--rollout", "2", "--name", "killed"], ["no run 'killed' is running", "left from a killed one"]),
         (["--rollout", "2", "--name", "damaged"], ["--output: cannot read ", "ray.json"]),
     ],
 )
