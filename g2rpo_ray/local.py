@@ -1,6 +1,6 @@
-"""A whole run in this process: the sampler, the rewards and one learner rank, as a run on Ray has them. No Ray here.
+"""A whole run in this process, without Ray: the sampler, the rewards and one learner rank.
 
-It gives the same bits as `python -m g2rpo_ray.run` with the same settings, and has no actor to start.
+It gives the same bits as `python -m g2rpo_ray.run` with the same settings.
 """
 
 import logging
@@ -70,19 +70,20 @@ class LocalRun:
         rewards: Mapping[str, Any] | None = None,
         prompts: Any = None,
         heldout: Any = None,
-        moved: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
         checkpoint: Checkpoint | None = None,
         embeddings: Mapping[str, PromptEmbedding] | None = None,
     ):
         """
         Args:
-            rewards, prompts, heldout: in place of those of the configuration: see `train`.
-            moved: called whenever images were scored, or prompts encoded.
-            checkpoint: of any run of this configuration; the next step is that of its iteration.
-            embeddings: of all prompts that are used; default: those that are stored, and what is missing is encoded.
+            config: see `load_config`.
+            rewards, prompts, heldout: instead of those of the configuration: see `train`.
+            on_progress: called after images were scored or prompts encoded.
+            checkpoint: of any run of this configuration; training continues from its iteration.
+            embeddings: of all prompts that are used. Default: stored ones; missing ones are encoded.
 
         Raises:
-            ValueError: one line; prompts, model or rewards cannot be had, or the settings need several processes.
+            ValueError: one line; prompts, model or rewards cannot be loaded, or the settings need several processes.
         """
         config = with_settings(
             config, {"rewards": rewards, "data.train_prompts": prompts, "data.heldout_prompts": heldout}
@@ -96,17 +97,17 @@ class LocalRun:
 
         self.config, self.prompts = config, read_run_prompts(config)
         self._budget = Budget(config, checkpoint.budget if checkpoint else None)
-        self._moved = moved
+        self._on_progress = on_progress
         if embeddings is None:
             per_iteration = config.data.prompts_per_iteration
             used = drawn_prompts(self.prompts.train, per_iteration, config.seed, config.iterations)
             sources = sources_by_prompt(self.prompts.metadata)
-            embeddings = _embeddings(config, [*used, *self.prompts.heldout], sources, FlowModel, moved)
+            embeddings = _embeddings(config, [*used, *self.prompts.heldout], sources, FlowModel, on_progress)
         self._embeddings = embeddings
         self._rewards = {name: open_reward(r) for name, r in config.all_rewards.items()}
         for name, reward in self._rewards.items():
             if config.all_rewards[name].runtime_env or getattr(reward, "scope", "image") == "group":
-                raise ValueError(f"rewards, eval_rewards: {name} compares groups or has a runtime_env: that takes Ray")
+                raise ValueError(f"rewards, eval_rewards: {name} compares groups or has a runtime_env, which needs Ray")
         self.sampler = Sampler(config)
         with alone(config.learner.device), checkpoint.folder.reading() if checkpoint else nullcontext() as path:
             from g2rpo_ray.learner.engine import LearnerEngine  # imports DeepSpeed, which reads the environment
@@ -115,21 +116,21 @@ class LocalRun:
         self.weights: dict[str, FloatArray] = {}
         """The LoRA that the last rollout was sampled with."""
         self.units: dict[str, Digests] = {}
-        """Of the last rollout, by name, as planned."""
+        """Digests of the last rollout's units, by the unit's name."""
         self.states = 0
         """Learner states since the start, each forward and backward."""
         self.updates = 0.0
         """Cost of the learner's updates since the start, in evaluations."""
         self.seconds = 0.0
-        """Of iterations, without evaluations."""
+        """Seconds of iterations since the start, without held-out evaluations."""
 
     @property
     def cost(self) -> float:
-        """Evaluations of rollouts and of updates."""
+        """Cost of rollouts and updates since the start, in evaluations."""
         return self.sampler.evaluations + self.updates
 
     def step(self, iteration: int) -> dict[str, float]:
-        """One iteration, counted from 0: sample, score, update; the update's metrics, scores and signals.
+        """One iteration, counted from 0: sample, score, update. Returns metrics of the update, scores and signals.
 
         Raises:
             RuntimeError: the update is refused; see `LearnerEngine.update`.
@@ -141,7 +142,7 @@ class LocalRun:
         return metrics
 
     def rollout(self, iteration: int) -> list[PromptRollout]:
-        """The scored trees of an iteration's prompts; each may be asked for once, in order."""
+        """The scored trees of an iteration's prompts. Call it once per iteration, in order."""
         self.engine.publish(iteration)
         self.weights, self.units = self.engine.copies.versions[iteration - self._staleness(iteration)], {}
         self.sampler.load_weights(self.weights)
@@ -151,7 +152,7 @@ class LocalRun:
         return [self._prompt(TrunkUnit(iteration, slot, prompt, choice)) for slot, prompt in enumerate(drawn)]
 
     def update(self, iteration: int, rollouts: Sequence[PromptRollout]) -> dict[str, float]:
-        """The learner's part of an iteration, as `step`."""
+        """Updates the LoRA from an iteration's trees; returns and raises as `step`."""
         from g2rpo_ray.learner.batch import BatchShape, reduce_metrics, spread
         from g2rpo_ray.rollout.metrics import reward_metrics
 
@@ -166,13 +167,14 @@ class LocalRun:
         return {**reduce_metrics([updated]), **reward_metrics(rollouts, self.config), **chosen}
 
     def _staleness(self, iteration: int) -> int:
-        """By how many versions the LoRA that samples is behind the one that is updated."""
+        """Number of versions by which the sampling LoRA is behind the updated one."""
         return min(iteration, self.config.rollout.max_staleness)
 
     def run(self, budget: float, looks: int) -> Iterator[tuple[int, Mapping[str, float], Samples | None]]:
-        """All iterations that the budget has: how many are done, the last one's metrics, and what is judged then.
+        """Runs all iterations within the budget, in evaluations.
 
-        It is judged whenever another `looks`-th of the budget is spent, and at the end.
+        Yields after each iteration the number of iterations done, its metrics, and held-out samples or None. Held-out
+        samples are made after every `looks`-th part of the budget, and at the end.
         """
         done, look, train = 0, 1, self.prompts.train
         last = False
@@ -185,7 +187,7 @@ class LocalRun:
             yield done, metrics, self.heldout() if due else None
 
     def heldout(self) -> Samples:
-        """Held-out samples of the policy that is trained, scored by every reward; they do not count in the cost."""
+        """Held-out samples of the trained policy, scored by every reward. They do not count in the cost."""
         before, prompts = self.sampler.evaluations, self.prompts.heldout
         self.sampler.load_weights(self.engine.lora_state())
         looks = [self._look(unit) for unit in heldout_units(self.config, prompts)]
@@ -199,13 +201,13 @@ class LocalRun:
         return Look(strip(images[0]), scores, image_traces(images))
 
     def load_into(self, pipeline: Any) -> None:
-        """Add the LoRA as it is now to a diffusers pipeline of the base model."""
+        """Adds the current LoRA to a diffusers pipeline of the base model."""
         with TemporaryDirectory() as folder:
             self.save(folder)
             pipeline.load_lora_weights(folder)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the LoRA as it is now as an adapter that diffusers reads."""
+        """Writes the current LoRA as an adapter for diffusers."""
         from g2rpo_ray.models import describe_model, export_lora
 
         family, _ = describe_model(self.config.model)
@@ -219,7 +221,7 @@ class LocalRun:
         self.units[unit.name] = digests(trunk, of_anchors)
 
         def grown(units: Iterable[BranchUnit]) -> tuple[tuple[Branches, ...], FloatArray]:
-            """The units' results for the learner, and the scores [R, Q]."""
+            """The units' results for the learner, and scores [R rewards, Q leaves]."""
             branches: list[Branches] = []
             found: list[tuple[Part, dict[str, FloatArray]]] = []
             for branch in units:
@@ -244,12 +246,12 @@ class LocalRun:
         config, known = self.config.all_rewards[name], self.prompts.metadata.get(prompt, {})
         _set_threads(config.threads)
         answer = ask_in_chunks(self._rewards[name], images, prompt, known, config.batch_size, config.frames)
-        self._moved()
+        self._on_progress()
         return scores_of(config, answer)
 
 
 def _set_threads(number: int) -> None:
-    """As the actor has them whose work comes next: the last bits of a matrix product may depend on it."""
+    """Sets the threads of the actor whose work comes next: the last bits of a matrix product may depend on them."""
     import torch
 
     torch.set_num_threads(number)
@@ -260,9 +262,9 @@ def _embeddings(
     prompts: list[str],
     sources: Mapping[str, tuple[PictureFile, ...]],
     loader: "type[FlowModel]",
-    moved: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> dict[str, PromptEmbedding]:
-    """The embeddings in the shared folder, after missing ones are added."""
+    """The embeddings in the shared folder, after encoding missing ones."""
     folder = config.data.embeddings or f"{config.output}/{config.name}/embeddings"
     store, negative = EmbeddingStore(folder, fingerprint(config.model)), config.model.negative_prompt
     missing, unknown = store.missing(prompts), store.missing(negative_prompts(negative, prompts), "negative")
@@ -273,9 +275,9 @@ def _embeddings(
             return encoder.encode(part, open_sources(part, sources), negative=negative)
 
         for _ in encode_missing(store, unknown, partial(encode, negative=True), "negative"):
-            moved()
+            on_progress()
         for _ in encode_missing(store, missing, encode):
-            moved()
+            on_progress()
         if cut := encoder.take_cut_message():
             logger.warning(cut)
     return dict(zip(prompts, store.get(prompts, negative), strict=True))

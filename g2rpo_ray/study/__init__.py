@@ -1,1 +1,1 @@
-"""Methods compared at equal cost: variants × seeds, a record that grows, and tables and figures made from it alone."""
+"""Comparison of methods at equal cost: variants × seeds, a record of runs, and tables and figures made from it."""

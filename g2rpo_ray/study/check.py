@@ -13,7 +13,7 @@ from g2rpo_ray.study.rows import Results
 
 
 def describe_study(plan: Plan, lines: Mapping[str, Line], fleet: Fleet | None) -> str:
-    """For each variant: iterations of a run, runs that are planned and done; then the cost of all of them.
+    """Iterations, planned and finished runs of each variant, and the total cost.
 
     Args:
         fleet: devices to estimate hours for; None: no estimate.
@@ -30,34 +30,34 @@ def describe_study(plan: Plan, lines: Mapping[str, Line], fleet: Fleet | None) -
             rows.append((name, variant, f"{most}{runs[0].config.iterations}", len(grid), len(runs), done))
     cost = sum(case.budget for case in planned.values())
     samples = sum(_heldout(plan, case) for case in planned.values())
-    said = [markdown_table(["table", "variant", "iterations", "runs of the grid", "runs", "done"], rows)]
-    said.append(
-        f"\n{len(planned)} runs, since what several tables have is run once. In velocity evaluations: {cost:.3g} of "
+    parts = [markdown_table(["table", "variant", "iterations", "runs of the grid", "runs", "done"], rows)]
+    parts.append(
+        f"\n{len(planned)} runs; tables share equal runs. In velocity evaluations: {cost:.3g} of "
         f"training, {samples:.3g} of held-out samples"
     )
     if fleet:
-        said.append(_hours(plan.base(next(iter(plan.study.tables))).config, cost + samples, fleet))
-    return "\n".join(said)
+        parts.append(_hours(plan.base(next(iter(plan.study.tables))).config, cost + samples, fleet))
+    return "\n".join(parts)
 
 
 def _heldout(plan: Plan, case: Case) -> int:
-    """Evaluations of all looks of a run, the base's left out."""
+    """Velocity evaluations of all looks of a run, without the base's."""
     config, prompts = case.config, len(plan.prompts(case.table, case.variant).heldout)
     looks = -(-config.iterations // config.evaluation.every)
     return looks * prompts * config.evaluation.seeds * config.sampler.steps * config.sample_cost
 
 
 def _hours(config: Config, evaluations: float, fleet: Fleet) -> str:
-    """The device-hours of so many evaluations; decoding and rewards are beside them."""
+    """The device-hours of velocity evaluations, without decoding and rewards."""
     from g2rpo_ray.models.estimate import count_operations
 
     if (shaped := with_shapes(config)) is None:
-        return f"no hours: the shapes of {config.model.path} are not known here; give a folder with its files"
+        return f"no hours: the shapes of {config.model.path} are unknown; give a folder with the model's files"
     each = count_operations(shaped).evaluation
     found = [one / 3600 for one in seconds(evaluations * each, fleet, 1)]
     money = "" if fleet.price is None else f", money {interval_in_words([fleet.price * one for one in found])}"
     return (
         f"An evaluation is {each:.3g}e12 operations: {interval_in_words(found)} device-hours of a {fleet.kind}{money}; "
-        f"{interval_in_words([one / fleet.number for one in found])} hours of {fleet.number} that are always busy. "
-        "Decoding, rewards and waiting are beside that"
+        f"{interval_in_words([one / fleet.number for one in found])} hours of {fleet.number} at full utilisation, "
+        "without decoding, rewards and waiting"
     )

@@ -1,4 +1,4 @@
-"""Curves of held-out scores against cost, and pictures side by side."""
+"""Curves of held-out scores against cost, and grids of images."""
 
 from itertools import product
 from pathlib import Path
@@ -15,12 +15,12 @@ from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.schema import BASE
 from g2rpo_ray.study.statistics import over_seeds
 
-MANY = 6  # variants whose bands can be seen apart
-STYLES = list(product(("-", "--", ":"), PALETTE))  # more variants than can be told apart by colour
+MAX_OPAQUE_BANDS = 6  # above this number of variants, bands are fainter
+STYLES = list(product(("-", "--", ":"), PALETTE))  # for more variants than colours
 
 
 def curves(results: Results, folder: Path) -> list[Path]:
-    """Write a figure for each table and reward: means over seeds, with bands of their 95 % intervals."""
+    """Writes a figure for each table and reward: means over seeds, with bands of 95 % intervals. Returns the files."""
     made = []
     for table in results.plan.study.tables:
         variants = [variant for variant in results.variants(table) if variant != BASE]
@@ -31,7 +31,7 @@ def curves(results: Results, folder: Path) -> list[Path]:
 
 
 def _curve(results: Results, table: str, variants: list[str], reward: str) -> str:
-    faint, ends = 0.12 if len(variants) <= MANY else 0.06, []
+    faint, ends = 0.12 if len(variants) <= MAX_OPAQUE_BANDS else 0.06, []
     with drawing(6.4, 3.8) as made:
         for variant, (line, colour) in zip(variants, STYLES, strict=False):
             found = [results.curve(table, variant, run, "cost", reward) for run in results.runs(table, variant)]
@@ -44,13 +44,16 @@ def _curve(results: Results, table: str, variants: list[str], reward: str) -> st
             made.axes.fill_between(cost, low, high, color=colour, alpha=faint, linewidth=0)
         trained = " (trained)" if reward in results.plan.trained(table) else ""
         made.axes.set(xlabel="cost: evaluations + learner states, in evaluations", ylabel=reward + trained)
-        ranked = [drawn for _, drawn in sorted(ends, key=lambda end: -end[0])]  # as the lines end, the highest first
+        ranked = [drawn for _, drawn in sorted(ends, key=lambda end: -end[0])]  # in the order of the lines' ends
         made.axes.legend(handles=ranked, loc="center left", bbox_to_anchor=(1, 0.5))
     return made.svg
 
 
 def pictures(plan: Plan, results: Results, folder: Path) -> list[Path]:
-    """Write a grid for each table whose pictures are on this machine: prompts down, base and variants across."""
+    """Writes a grid for each table whose images are on this machine: prompts down, base and variants across.
+
+    Returns the files.
+    """
     made = []
     for table in plan.study.tables:
         first = {variant: results.runs(table, variant)[0]["key"] for variant in results.variants(table)}

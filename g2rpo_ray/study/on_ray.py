@@ -22,14 +22,14 @@ class Commands:
     """The running processes, so that all of them can be terminated."""
 
     def __init__(self) -> None:
-        self._going: set[subprocess.Popen[str]] = set()
+        self._running: set[subprocess.Popen[str]] = set()
         self._ended = False
         self._starting = threading.Lock()
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """Exit status and stderr of a process.
+        """Runs a process; returns its exit status and stderr.
 
-        It has a session of its own: Ctrl-C in a terminal must not reach it beside `end`, a second signal is an order.
+        It has its own session, so that Ctrl-C in a terminal does not reach it: with `end` it would be a second signal.
 
         Raises:
             KeyboardInterrupt: `end` was called.
@@ -40,24 +40,24 @@ class Commands:
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
             )
-            self._going.add(process)
-        _, told = process.communicate()
-        self._going.discard(process)
+            self._running.add(process)
+        _, errors = process.communicate()
+        self._running.discard(process)
         if self._ended:
             raise KeyboardInterrupt
-        return process.returncode, told
+        return process.returncode, errors
 
     def end(self) -> None:
-        """Ask all to end, as Ctrl-C does: at the next safe place; asked again, at once."""
+        """Sends SIGTERM to all processes: the first time they save and end, the second time they end at once."""
         with self._starting:
             self._ended = True
-        for process in list(self._going):
+        for process in list(self._running):
             process.send_signal(signal.SIGTERM)
 
 
 def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case) -> list[Line]:
-    """Do a run in its own directory; an interrupted run resumes from its checkpoint."""
-    if case.kind == "base":  # each run has evaluated it
+    """Does a run in its own directory; an interrupted run resumes from its checkpoint."""
+    if case.kind == "base":  # each run evaluates it
         return []
     file, place = folder / "configs" / f"{case.key}.yaml", Folder(case.config.output) / case.key
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,20 +65,20 @@ def run_on_ray(folder: Path, address: str | None, commands: Commands, case: Case
     command += ["--address", address] if address else []
     train, run = read_run_prompts(case.config).train, read_run(str(place)) if place.exists("config.yaml") else None
     ended = False
-    while True:  # of `auto`, which may have been cheaper than it might, again and again
+    while True:  # with `auto`, which may cost less than planned, several times
         lines = run.lines[1:] if run else []
         more = affordable(case.config, train, case.budget - _cost(lines), len(lines))
         if run and ended and not more:
             return _lines_of(case, run, folder, place)
         done = len(lines) + more
         replace_text(file, dump_config(case.config.model_copy(update={"iterations": done})))
-        status, told = commands.run(command)
-        if REFUSED in told:
+        status, errors = commands.run(command)
+        if REFUSED in errors:
             return [Curve(case).line(failed=REFUSED)]
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if status:
-            raise RuntimeError(f"{case.words}: {(told.strip() or f'exit status {status}').splitlines()[-1]}")
+            raise RuntimeError(f"{case.words}: {(errors.strip() or f'exit status {status}').splitlines()[-1]}")
         run, ended = read_run(str(place)), True
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study: their configurations, the iterations that the budget has for them, the keys of the record."""
+"""The runs of a study: configurations, iterations by the budget, keys in the record."""
 
 import hashlib
 import json
@@ -24,17 +24,17 @@ RATE = "learner.lr"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run that the record has or lacks."""
+    """One run of a study, done or to do."""
 
     kind: Literal["base", "tuning", "run"]
     table: str
     variant: str
-    config: Config  # with the iterations that the budget has for it
-    budget: float
+    config: Config  # with the iterations that the budget allows
+    budget: float  # in velocity evaluations
     looks: int  # held-out evaluations, the last one at the end
     key: str
     base: str  # key of the base that it is compared with
-    shown: bool = False  # whether pictures of it are kept
+    shown: bool = False  # True if images of it are kept
 
     @property
     def words(self) -> str:
@@ -43,15 +43,19 @@ class Case:
         return f"{self.table}: {self.variant}, seed {self.config.seed}, lr {self.config.learner.lr:g}"
 
     def of_base(self) -> "Case":
-        """The judgement of the model without adapter that this run is compared with."""
+        """The evaluation of the base that this run is compared with."""
         return Case("base", self.table, BASE, self.config, 0, 1, self.base, self.base, shown=True)
 
 
 class Plan:
-    """A study's file with the configurations of all variants, each read once."""
+    """A study with the configurations of all variants."""
 
     def __init__(self, study: Study, file: Path, given: Sequence[str] = ()):
-        """`given`: `section.key=value` for all runs.
+        """
+        Args:
+            study: the content of the study's file.
+            file: the study's file; `study.config` may be in its folder.
+            given: `section.key=value` for all runs.
 
         Raises:
             ValueError: one line that names the variant.
@@ -64,9 +68,9 @@ class Plan:
         self._iterations: dict[tuple[str, str, int, float], int] = {}
 
     def _load(self, table: str, variant: str) -> Config:
-        study, beside = self.study, self._file.parent / resolve(self.study.config)
+        study, in_folder = self.study, self._file.parent / resolve(self.study.config)
         try:
-            config = load_config(str(beside) if beside.is_file() else study.config,
+            config = load_config(str(in_folder) if in_folder.is_file() else study.config,
                                  [*overrides(*self._layers(table, variant)), *self._given])  # fmt: skip
         except ValueError as error:
             raise ValueError(f"tables.{table}.variants.{variant}: {error}") from None
@@ -91,13 +95,13 @@ class Plan:
         return list(self.base(table).config.all_rewards)
 
     def base(self, table: str) -> Case:
-        """The judgement of the model without adapter."""
+        """The evaluation of the model without adapter."""
         first = next(iter(self.study.tables[table].variants))
         key = self._key(self.config(table, first), self.prompts(table, first))
         return Case("base", table, BASE, self.config(table, first), 0, 1, key, key, shown=True)
 
     def tuning(self, table: str, variant: str) -> list[Case]:
-        """Runs of the grid; none where the learning rate is given, or is another variant's."""
+        """Runs of the grid; empty if the learning rate is given or is another variant's."""
         tuning = self.study.tuning
         if not tuning or self.study.tables[table].tuned_as or self._has_rate(table, variant):
             return []
@@ -105,12 +109,12 @@ class Plan:
         return [self._case("tuning", table, variant, tuning.seed, budget, lr) for lr in tuning.lr]
 
     def runs(self, table: str, variant: str, lr: float | None) -> list[Case]:
-        """A run for each seed; `lr`: as it was tuned."""
+        """A run for each seed, with the tuned learning rate `lr`."""
         seeds = self.study.tables[table].seeds
         return [self._case("run", table, variant, seed, self.study.budget, lr) for seed in seeds]
 
     def tuned_as(self, table: str, variant: str) -> tuple[str, str] | None:
-        """The table and variant whose tuning decides the learning rate; None: it is given."""
+        """The table and variant whose tuning decides the learning rate; None if it is given."""
         name = self.study.tables[table].tuned_as
         if not self.study.tuning or self._has_rate(table, variant):
             return None
@@ -134,26 +138,30 @@ class Plan:
         iterations = self._iterations[place]
         judged = config.evaluation.model_copy(update={"every": math.ceil(iterations / looks)})
         key = self._key(config, self.prompts(table, variant), budget, looks)
-        if learner.lr_schedule != "constant":  # of `auto`, whose iterations are known at the end, over the most
+        if learner.lr_schedule != "constant":  # with `auto`, over the maximum of iterations
             learner = learner.model_copy(update={"lr_iterations": learner.lr_iterations or iterations})
         run = {"iterations": iterations, "evaluation": judged, "learner": learner, "name": key}
         config = config.model_copy(update=run)
         shown = kind == "run" and seed == self.study.tables[table].seeds[0]
         base = self._key(config, self.prompts(table, variant))
         if base != self.base(table).key:
-            alike = "rewards, prompts, steps and how they are sampled must be those of the table's first variant"
-            raise ValueError(f"tables.{table}.variants.{variant}: {alike}, or scores cannot be compared")
+            raise ValueError(
+                f"tables.{table}.variants.{variant}: scores cannot be compared; rewards, prompts, steps and sampling "
+                "must be those of the table's first variant"
+            )
         return Case(kind, table, variant, config, budget, looks, key, base, shown)
 
     def _count(self, config: Config, table: str, variant: str, budget: float) -> int:
-        """As many as the budget has; of `auto`, at most."""
+        """Number of iterations that the budget allows; with `auto`, the maximum."""
         train, cheapest = self.prompts(table, variant).train, config.sampler.cheapest
         if (cost := iteration_cost(config, train, 0)) > budget:
-            raise ValueError(f"budget: {budget:g} are for a run of {table}, {variant}, but an iteration costs {cost:g}")
+            raise ValueError(
+                f"budget: {budget:g} for a run of {table}, {variant}; an iteration costs {cost:g}, so give more"
+            )
         return affordable(config, train, budget, choice=cheapest)
 
     def shown(self, table: str) -> tuple[str, ...]:
-        """The held-out prompts whose pictures are kept."""
+        """The held-out prompts whose images are kept."""
         shown = self.base(table).config.evaluation.grid_prompts
         return self.prompts(table, next(iter(self.study.tables[table].variants))).heldout[:shown]
 
@@ -163,9 +171,9 @@ class Plan:
         return self._prompts[table, variant]
 
     def _key(self, config: Config, prompts: Prompts, budget: float = 0, looks: int = 0) -> str:
-        """A digest of all that the result depends on: settings other than the default, prompts, embedded files.
+        """Digest of everything that affects the result: settings other than the default, prompts, embedded files.
 
-        Without a budget nothing is trained, and settings of training count for nothing.
+        Budget 0 is an evaluation of the base, which settings of training do not affect.
         """
         given = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
         data = settings(config, prompts.train, prompts.heldout, prompts.metadata)["data"]
@@ -184,8 +192,11 @@ class Plan:
 
 
 def best_rate(cases: Sequence[Case], record: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> Case:
-    """The run of a grid whose trained rewards are highest at the end: the sum of their rises, by their weights, each
-    in standard deviations of the base's scores over prompts. One that failed or has no scores of one is the worst."""
+    """The run of a grid with the highest trained rewards at the end.
+
+    They are compared by the weighted sum of their increases, each in standard deviations of the base's scores over
+    prompts. A run that failed, or lacks scores of a reward, is the worst.
+    """
     import numpy as np
 
     from g2rpo_ray.analysis.statistics import judges

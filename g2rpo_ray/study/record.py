@@ -1,4 +1,4 @@
-"""The record of a study: a JSON line for each finished run, from which alone all tables and figures are made."""
+"""The record of a study: a JSON line for each finished run. All tables and figures are made from it."""
 
 import os
 import time
@@ -18,26 +18,26 @@ from g2rpo_ray.study.schema import flat
 from g2rpo_ray.types import FloatArray, Images
 
 FILE = "record.jsonl"
-REFUSED = "learner: the gradient is not finite"  # the learning rate is too high: that is a result
+REFUSED = "learner: the gradient is not finite"  # a result: the learning rate is too high
 Line = dict[str, Any]
 
 
 class Record:
-    """Lines by key, in a folder; what is added is there after a kill."""
+    """Lines by key, in a folder. An added line survives a kill."""
 
     def __init__(self, folder: Path):
         self.folder, file = folder, folder / FILE
         try:
             self.lines = {line["key"]: line for line in read_lines(file, "key")}
         except OSError as error:
-            raise ValueError(f"--output: cannot read {file} ({error}); mend or delete it") from None
+            raise ValueError(f"--output: cannot read {file} ({error}); repair or delete it") from None
 
     def add(self, line: Line) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / FILE).open("a+b") as file:
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)  # without a line that a kill cut off
+            file.truncate(whole)  # removes a line that a kill cut off
             file.write(to_json(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -53,11 +53,11 @@ class Curve:
         self._window: list[Mapping[str, float]] = []
 
     def iteration(self, metrics: Mapping[str, float]) -> None:
-        """The signals of an iteration, and the choices of `auto`: their means go into the next point."""
+        """Adds an iteration's signals and choices of `auto`, whose means are part of the next point."""
         self._window.append({name: v for name, v in metrics.items() if name.startswith(("signal/", "choice/"))})
 
     def look(self, done: int, cost: float, seconds: float, scores: Mapping[str, FloatArray]) -> None:
-        """Held-out scores [P, S] after `done` iterations."""
+        """Adds a point: held-out scores [prompts, seeds] by reward after `done` iterations."""
         names = dict.fromkeys(name for signals in self._window for name in signals)
         signals = {name.removeprefix("signal/"): _short(self._mean(name)) for name in names}
         means = {name: _short(interval(of).mean) for name, of in scores.items()}
@@ -70,7 +70,7 @@ class Curve:
         return mean_of_present(values)
 
     def line(self, **more: Any) -> Line:
-        """The record's line."""
+        """The line of the record, with additional fields `more`."""
         case, config = self._case, self._case.config
         given = flat(config.model_dump(mode="json", exclude_defaults=True))
         by_prompt = {name: [_short(mean_of_present(row)) for row in of] for name, of in self._scores.items()}
@@ -83,17 +83,17 @@ class Curve:
 
 
 def picture_file(folder: Path, key: str) -> Path:
-    """The pictures of the first prompts of a run that is shown, below each other."""
+    """File of the images of a run's first prompts, stacked vertically."""
     return folder / "pictures" / f"{key}.png"
 
 
 def save_pictures(file: Path, pictures: Sequence[Images]) -> None:
-    """Pictures [H, W, 3] below each other."""
+    """Writes images [H, W, 3], stacked vertically."""
     if pictures:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate(pictures)).save(file)
 
 
 def _short(value: float) -> float:
-    """Five digits: far below what a seed changes."""
+    """Rounded to five digits, far below the difference between seeds."""
     return float(f"{value:.5g}")

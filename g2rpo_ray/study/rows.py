@@ -1,4 +1,4 @@
-"""A study's record as rows: one number with its interval each, which all tables and figures are made of."""
+"""The results of a study as rows: one number and its interval each, for all tables and figures."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,24 +22,24 @@ class VariantRow:
     table: str
     variant: str
     measure: str  # score, difference, early, cost_to, seconds_to, seconds
-    of: str  # the reward; of cost_to and seconds_to, the score that is reached
-    against: str  # of differences, early ones too, the other variant
+    of: str  # the reward; for cost_to and seconds_to, the score to reach
+    against: str  # for difference and early, the other variant
     mean: float
     low: float
     high: float
-    seeds: int  # in the mean
-    of_seeds: int  # that are done
+    seeds: int  # number of seeds in the mean
+    of_seeds: int  # number of finished seeds
 
 
 class Results:
-    """The results in the record for the runs of a plan."""
+    """The results of a plan's runs, from the lines of the record."""
 
     def __init__(self, plan: Plan, lines: Mapping[str, Line]):
         self.plan, self.lines = plan, lines
         self._runs: dict[tuple[str, str], list[Line]] = {}
 
     def rate(self, table: str, variant: str) -> tuple[float | None, bool] | None:
-        """The tuned learning rate, and whether it is at an end of the grid; None: not all of the grid is done."""
+        """The tuned learning rate, and True if it is at an end of the grid; None if the grid is not finished."""
         source = self.plan.tuned_as(table, variant)
         if source is None:
             return self.plan.config(table, variant).learner.lr, False
@@ -50,7 +50,7 @@ class Results:
         return lr, lr in (min(self.plan.study.tuning.lr), max(self.plan.study.tuning.lr))  # type: ignore[union-attr]
 
     def runs(self, table: str, variant: str) -> list[Line]:
-        """The finished runs, by seed; the base's judgement is one of no seed."""
+        """The lines of the finished runs, in the order of seeds; of the base, its evaluation."""
         if (table, variant) not in self._runs:
             self._runs[table, variant] = self._find(table, variant)
         return self._runs[table, variant]
@@ -68,11 +68,11 @@ class Results:
         """The variants with finished runs, the base first."""
         return [variant for variant in (BASE, *self.plan.study.tables[table].variants) if self.runs(table, variant)]
 
-    def curve(self, table: str, variant: str, line: Line, what: str, reward: str) -> tuple[list[float], list[float]]:
-        """Cost or seconds, and held-out means, look by look, the base first."""
+    def curve(self, table: str, variant: str, line: Line, axis: str, reward: str) -> tuple[list[float], list[float]]:
+        """`axis` (cost or seconds) and held-out means at each look, the base first."""
         base = self.lines[self.plan.base(table).key]["curve"]
         points = [point for point in (*base, *line["curve"]) if point["means"].get(reward) is not None]
-        return [point[what] for point in points], [point["means"][reward] for point in points]
+        return [point[axis] for point in points], [point["means"][reward] for point in points]
 
     def rows(self) -> Iterator[VariantRow]:
         for table in self.plan.study.tables:
@@ -101,7 +101,7 @@ class Results:
                 yield _row(table, variant, "difference", reward, other, found, len(both), len(runs))
 
     def _early(self, table: str, variant: str) -> Iterator[VariantRow]:
-        """At a share of the budget, by straight lines between looks, less the other variant's end, seed by seed."""
+        """Scores at a share of the budget (interpolated between looks) minus the other variant's end, by seed."""
         study, runs = self.plan.study, self.runs(table, variant)
         if study.early is None:
             return
@@ -119,16 +119,16 @@ class Results:
     def _costs(self, table: str, variant: str) -> Iterator[VariantRow]:
         runs, first = self.runs(table, variant), self.plan.trained(table)[0]
         for label, score in self._reached(table, first):
-            for what in ("cost", "seconds"):
-                found = [crossing(*self.curve(table, variant, line, what, first), score) for line in runs]
+            for axis in ("cost", "seconds"):
+                found = [crossing(*self.curve(table, variant, line, axis, first), score) for line in runs]
                 reached = [value for value in found if math.isfinite(value)]
                 interval = over_seeds(reached or [math.nan])
-                yield _row(table, variant, f"{what}_to", label, "", interval, len(reached), len(runs))
+                yield _row(table, variant, f"{axis}_to", label, "", interval, len(reached), len(runs))
         seconds = over_seeds([line["curve"][-1]["seconds"] for line in runs])
         yield _row(table, variant, "seconds", "", "", seconds, len(runs), len(runs))
 
     def _reached(self, table: str, reward: str) -> Iterator[tuple[str, float]]:
-        """The stated scores of a table; a variant that has no run there, or that is not its own, states none."""
+        """Labels and scores of `reach`; variants that are not in the table, or have no finished run, are omitted."""
         for given in self.plan.study.reach:
             if not isinstance(given, str):
                 yield f"{given:g}", given
@@ -138,7 +138,7 @@ class Results:
 
 
 def _scores(runs: list[Line], reward: str) -> NDArray[np.float64]:
-    """[seeds, prompts] at the end."""
+    """Scores [seeds, prompts] at the end."""
     return np.array([line["scores"][reward] for line in runs], float)
 
 
@@ -148,16 +148,16 @@ def _row(table: str, variant: str, measure: str, of: str, against: str, found: I
 
 def about(results: Results) -> dict[str, Any]:
     """Learning rate, iterations and counts of each variant, by table."""
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for table in results.plan.study.tables:
         for variant in results.variants(table):
             runs = results.runs(table, variant)
             if variant != BASE:
                 rate = results.rate(table, variant)
-                told.setdefault(table, {})[variant] = {
+                found.setdefault(table, {})[variant] = {
                     "lr": rate and rate[0], "at_end_of_grid": bool(rate and rate[1]),
                     "iterations": runs[0]["curve"][-1]["iteration"],
                     "evaluations": runs[0]["evaluations"], "states": runs[0]["states"],
                     "cost": runs[0]["curve"][-1]["cost"], "seeds": [line["seed"] for line in runs],
                 }  # fmt: skip
-    return told
+    return found

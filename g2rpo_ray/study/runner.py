@@ -1,4 +1,4 @@
-"""Runners of a study's runs: processes that do one run after another, or `g2rpo_ray.run` on a Ray cluster."""
+"""Runners of a study's runs: worker processes, or `g2rpo_ray.run` on a Ray cluster."""
 
 import faulthandler
 import multiprocessing
@@ -20,67 +20,72 @@ from g2rpo_ray.study.record import REFUSED, Curve, Line, picture_file, save_pict
 
 
 class Workers:
-    """Does the runs, several at a time."""
+    """Does runs concurrently."""
 
     def __init__(
         self, pool: Executor, do: Callable[[Case], list[Line]],
         starting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):  # fmt: skip
-        """`starting`: entered while the pool may start processes."""
+        """
+        Args:
+            pool: executes the runs.
+            do: does one run and returns its lines of the record.
+            starting: a context in which the pool may start processes.
+        """
         self._pool, self._do, self._starting = pool, do, starting
 
     def each(self, cases: Sequence[Case]) -> Iterator[tuple[Case, list[Line]]]:
-        """A run and the lines of the record that it gives, as it is done.
+        """Yields each run with its lines of the record when it is finished.
 
         Raises:
             RuntimeError: a run failed, or its process ended.
         """
         with self._starting():
-            going = {self._pool.submit(self._do, case): case for case in cases}
-        for future in as_completed(going):
+            pending = {self._pool.submit(self._do, case): case for case in cases}
+        for future in as_completed(pending):
             try:
                 lines = future.result()
             except BrokenExecutor:
-                left = (case.words for future, case in going.items() if future.exception())
+                failed = (case.words for future, case in pending.items() if future.exception())
                 raise RuntimeError(
-                    f"{next(left)}, or a run beside it: its process was killed, or made no progress for hung_after_s"
+                    f"{next(failed)}, or a concurrent run: its process was killed, or made no progress for hung_after_s"
                 ) from None
-            yield going[future], lines
+            yield pending[future], lines
 
 
 @contextmanager
 def ends_if_hung(limit_s: float) -> Iterator[Callable[[], None]]:
-    """End this process if what it yields is not called for `limit_s` seconds, whatever holds the interpreter."""
+    """Ends this process if the yielded function is not called for `limit_s` seconds, even if the interpreter hangs."""
 
-    def moved() -> None:
+    def on_progress() -> None:
         faulthandler.dump_traceback_later(limit_s, exit=True)
 
-    moved()
+    on_progress()
     try:
-        yield moved
+        yield on_progress
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
 def workers(on: str, jobs: int, folder: Path, address: str | None = None) -> Iterator[Workers]:
-    """A runner of `jobs` runs at a time, with configurations and pictures in `folder`.
+    """A runner of `jobs` concurrent runs, with configurations and images in `folder`.
 
-    Left by an exception, what is going on ends: a process has nothing to save, a run on Ray saves its checkpoint.
+    An exception in the context ends the running runs; those on Ray save a checkpoint, those in processes are lost.
     """
-    with _on_ray(jobs, folder, address) if on == "ray" else _here(jobs, folder) as there:
-        yield there
+    with _on_ray(jobs, folder, address) if on == "ray" else _in_processes(jobs, folder) as found:
+        yield found
 
 
 @contextmanager
-def _here(jobs: int, folder: Path) -> Iterator[Workers]:
+def _in_processes(jobs: int, folder: Path) -> Iterator[Workers]:
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        yield Workers(pool, partial(_run_here, folder), children_ignore_interrupts)
+        yield Workers(pool, partial(_run_in_process, folder), children_ignore_interrupts)
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # it may stand still
+            process.kill()  # it may hang
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
@@ -101,10 +106,10 @@ def _on_ray(jobs: int, folder: Path, address: str | None) -> Iterator[Workers]:
     pool.shutdown()
 
 
-def _begin() -> None:
-    """A worker is killed by its parent; where that is gone, it ends itself."""
+def _start_worker() -> None:
+    """Ignores SIGINT, since the parent kills workers, and ends the worker if the parent is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the machine's, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, which a kill would leak
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
@@ -115,20 +120,20 @@ def _begin() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _run_here(folder: Path, case: Case) -> list[Line]:
-    with ends_if_hung(case.config.hung_after_s) as moved:
-        return _lines(folder, case, moved)
+def _run_in_process(folder: Path, case: Case) -> list[Line]:
+    with ends_if_hung(case.config.hung_after_s) as on_progress:
+        return _lines(folder, case, on_progress)
 
 
-def _lines(folder: Path, case: Case, moved: Callable[[], None]) -> list[Line]:
+def _lines(folder: Path, case: Case, on_progress: Callable[[], None]) -> list[Line]:
     from g2rpo_ray.local import LocalRun
     from g2rpo_ray.models import manifest_of
 
-    run, curve = LocalRun(case.config, moved=moved), Curve(case)
+    run, curve = LocalRun(case.config, on_progress=on_progress), Curve(case)
     if case.kind == "base":
-        judged = run.heldout()
-        curve.look(0, 0, 0, judged.scores)
-        save_pictures(picture_file(folder, case.key), judged.pictures)
+        evaluated = run.heldout()
+        curve.look(0, 0, 0, evaluated.scores)
+        save_pictures(picture_file(folder, case.key), evaluated.pictures)
         return [curve.line()]
     mismatch = 0.0
     try:
@@ -137,13 +142,13 @@ def _lines(folder: Path, case: Case, moved: Callable[[], None]) -> list[Line]:
             mismatch = max(mismatch, metrics.get("mismatch/velocity", 0.0))
             if found:
                 curve.look(done, run.cost, run.seconds, found.scores)
-                judged = found
+                evaluated = found
     except RuntimeError as error:
         if REFUSED not in str(error):
             raise
         return [curve.line(failed=REFUSED)]
     if case.shown:
-        save_pictures(picture_file(folder, case.key), judged.pictures)
+        save_pictures(picture_file(folder, case.key), evaluated.pictures)
     adapter = manifest_of(run.engine.lora_state(), 0).checksum
     counts = {"evaluations": run.sampler.evaluations, "states": run.states, "updates": int(run.updates)}
     return [curve.line(**counts, mismatch_velocity=mismatch, adapter=adapter)]

@@ -1,9 +1,9 @@
-"""Intervals for runs of several seeds on the same prompts: both are samples of what others would give.
+"""Intervals for runs of several seeds on the same prompts, where both seeds and prompts are samples.
 
-Both are resampled, by the jackknife: each seed, and each prompt, is left out in turn, and what that changes gives the
-variance of the mean, the two parts added (what seed and prompt do together is in both: the sum is rather too large than
-too small). The 95 % interval is Student's, with Satterthwaite's degrees of freedom: with three seeds that differ it
-is four times the standard error and more, where percentiles of a bootstrap of three seeds would be far too narrow.
+The variance of the mean is the sum of two jackknife variances: each seed, and each prompt, is omitted in turn. The
+interaction of seed and prompt is in both, so the sum is conservative. The 95 % interval is Student's, with
+Satterthwaite's degrees of freedom. With three seeds that differ it is at least four times the standard error;
+percentiles of a bootstrap of three seeds would be far too narrow.
 """
 
 import math
@@ -19,10 +19,11 @@ Scores = NDArray[np.float64]
 
 
 def crossed(scores: Scores, one_policy: bool = False) -> Interval:
-    """Mean and 95 % interval of scores [seeds, prompts]; a missing score (NaN) is left out.
+    """Mean and 95 % interval of scores [seeds, prompts]; missing scores (NaN) are omitted.
 
     Args:
-        one_policy: no seed had a part in it, as in the base's scores [1, prompts]; else one seed has no interval.
+        scores: [seeds, prompts].
+        one_policy: scores of one policy without seeds, as the base's [1, prompts]. Otherwise one seed has no interval.
     """
     there = np.isfinite(scores)
     if not there.any():
@@ -39,7 +40,7 @@ def crossed(scores: Scores, one_policy: bool = False) -> Interval:
 
 
 def _jackknife(totals: Scores, counts: NDArray[np.int64]) -> tuple[float, int]:
-    """Variance of the mean when each of these sums of so many values is left out in turn; its degrees of freedom."""
+    """Jackknife variance of the mean over groups with these sums and counts, and its degrees of freedom."""
     totals, counts = totals[counts > 0], counts[counts > 0]
     n = len(totals)
     if n < 2:
@@ -49,12 +50,12 @@ def _jackknife(totals: Scores, counts: NDArray[np.int64]) -> tuple[float, int]:
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of a number of each seed: Student's t."""
+    """Mean and Student's 95 % interval of one number per seed."""
     return crossed(np.array([values], float), one_policy=True)
 
 
 def crossing(costs: Sequence[float], means: Sequence[float], score: float) -> float:
-    """The cost at which a curve first reaches a score, interpolated linearly; NaN if it never does."""
+    """The cost at which a curve first reaches a score, by linear interpolation; NaN if it never does."""
     for at, mean in enumerate(means):
         if mean >= score:
             if at == 0:

@@ -10,21 +10,21 @@ from g2rpo_ray.study.rows import Results, VariantRow, about
 
 
 def to_markdown(results: Results, rows: Sequence[VariantRow]) -> str:
-    """For each table: scores, differences, cost."""
-    study, told, parts = results.plan.study, about(results), []
+    """Scores, differences and cost of each table."""
+    study, counts, parts = results.plan.study, about(results), []
     for key, table in study.tables.items():
         these = [row for row in rows if row.table == key]
         if not these:
-            parts.append(f"## {table.title}\n\nNothing of it has been run.")
+            parts.append(f"## {table.title}\n\nNo run of this table is finished.")
             continue
         prompts = len(next(iter(results.runs(key, results.variants(key)[0])[0]["scores"].values())))
         waiting = [name for name in table.variants if len(results.runs(key, name)) < len(table.seeds)]
         note = f"Seeds {', '.join(map(str, table.seeds))}; {prompts} held-out prompts; budget {study.budget:,} a run."
-        note += f" **Not all seeds are there yet** of: {', '.join(waiting)}." if waiting else ""
+        note += f" **Seeds are missing** of: {', '.join(waiting)}." if waiting else ""
         parts += [f"## {table.title}", note, _scores(results, key, these)]
         parts += [_differences(results, key, these, other) for other in table.against]
         parts += [_early(results, key, these, other) for other in table.against]
-        parts.append(_costs(told.get(key, {}), these))
+        parts.append(_costs(counts.get(key, {}), these))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -46,23 +46,23 @@ def _early(results: Results, table: str, rows: Sequence[VariantRow], against: st
 
 
 def _grid(corner: str, titles: Sequence[str], rows: Sequence[VariantRow], cell: Callable[[VariantRow], str]) -> str:
-    """A line a variant, a column a reward, in the rows' order."""
+    """One line per variant and one column per reward, in the order of the rows."""
     variants = dict.fromkeys(row.variant for row in rows)
     cells = ([variant, *(cell(row) for row in rows if row.variant == variant)] for variant in variants)
     return markdown_table([corner, *titles], cells)
 
 
-def _costs(told: dict[str, dict[str, Any]], rows: Sequence[VariantRow]) -> str:
+def _costs(counts_of: dict[str, dict[str, Any]], rows: Sequence[VariantRow]) -> str:
     labels = dict.fromkeys(row.of for row in rows if row.measure == "cost_to")
     head = ["variant", "learning rate", "iterations", "evaluations", "learner states", "cost", "seconds"]
-    head += [f"{what} to {label}" for label in labels for what in ("cost", "seconds")]
+    head += [f"{axis} to {label}" for label in labels for axis in ("cost", "seconds")]
     lines = []
-    for variant, counts in told.items():
+    for variant, counts in counts_of.items():
         own = {(row.measure, row.of): row for row in rows if row.variant == variant}
         rate = f"{counts['lr']:g}" + (" (end of the grid)" if counts["at_end_of_grid"] else "")
         cells = [rate, *(f"{counts[key]:,}" for key in ("iterations", "evaluations", "states", "cost"))]
         cells.append(_count(own["seconds", ""]))
-        cells += [_count(own[f"{what}_to", label]) for label in labels for what in ("cost", "seconds")]
+        cells += [_count(own[f"{axis}_to", label]) for label in labels for axis in ("cost", "seconds")]
         lines.append([variant, *cells])
     return markdown_table(head, lines)
 
@@ -72,7 +72,7 @@ def _mean(row: VariantRow) -> str:
 
 
 def _signed(row: VariantRow) -> str:
-    """The difference with its interval, in bold where that leaves out 0."""
+    """The difference and its interval, in bold if the interval excludes 0."""
     if not math.isfinite(row.low):
         return f"{row.mean:+.4f} (one seed: no interval)"
     words = f"{row.mean:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
@@ -80,7 +80,7 @@ def _signed(row: VariantRow) -> str:
 
 
 def _count(row: VariantRow) -> str:
-    """Cost or seconds; of those seeds that came so far, where not all did."""
+    """Cost or seconds over the seeds that reached the score, with their number if not all did."""
     if not row.seeds:
         return f"0 of {row.of_seeds} seeds"
     some = f" ({row.seeds} of {row.of_seeds} seeds)" if row.seeds < row.of_seeds else ""

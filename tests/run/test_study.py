@@ -44,9 +44,9 @@ def test_a_learning_rate_that_falls_is_0_at_the_end_of_the_budget(tmp_path):
     [
         ({"budgets": 5}, "budgets: unknown key; did you mean budget?"),
         ({"budget": 0}, "budget: 0 given; input should be greater than 0"),
-        ({"tuning": {"seed": 1, "lr": [1e-3, 2e-3]}}, "tuning.seed: 1 is among tables.one.seeds; give another"),
+        ({"tuning": {"seed": 1, "lr": [1e-3, 2e-3]}}, "tuning.seed: 1 is in tables.one.seeds; give another"),
         ({"tuning": {"seed": 9, "rate": 1, "lr": [1, 0.1]}}, "tuning.rate: unknown key; allowed are seed, share, lr"),
-        ({"budget": 20}, "budget: 10 are for a run of one, tree, but an iteration costs 20"),
+        ({"budget": 20}, "budget: 10 for a run of one, tree; an iteration costs 20"),
         ({"name": "a/b"}, "name: 'a/b' given; string should match pattern"),
     ],
 )
@@ -62,11 +62,11 @@ def test_a_study_that_cannot_be_is_refused_in_a_line(changes, line, tmp_path, ca
     [
         ({"against": ["nobody"]}, "tables.one.against: nobody given; allowed are base, tree"),
         ({"seeds": [0]}, "tables.one.seeds: [0] given; tuple should have at least 2 items"),
-        ({"tuned_as": "nobody"}, "tables.one.tuned_as: nobody is no variant that is tuned itself"),
+        ({"tuned_as": "nobody"}, "tables.one.tuned_as: nobody given; must be a variant"),
         ({"variants": {"tree": {"sampler": {"step": 3}}}}, "tables.one.variants.tree: sampler.step: unknown key"),
         (
             {"variants": {"tree": TREE, "short": {**TREE, "evaluation": {"seeds": 2}}}},
-            "tables.one.variants.short: rewards, prompts, steps and how they are sampled must be those",
+            "tables.one.variants.short: scores cannot be compared; rewards, prompts, steps and sampling",
         ),
         ({"sides": 1}, "tables.one.sides: unknown key; did you mean"),
     ],
@@ -208,7 +208,7 @@ def test_the_table_is_the_record_s_and_its_numbers_are_those_of_a_calculation_by
     assert "| tree | 0.0002 (end of the grid) | " in markdown
     assert "| tree | 0.7500 ± 0.6919 |" in markdown
     assert "| at 25% of the budget, to chains at its end | preference | shape |" in markdown
-    assert "Not all seeds" not in markdown
+    assert "Seeds are missing" not in markdown
     table = json.loads((record.folder / "table.json").read_text())
     assert table["runs"]["one"]["tree"]["seeds"] == [0, 1]
     assert {path.name for path in record.folder.glob("*.svg")} == {
@@ -225,8 +225,8 @@ def test_a_grid_that_is_not_done_has_no_rate_and_a_run_that_failed_no_score(tmp_
     assert results.runs("one", "tree") == []
     record.lines.pop(first.key)
     assert Results(plan, record.lines).rate("one", "tree") is None
-    assert "Nothing of it has been run" not in write(plan, record)
-    assert "**Not all seeds are there yet** of: tree." in write(plan, record)
+    assert "No run of this table is finished" not in write(plan, record)
+    assert "**Seeds are missing** of: tree." in write(plan, record)
     waiting = [[case.kind for case in wave] for wave in waves(plan, Results(plan, record.lines))]
     assert waiting[0] == ["base", "tuning", "tuning"]
     assert len(waiting[1]) == 2  # of chains, whose rate is given
@@ -279,10 +279,10 @@ def test_a_study_that_is_told_to_end_says_one_line_and_leaves_no_process(how, tm
 
 def slow(case) -> list:
     """A run that takes longer than its limit, and makes progress."""
-    with runner.ends_if_hung(8.0) as moved:
+    with runner.ends_if_hung(8.0) as on_progress:
         for _ in range(4):
             time.sleep(2.5)
-            moved()
+            on_progress()
     return []
 
 
