@@ -22,7 +22,7 @@ from g2rpo_ray.config import Config, RewardConfig, ray_options
 from g2rpo_ray.data.pictures import has_pictures, with_content
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.numerics import set_up_torch
-from g2rpo_ray.rewards import NotScores, ask_in_chunks, longest_s, open_reward, scores_of, serving
+from g2rpo_ray.rewards import NotScores, ask_in_chunks, max_duration_s, open_reward, scores_of, serving
 from g2rpo_ray.types import FloatArray, Images, Metadata, Span
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Scorer:
         self, prompt: str, picks: Picks | None, units: Sequence[ray.ObjectRef], what: str, count: int
     ) -> dict[str, FloatArray]:
         known = self._metadata.get(prompt, {})
-        min_timeout_s = longest_s(self._config, count, known, self._waits, self.takes_groups)
+        min_timeout_s = max_duration_s(self._config, count, known, self._waits, self.takes_groups)
         told = await asyncio.to_thread(self._pictures, prompt) if has_pictures(known) else known
         work = (prompt, told, picks, *units)
         _, (answer, span) = await self.pool.call(

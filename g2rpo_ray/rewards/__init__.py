@@ -1,6 +1,6 @@
-"""Reward models: pictures and prompts in, a score each out. One file a model, built by name on first use."""
+"""Reward models: scores of images for prompts. One file per model, built by name on first use."""
 
-from g2rpo_ray.rewards.options import check_reward, longest_s, prompt_check, serving
+from g2rpo_ray.rewards.options import check_reward, max_duration_s, prompt_check, serving
 from g2rpo_ray.rewards.registry import (
     KINDS,
     PARTS,
@@ -22,7 +22,7 @@ __all__ = [
     "ask_in_chunks",
     "build_reward",
     "check_reward",
-    "longest_s",
+    "max_duration_s",
     "open_reward",
     "prompt_check",
     "scores_of",

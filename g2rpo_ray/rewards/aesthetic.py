@@ -1,6 +1,6 @@
 """LAION's improved aesthetic predictor: a linear head on CLIP ViT-L/14, about 1 (ugly) to 10. Legend: N images.
 
-Prompts are not looked at. github.com/christophschuhmann/improved-aesthetic-predictor,
+Prompts are ignored. github.com/christophschuhmann/improved-aesthetic-predictor,
 `sac+logos+ava1-l14-linearMSE.pth`; the default names the same weights on the hub.
 """
 
@@ -23,9 +23,9 @@ CHECKPOINT = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"
 
 
 class ScoreHead(nn.Module):
-    """Five linear layers without activations between them, to one number; ImageReward ends in the same.
+    """Five linear layers without activations, to one number; ImageReward has the same head.
 
-    Their places in `layers` are those of the checkpoints, where the dropouts of the training were counted too.
+    Their positions in `layers` are those of the checkpoints, which also count the dropouts of the training.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,7 +48,7 @@ class ScoreHead(nn.Module):
 
 
 class Aesthetic:
-    """The head on a backbone; `score` is one forward pass over what it is given."""
+    """The head on a backbone. `score` is one forward pass."""
 
     def __init__(self, backbone: Any, head: ScoreHead, device: str, dtype: torch.dtype) -> None:
         self._backbone = place(backbone, device, dtype)
@@ -58,7 +58,7 @@ class Aesthetic:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Scores float32 [N] of images uint8 [N, H, W, 3]; NaN where one is not finite."""
+        """Scores float32 [N] of images uint8 [N, H, W, 3]; NaN if not finite."""
         check_images("aesthetic", images, prompts)
         pixels = clip_pixels(images, self._size).to(device=self._device, dtype=self._dtype)
         features = self._backbone.get_image_features(pixel_values=pixels).pooler_output.float()
@@ -73,12 +73,12 @@ def build(
 ) -> Aesthetic:
     """The reward from `checkpoint`, the head as a path or a hub file `repo:file`, on `backbone`, a directory or hub id.
 
-    `dtype` is the backbone's; the head computes in float32. ValueError in one line where any of them can't be used.
+    `dtype` is the backbone's; the head computes in float32. ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     path = locate("checkpoint", checkpoint, CHECKPOINT)
     network = pretrained(CLIPModel, "backbone", backbone, dtype=torch_dtype)
-    del network.text_model  # a third of the memory, never asked
+    del network.text_model  # unused, a third of the memory
     head = ScoreHead(network.config.projection_dim)
     fit_weights(head, read_weights(path), path, f"a head on the {network.config.projection_dim} features of {backbone}")
     return Aesthetic(network, head, device, torch_dtype)

@@ -1,10 +1,10 @@
 """A client of OpenAI-compatible servers, with several servers, time limits and retries. No message contains the key.
 
-HTTP is httpx's, retries are tenacity's. What neither has is by hand: a bound on the time and the size of a whole
-answer, and Retry-After.
+HTTP is httpx's, retries are tenacity's. The limits of the time and size of a whole answer, and Retry-After, are this
+module's.
 
-Neither what a server answers nor its reason phrase goes into a message: a server may echo the key. Redirects are not
-followed and proxies not used: the key goes to the named servers alone.
+Messages contain neither a server's answer nor its reason phrase, since a server may echo the key. Redirects are not
+followed and proxies not used, so that only the named servers receive the key.
 """
 
 import itertools
@@ -25,20 +25,25 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 logger = logging.getLogger(__name__)
 
-MAX_WAIT = 60.0  # seconds between two attempts, whatever Retry-After says
-MAX_ANSWER = 2**20  # bytes
+MAX_WAIT_S = 60.0  # between two attempts, also with Retry-After
+MAX_ANSWER_BYTES = 2**20
 EXPECTED_URL = "http://host:port, without a password, that answers GET /v1/models"
 END_OF_TURN = re.compile(r"(?:\s*(?:<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z", re.IGNORECASE)
-NO_REASONING = "serve the model without --reasoning-parser, or raise max_tokens if it was still thinking"
+NO_REASONING = "serve the model without --reasoning-parser, or raise max_tokens"
 T = TypeVar("T")
 
 
 class RequestFailed(Exception):
-    """A request without a usable answer; the text names the server and why, and never the key."""
+    """A request without a usable answer. The text has the server and the reason, never the key.
 
-    def __init__(self, server: "Server", why: str, again: bool, retry_after: float | None = None) -> None:
+    Attributes:
+        retry: True if another attempt may succeed.
+        retry_after: seconds to wait that the server asked for.
+    """
+
+    def __init__(self, server: "Server", why: str, retry: bool, retry_after: float | None = None) -> None:
         super().__init__(f"{server}: {why}")
-        self.again = again
+        self.retry = retry
         self.retry_after = retry_after
 
 
@@ -56,32 +61,38 @@ class Server:
 
 
 Read = Callable[[Server, Any], T]
-"""Makes of a server's JSON answer what is wanted of it, or raises RequestFailed."""
+"""Converts a server's JSON answer to a result, or raises RequestFailed."""
 
 
 def parse_url(url: Any) -> Server:
-    """The server at `url`, with or without /v1 at its end. ValueError in one line, which repeats no password."""
+    """The server at `url`, with or without a final /v1. ValueError in one line, without a password in the URL."""
     try:
         parts = urlsplit(url if isinstance(url, str) and url.isascii() else "")
         host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number, a bracket that is not closed
+    except ValueError:  # a port that is not a number, a bracket that is not closed
         host = None
     if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc:
         given = "one with a user or password" if isinstance(url, str) and "@" in url else repr(url)
-        raise ValueError(f"base_urls: {given} given; expected {EXPECTED_URL}; a key goes into the environment")
+        raise ValueError(f"base_urls: {given} given; expected {EXPECTED_URL}; give a key by api_key_env")
     return Server(parts.scheme, host, port, parts.path.rstrip("/").removesuffix("/v1"))
 
 
 class ChatClient:
-    """Asks the servers in turn; may be used by any number of threads."""
+    """Sends requests to the servers in turn. Any number of threads may use it."""
 
     def __init__(self, servers: Sequence[Server], key: str, timeout: float, retries: int, backoff: float) -> None:
-        """`timeout`: seconds for each of connecting, the wait for an answer, and its end; `backoff`: seconds before the
-        second attempt, doubled before each other."""
-        self.longest_s = (1 + retries) * 3 * timeout + retries * MAX_WAIT
-        """Seconds that `ask` may take, every attempt and every wait between them as long as it may be."""
+        """
+        Args:
+            servers: used in turn.
+            key: sent as bearer token; "" for none.
+            timeout: seconds for each of: connecting, waiting for the answer, receiving it.
+            retries: attempts after the first.
+            backoff: seconds before the second attempt, doubled for each further one.
+        """
+        self.max_ask_s = (1 + retries) * 3 * timeout + retries * MAX_WAIT_S
+        """Maximum seconds of `ask`, with all attempts and waits."""
         self._servers, self._timeout, self._backoff = servers, timeout, backoff
-        for library in ("httpx", "httpcore"):  # below warnings they log what servers send, where a key may be
+        for library in ("httpx", "httpcore"):  # at lower levels they log answers, which may contain the key
             logging.getLogger(library).setLevel(logging.WARNING)
         authorization = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(
@@ -90,18 +101,23 @@ class ChatClient:
             follow_redirects=False,
             trust_env=False,  # no proxies
             verify=ssl.create_default_context(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),  # an idle one may be gone
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),  # an idle one may be closed
         )
         self._attempts = Retrying(
             stop=stop_after_attempt(1 + retries), wait=self._wait, reraise=True,
-            retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.again),
+            retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.retry),
         )  # fmt: skip
 
     def ask(self, body: Mapping[str, Any], turn: int, read: "Read[T]") -> T:
-        """The result of `read` on the answer of the next server; after a failure another server is asked.
+        """The result of `read` on the answer of a server. After a failure the next server is used.
+
+        Args:
+            body: of the request, as JSON.
+            turn: number of the request, which decides the first server.
+            read: converts the answer.
 
         Raises:
-            RequestFailed: no attempt gave an answer, or one can't be expected.
+            RequestFailed: all attempts failed, or the first failure cannot be retried.
         """
         turns = itertools.count(turn)
 
@@ -112,13 +128,13 @@ class ChatClient:
         return self._attempts.copy()(once)
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt: what the server asked for, else twice as long as before the last one."""
+        """Seconds before the next attempt: those that the server asked for, else twice the last ones."""
         failure = state.outcome.exception() if state.outcome else None
         asked = failure.retry_after if isinstance(failure, RequestFailed) else None
-        return min(self._backoff * 2 ** (state.attempt_number - 1) if asked is None else asked, MAX_WAIT)
+        return min(self._backoff * 2 ** (state.attempt_number - 1) if asked is None else asked, MAX_WAIT_S)
 
     def models(self) -> list[str]:
-        """Names of the models that are served, the first server's first; a warning for each server that is silent.
+        """Names of the served models, the first server's first. Logs a warning for each server without an answer.
 
         Raises:
             ValueError: one line; no server can be used.
@@ -140,13 +156,13 @@ class ChatClient:
         return names
 
     def _read(self, response: httpx.Response) -> bytes:
-        """The answer of the server within the timeout, also if it sends a byte now and then."""
+        """The answer of the server, within the timeout also if it arrives slowly."""
         content, deadline = b"", time.monotonic() + self._timeout
         for part in response.iter_raw():
             content += part
             if time.monotonic() > deadline:
                 raise httpx.ReadTimeout("the answer did not end")
-            if len(content) >= MAX_ANSWER:
+            if len(content) >= MAX_ANSWER_BYTES:
                 break
         return content
 
@@ -156,43 +172,42 @@ class ChatClient:
             with self._http.stream(method, url, json=body) as response:
                 content = self._read(response)
         except (httpx.TimeoutException, httpx.ConnectError) as error:
-            raise RequestFailed(server, f"{type(error).__name__}: {error}", again=True) from None
-        except httpx.HTTPError as error:  # its text can be a line that the server sent
-            raise RequestFailed(server, f"{type(error).__name__}, the connection broke", again=True) from None
+            raise RequestFailed(server, f"{type(error).__name__}: {error}", retry=True) from None
+        except httpx.HTTPError as error:  # its text may contain the server's
+            raise RequestFailed(server, f"{type(error).__name__}, the connection broke", retry=True) from None
         if response.status_code != 200:
             status, after = response.status_code, _seconds(response.headers.get("Retry-After"))
             raise RequestFailed(server, _status(status), status in (408, 429) or status >= 500, after)
         try:
             return json.loads(content)
         except (ValueError, RecursionError):  # also where the connection ended early
-            raise RequestFailed(server, "an answer that is not whole JSON", again=True) from None
+            raise RequestFailed(server, "an answer that is not whole JSON", retry=True) from None
 
 
 def read_text(server: Server, answer: Any) -> str:
-    """The text of an answer, without CR and without a token that ends it. RequestFailed where there is none, or it was
-    cut off."""
+    """The text of an answer, without CR and final special tokens. RequestFailed if it has none or is truncated."""
     try:
         choice = answer["choices"][0]
         text, end = choice["message"]["content"], choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise RequestFailed(server, "an answer without choices[0].message.content", again=False) from None
+        raise RequestFailed(server, "an answer without choices[0].message.content", retry=False) from None
     _refuse_reasoning(server, choice["message"])
-    if end == "length":  # what is cut may lack the digits after a point
-        raise RequestFailed(server, "an answer that was cut off; raise max_tokens", again=False)
+    if end == "length":  # digits after a decimal point may be missing
+        raise RequestFailed(server, "a truncated answer; raise max_tokens", retry=False)
     if not isinstance(text, str):
-        raise RequestFailed(server, "an answer without text in choices[0].message.content", again=False)
+        raise RequestFailed(server, "an answer without text in choices[0].message.content", retry=False)
     return END_OF_TURN.sub("", text.replace("\r\n", "\n"))
 
 
 def _refuse_reasoning(server: Server, message: Any) -> None:
-    """Raise RequestFailed where a server's parser took all of an answer for what the model thinks before it answers."""
+    """Raises RequestFailed if the server's reasoning parser took the whole answer for reasoning."""
     for field in ("reasoning_content", "reasoning"):
         if isinstance(message, Mapping) and message.get(field) and not message.get("content"):
-            raise RequestFailed(server, f"an answer that is only in {field}; {NO_REASONING}", again=False)
+            raise RequestFailed(server, f"an answer that is only in {field}; {NO_REASONING}", retry=False)
 
 
 def read_first_token(server: Server, answer: Any) -> dict[str, float]:
-    """The probabilities of an answer's likeliest first tokens, by their text. RequestFailed where none are listed."""
+    """The probabilities of the likeliest first tokens of an answer, by text. RequestFailed if none are listed."""
     found: dict[str, float] = {}
     try:
         _refuse_reasoning(server, answer["choices"][0].get("message"))
@@ -202,19 +217,19 @@ def read_first_token(server: Server, answer: Any) -> dict[str, float]:
         found = {}
     if not found:
         why = "an answer without top_logprobs; serve a model that lists them (vLLM: --max-logprobs 20)"
-        raise RequestFailed(server, why, again=False)
+        raise RequestFailed(server, why, retry=False)
     return found
 
 
 def _status(status: int) -> str:
-    """The status in the standard's words: the server's own reason phrase is the server's text."""
+    """The status with the standard's reason phrase, because the server's own may echo the key."""
     return f"HTTP {status} {httpx.codes.get_reason_phrase(status)}" + (
         "; is the key right?" if status in (401, 403) else ""
     )
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, a number or a date; None where it says nothing usable."""
+    """Seconds to wait by a Retry-After header, a number or a date; None if it is neither."""
     try:
         seconds = float(retry_after or "nan")
     except ValueError:

@@ -1,4 +1,4 @@
-"""CLIP score: the cosine between a picture and its prompt under an open_clip model, by default Apple's DFN-5B ViT-H/14.
+"""CLIP score: the cosine between an image and its prompt under an open_clip model, by default Apple's DFN-5B ViT-H/14.
 
 Network, tokenizer and preprocessing are open_clip's. Legend: N images and prompts.
 """
@@ -21,16 +21,16 @@ from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_
 CHECKPOINT = "apple/DFN5B-CLIP-ViT-H-14:open_clip_pytorch_model.bin"
 KEYS = ("embed_dim", "vision_cfg", "text_cfg")
 Resize = Literal["squash", "shortest"]
-FLOW_GRPO = 30.0  # its divisor of the logits
+FLOW_GRPO_DIVISOR = 30.0  # of the logits
 
 
 class CLIPScore:
-    """A CLIP from open_clip; `score` is one forward pass over what it is given."""
+    """A CLIP from open_clip. `score` is one forward pass."""
 
     def __init__(
         self, network: Any, architecture: dict[str, Any], squash: bool, scale: str, device: str, dtype: torch.dtype
     ):
-        self._factor = scale_factor(scale, network.logit_scale, FLOW_GRPO)
+        self._factor = scale_factor(scale, network.logit_scale, FLOW_GRPO_DIVISOR)
         self._network = place(network, device, dtype)
         self._tokenizer = SimpleTokenizer(context_length=architecture["text_cfg"].get("context_length", 77))
         self._size: int = architecture["vision_cfg"]["image_size"]
@@ -38,7 +38,7 @@ class CLIPScore:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Scaled cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        """Scaled cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN if not finite."""
         check_images("clip", images, prompts)
         pixels = clip_pixels(images, self._size, self._squash).to(device=self._device, dtype=self._dtype)
         tokens = self._tokenizer(list(prompts)).to(self._device)
@@ -55,14 +55,14 @@ def build(
 ) -> CLIPScore:
     """The reward from `checkpoint`, a path or a hub file as `repo:file`.
 
-    `architecture` names one of open_clip's or is the path of a JSON file in its format. `resize` is how a picture that
-    is not square becomes so: open_clip squashes for the DFN models; for most others it resizes the shortest side and
-    cuts out the centre. `scale`: `cosine`, `logits` (times the network's own factor, about 100) or `flow_grpo` (those
-    by 30). ValueError in one line where any of them can't be used.
+    `architecture` is a name of open_clip's or the path of a JSON file in its format. `resize` makes images square:
+    `squash`, as open_clip does for the DFN models, or `shortest`, which resizes the shortest side and crops the centre.
+    `scale`: `cosine`, `logits` (times the network's own factor, about 100) or `flow_grpo` (logits divided by 30).
+    ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     if resize not in get_args(Resize):
-        raise ValueError(f"resize: {resize!r} is not one of {', '.join(get_args(Resize))}; DFN models take squash")
+        raise ValueError(f"resize: {resize!r} given; allowed are {', '.join(get_args(Resize))}; DFN models take squash")
     shape = load_architecture(architecture)
     check_scale(scale)
     try:
@@ -75,7 +75,7 @@ def build(
 
 
 def load_architecture(architecture: str) -> dict[str, Any]:
-    """open_clip's model description by name, or from a JSON file: KEYS, and `quick_gelu` where the model has that."""
+    """open_clip's model description by name, or from a JSON file: KEYS, and optionally `quick_gelu`."""
     known: dict[str, Any] | None = open_clip.get_model_config(architecture)
     meaning = f"a name such as ViT-H-14-quickgelu, or a JSON file in open_clip's format ({', '.join(KEYS)})"
     return known if known is not None else read_json("architecture", architecture, KEYS, meaning)

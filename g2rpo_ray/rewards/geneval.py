@@ -1,7 +1,7 @@
-"""GenEval (arXiv 2310.11513): the objects of a prompt found by a detector, their colours by CLIP, judged by its rules.
+"""GenEval (arXiv 2310.11513): a detector finds a prompt's objects, CLIP names their colours, rules give the score.
 
-The published scorer is Mask2Former of mmdet; this is a detector of transformers, so its figures are near those and not
-the same: docs/rewards.md says by what. Legend: N images, H, W pixels, Q queries, C classes.
+The published scorer uses mmdet's Mask2Former. This one uses a detector of transformers, so its scores are close but not
+equal: docs/rewards.md has the differences. Legend: N images, H, W pixels, Q queries, C classes.
 """
 
 import logging
@@ -32,8 +32,8 @@ from g2rpo_ray.rewards.weights import check_placement, place, pretrained
 
 logger = logging.getLogger(__name__)
 
-SIZE = 800  # of pictures for Mask2Former: the shortest side,
-LONGEST = 1333  # unless the longest would pass this
+SHORT_SIDE = 800  # pixels of images for Mask2Former
+MAX_LONG_SIDE = 1333  # pixels, which may reduce the short side
 DIVISOR = 32
 MAX_PER_IMAGE = 100  # pairs of query and class that mmdet keeps
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's: GenEval's
@@ -42,10 +42,10 @@ BACKGROUND = (0x99, 0x99, 0x99)
 
 
 class Detector(Protocol):
-    """Finds objects."""
+    """Protocol of detectors."""
 
     def unknown(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that it has no notion of."""
+        """The `names` that it cannot detect."""
         ...
 
     def find(self, images: NDArray[np.uint8], names: Sequence[str]) -> list[dict[str, list[Found]]]:
@@ -54,11 +54,11 @@ class Detector(Protocol):
 
 
 class InstanceSegmenter:
-    """Mask2Former, its output read as mmdet reads it: box and score of an object come from its mask."""
+    """Mask2Former with mmdet's post-processing: box and score of an object are computed from its mask."""
 
     def __init__(self, network: Any, processor: Any, size: int, least: float, device: str, dtype: torch.dtype) -> None:
         self._network, self._processor = place(network, device, dtype), processor
-        self._size = {"shortest_edge": size, "longest_edge": round(size * LONGEST / SIZE)}
+        self._size = {"shortest_edge": size, "longest_edge": round(size * MAX_LONG_SIDE / SHORT_SIDE)}
         self._least, self._device, self._dtype = least, device, dtype
         labels = {name: index for index, name in network.config.id2label.items()}
         self._labels = {GENEVAL_NAMES.get(name, name): index for name, index in labels.items()}
@@ -67,7 +67,7 @@ class InstanceSegmenter:
         return [name for name in names if name not in self._labels]
 
     def find(self, images: NDArray[np.uint8], names: Sequence[str]) -> list[dict[str, list[Found]]]:
-        # its own way is to stretch a picture to a multiple of 32, mmdet's to pad it
+        # the processor would stretch images to a multiple of 32; mmdet pads them
         pixels = self._processor(
             list(images), size=self._size, size_divisor=0, input_data_format="channels_last", return_tensors="pt"
         )["pixel_values"].to(device=self._device, dtype=self._dtype)
@@ -84,13 +84,13 @@ class InstanceSegmenter:
     def _objects(
         self, classes: Tensor, masks: Tensor, sizes: Sequence[Sequence[int]], names: Sequence[str]
     ) -> dict[str, list[Found]]:
-        """What class logits [Q, C + 1] and mask logits [Q, h, w] say of one picture, above the least threshold."""
+        """Objects of one image above the lowest threshold, from class logits [Q, C + 1] and mask logits [Q, h, w]."""
         probabilities = classes.softmax(dim=-1)[:, :-1]
         kinds = probabilities.shape[1]
         best, places = probabilities.flatten().topk(min(MAX_PER_IMAGE, probabilities.numel()))
         found: dict[str, list[Found]] = {}
         for name in names:
-            # a mask can only lower a score, so that most masks need not be looked at
+            # a mask can only lower a score, so most masks can be skipped
             chosen = (places % kinds == self._labels[name]) & (best > self._least)
             objects = [
                 _object(probability, masks[query], sizes)
@@ -101,7 +101,7 @@ class InstanceSegmenter:
 
 
 def _object(probability: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) -> Found:
-    """The object of mask logits [h, w]: enlarged to the padded picture, cut to what is no padding, then resized."""
+    """The object of mask logits [h, w]: enlarged to the padded image, cropped to the image, then resized."""
     padded, (height, width), size = sizes
     logits = F.interpolate(mask[None, None], tuple(padded), mode="bilinear", align_corners=False)[..., :height, :width]
     logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[0, 0]
@@ -114,7 +114,7 @@ def _object(probability: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) -
 
 
 class OpenVocabulary:
-    """Grounding DINO, OWLv2 and their like: they look for what a text names, one name at a time; no masks."""
+    """Detectors with text input, such as Grounding DINO and OWLv2: one name at a time, without masks."""
 
     def __init__(self, network: Any, processor: Any, least: float, device: str, dtype: torch.dtype) -> None:
         self._network, self._processor = place(network, device, dtype), processor
@@ -180,13 +180,13 @@ class ColourNamer:
 
 
 def _require_numbers(*outputs: Tensor) -> None:
-    """A network that overflows finds nothing, which is no reason for a low score: its pictures have none."""
+    """Raises ArithmeticError if a network overflowed: its images then have no score instead of a low one."""
     if any(output.isnan().any() for output in outputs):
         raise ArithmeticError("geneval: a network's output is not a number; give dtype: float32 or bfloat16")
 
 
 def cut_out(image: NDArray[np.uint8], found: Found) -> NDArray[np.uint8]:
-    """The box of an object [h, w, 3], grey where its mask is not."""
+    """The box of an object [h, w, 3], grey outside its mask."""
     left, top, right, bottom = np.rint(found.box).astype(int)
     height, width = image.shape[:2]
     left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
@@ -197,7 +197,7 @@ def cut_out(image: NDArray[np.uint8], found: Found) -> NDArray[np.uint8]:
 
 
 class GenEval:
-    """A detector, CLIP and the rules."""
+    """The reward: a detector, CLIP and the rules."""
 
     def __init__(
         self, detector: Detector, colours: ColourNamer, definition: Definition, thresholds: tuple[float, float],
@@ -211,7 +211,7 @@ class GenEval:
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> NDArray[np.float32]:
-        """Scores float32 [N] of images uint8 [N, H, W, 3]; NaN where the metadata is no specification of GenEval's."""
+        """Scores float32 [N] of images uint8 [N, H, W, 3]; NaN without a valid specification in the metadata."""
         check_images("geneval", images, prompts)
         wanted = [self._specification(*pair) for pair in zip(prompts, metadata, strict=True)]
         names = {clause.name: None for one in wanted if one for clause in (*one.include, *one.exclude)}
@@ -227,7 +227,7 @@ class GenEval:
             return None
         unknown = self._detector.unknown([clause.name for clause in (*wanted.include, *wanted.exclude)])
         if unknown:
-            logger.warning("geneval: no score for %r: the detector never finds %s", prompt, ", ".join(unknown))
+            logger.warning("geneval: no score for %r: the detector does not know %s", prompt, ", ".join(unknown))
         return None if unknown else wanted
 
     def _judge(self, image: NDArray[np.uint8], wanted: Specification | None, found: dict[str, list[Found]]) -> float:
@@ -245,26 +245,35 @@ def build(
     threshold: float = 0.3,
     counting_threshold: float = 0.9,
     max_overlap: float = 1.0,
-    size: int = SIZE,
+    size: int = SHORT_SIDE,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> GenEval:
-    """The reward from a detector and a CLIP, each a directory as transformers saves it or a hub id.
+    """The reward from a detector and a CLIP, each a directory in transformers' format or a hub id.
 
-    `model` is a Mask2Former of instances, or a detector that takes text, whose pictures its own processor resizes.
-    `threshold`: the score that an object needs, `counting_threshold` in prompts with the tag counting. `max_overlap`:
-    intersection over union of two objects of a class from which the worse one is dropped; 1 keeps both. `size`: pixels
-    of the shortest side for Mask2Former. ValueError in one line where any of them can't be used.
+    Args:
+        model: a Mask2Former of instances, or a detector with text input, whose own processor resizes images.
+        colour_model: the CLIP.
+        definition: "graded", "strict" or "published"; see docs/rewards.md.
+        threshold: minimum score of an object.
+        counting_threshold: the same for prompts with the tag counting.
+        max_overlap: see `keep`.
+        size: pixels of the shortest side for Mask2Former.
+        device: of both networks.
+        dtype: of both networks.
+
+    Raises:
+        ValueError: one line; an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     if definition not in get_args(Definition):
-        raise ValueError(f"definition: {definition!r} is not one of {', '.join(get_args(Definition))}")
+        raise ValueError(f"definition: {definition!r} given; allowed are {', '.join(get_args(Definition))}")
     shares = {"threshold": threshold, "counting_threshold": counting_threshold, "max_overlap": max_overlap}
     for option, given in shares.items():
         if not 0 < given <= 1:
-            raise ValueError(f"{option}: {given} given; expected a number above 0 and up to 1")
-    if not 32 <= size <= LONGEST:
-        raise ValueError(f"size: {size} given; expected 32 to {LONGEST} pixels")
+            raise ValueError(f"{option}: {given} given; must be above 0 and at most 1")
+    if not 32 <= size <= MAX_LONG_SIDE:
+        raise ValueError(f"size: {size} given; must be from 32 to {MAX_LONG_SIDE} pixels")
     least = min(threshold, counting_threshold)
     detector: Detector
     if pretrained(AutoConfig, "model", model).model_type == "mask2former":

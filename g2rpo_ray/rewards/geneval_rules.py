@@ -1,8 +1,8 @@
-"""GenEval's rules (arXiv 2310.11513): whether the objects that were found are those that a prompt asks for.
+"""GenEval's rules (arXiv 2310.11513), which compare detected objects with a prompt's specification.
 
-A prompt comes with its specification, as GenEval publishes it: `{"tag": "color_attr", "include": [{"class": "cat",
+A specification has GenEval's published format: `{"tag": "color_attr", "include": [{"class": "cat",
 "count": 1, "color": "red"}, {"class": "dog", "count": 1, "position": ["left of", 0]}], "exclude": [{"class": "cat",
-"count": 2}]}`. `position` names a relation and the clause of `include` that it is to. Light: no network is loaded here.
+"count": 2}]}`. `position` is a relation to another clause of `include`. This module loads no network.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from g2rpo_ray.messages import one_line
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-MAX_OBJECTS = 16  # of a class, those with the highest scores
-POSITION_THRESHOLD = 0.1  # of the objects' sizes, by which their centres must be apart
+MAX_OBJECTS = 16  # per class, those with the highest scores
+POSITION_THRESHOLD = 0.1  # minimum distance of two objects' centres, as a share of their sizes
 Definition = Literal["graded", "strict", "published"]
 Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 Relation = Literal["left of", "right of", "above", "below"]
 
 
 class Clause(BaseModel):
-    """So many objects of a class."""
+    """A number of objects of a class, optionally with colour and position."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(alias="class", min_length=1)
@@ -34,7 +34,7 @@ class Clause(BaseModel):
 
 
 class Specification(BaseModel):
-    """What a picture must show, and what it must not."""
+    """The objects that an image must and must not show."""
 
     model_config = ConfigDict(frozen=True)
     tag: str = ""
@@ -44,18 +44,16 @@ class Specification(BaseModel):
     @model_validator(mode="after")
     def _makes_sense(self) -> "Specification":
         if not self.include:
-            raise ValueError("include names no object")
+            raise ValueError("include is empty; give at least one object")
         if any(clause.position and clause.position[1] >= at for at, clause in enumerate(self.include)):
-            raise ValueError("a position is relative to an earlier clause of include, counted from 0")
+            raise ValueError("position must name an earlier clause of include, counted from 0")
         return self
 
 
 def parse_specification(metadata: Mapping[str, Any]) -> Specification:
-    """ValueError, in one line, where metadata is none."""
+    """The specification in a prompt's metadata. ValueError, in one line, if it is missing or wrong."""
     if not metadata:
-        raise ValueError(
-            "has no metadata; geneval needs include, tag and exclude beside each prompt: see docs/rewards.md"
-        )
+        raise ValueError("has no metadata; geneval needs include, tag and exclude for each prompt, see docs/rewards.md")
     try:
         return Specification.model_validate(dict(metadata))
     except ValidationError as error:
@@ -65,27 +63,33 @@ def parse_specification(metadata: Mapping[str, Any]) -> Specification:
 
 
 def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for a prompt whose pictures can never be scored."""
+    """Raises ValueError for a prompt whose images can never be scored."""
     parse_specification(metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object in a picture."""
+    """A detected object."""
 
     score: float
     box: NDArray[np.float64]  # left, top, right, bottom, in pixels
-    mask: NDArray[np.bool_] | None = None  # [H, W] of the picture
+    mask: NDArray[np.bool_] | None = None  # [H, W] of the image
 
 
 Objects = Mapping[str, Sequence[Found]]
-"""What was found, by class, the highest score first."""
+"""Detected objects by class, the highest score first."""
 NameColours = Callable[[str, Sequence[Found]], Sequence[str]]
-"""The colours of objects of a class."""
+"""Function of a class and its objects to their colours."""
 
 
 def keep(objects: Objects, threshold: float, max_overlap: float) -> dict[str, list[Found]]:
-    """Those above the threshold, MAX_OBJECTS of a class, without those that overlap a better one by `max_overlap`."""
+    """Objects above the threshold, at most MAX_OBJECTS per class, without those that overlap a better one.
+
+    Args:
+        objects: by class, the highest score first.
+        threshold: minimum score.
+        max_overlap: intersection over union from which the worse object is dropped; 1 keeps all.
+    """
     kept: dict[str, list[Found]] = {}
     for name, found in objects.items():
         chosen: list[Found] = []
@@ -97,7 +101,7 @@ def keep(objects: Objects, threshold: float, max_overlap: float) -> dict[str, li
 
 
 def overlap(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Intersection over union; as published, a box includes its last pixel."""
+    """Intersection over union of two boxes, which include their last pixel, as published."""
 
     def area(low: NDArray[np.float64], high: NDArray[np.float64]) -> float:
         return float(np.prod(np.maximum(high - low + 1, 0)))
@@ -108,7 +112,7 @@ def overlap(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def relations(subject: Found, target: Found) -> set[str]:
-    """Where the subject is, seen from the target: none where their centres are too near for their sizes."""
+    """Relations of the subject to the target; empty if their centres are too close for their sizes."""
     boxes = np.stack([subject.box, target.box]).reshape(2, 2, 2)
     offset = np.subtract(*boxes.mean(axis=1))
     slack = POSITION_THRESHOLD * np.abs(boxes[:, 1] - boxes[:, 0]).sum(axis=0)
@@ -121,7 +125,7 @@ def relations(subject: Found, target: Found) -> set[str]:
 
 
 def judge(wanted: Specification, objects: Objects, colours: NameColours, definition: Definition) -> float:
-    """The score of a picture: `published` 1 or 0, `strict` 1 or 0, `graded` at most 1; see docs/rewards.md."""
+    """The score of an image: 1 or 0 by `published` and `strict`, at most 1 by `graded`; see docs/rewards.md."""
     return (
         _published(wanted, objects, colours)
         if definition == "published"
@@ -130,8 +134,8 @@ def judge(wanted: Specification, objects: Objects, colours: NameColours, definit
 
 
 def _published(wanted: Specification, objects: Objects, colours: NameColours) -> float:
-    """GenEval's: at least so many, the best ones of the colour and in the place; and not as many as `exclude` says."""
-    groups: list[Sequence[Found]] = []  # the objects of each clause that holds, else none
+    """GenEval's score: enough objects, the best ones with the colour and position, and fewer than in `exclude`."""
+    groups: list[Sequence[Found]] = []  # the objects of each clause, empty if it does not hold
     for clause in wanted.include:
         best = objects.get(clause.name, ())[: clause.count]
         holds = len(best) == clause.count
@@ -145,10 +149,10 @@ def _published(wanted: Specification, objects: Objects, colours: NameColours) ->
 
 
 def _flow_grpo(wanted: Specification, objects: Objects, colours: NameColours, strict: bool) -> float:
-    """Flow-GRPO's (its reward-server): exactly so many; `exclude` is not looked at.
+    """Flow-GRPO's score (its reward-server): exact numbers; `exclude` is ignored.
 
-    Graded: the mean over counts, colours and positions, a count and a colour being 1 − |wanted − there| / wanted, which
-    is negative for more than twice as many; a wrong place counts as a 0 and a 1, as released.
+    Graded: the mean over counts, colours and positions. A count or colour scores 1 − |wanted − found| / wanted, which
+    is negative for more than twice as many. A wrong position counts as a 0 and a 1, as released.
     """
     groups: list[Sequence[Found]] = []
     parts: list[float] = []
@@ -170,6 +174,6 @@ def _flow_grpo(wanted: Specification, objects: Objects, colours: NameColours, st
 
 
 def _in_place(found: Sequence[Found], groups: Sequence[Sequence[Found]], position: tuple[str, int]) -> bool:
-    """Whether all are in that relation to all of an earlier clause, which must hold."""
+    """True if all objects have the relation to all objects of an earlier clause, which must hold."""
     relation, target = position
     return bool(groups[target]) and all(relation in relations(one, other) for one in found for other in groups[target])

@@ -1,4 +1,4 @@
-"""HPSv2: the cosine between a picture and its prompt under a CLIP that was tuned on human preferences.
+"""HPSv2: the cosine between an image and its prompt under a CLIP that was tuned on human preferences.
 
 Network and checkpoint format are the `hpsv2` package's own; the default architecture with
 `xswu/HPSv2:HPS_v2.1_compressed.pt` is HPSv2.1. Legend: N images and prompts, S the network's image size.
@@ -30,7 +30,7 @@ CHECKPOINT = "xswu/HPSv2:HPS_v2.1_compressed.pt"
 
 
 class HPSv2:
-    """A CLIP-type preference model; `score` is one forward pass over what it is given."""
+    """A CLIP-type preference model. `score` is one forward pass."""
 
     def __init__(self, network: Any, architecture: dict[str, Any], device: str, dtype: torch.dtype) -> None:
         self._network = place(network, device, dtype)
@@ -40,7 +40,7 @@ class HPSv2:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        """Cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN if not finite."""
         check_images("hpsv2", images, prompts)
         pixels = preprocess(images, self._image_size).to(device=self._device, dtype=self._dtype)
         tokens = self._tokenizer(list(prompts)).to(self._device)
@@ -55,8 +55,8 @@ def build(
 ) -> HPSv2:
     """The reward from `checkpoint`, a path or a hub file as `repo:file`.
 
-    `architecture` names one of open_clip's or is the path of a JSON file in open_clip's format; `dtype` is the one
-    that the network computes in. ValueError in one line where any of them can't be used.
+    `architecture` is a name of open_clip's or the path of a JSON file in its format; `dtype` is the network's.
+    ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     shape = load_architecture(architecture)
@@ -70,9 +70,9 @@ def build(
 
 
 def preprocess(images: NDArray[np.uint8], size: int) -> Tensor:
-    """uint8 [N, H, W, 3] to normalised float32 [N, 3, S, S]: HPSv2's way, which is not open_clip's resize and crop.
+    """uint8 [N, H, W, 3] to normalised float32 [N, 3, S, S] as in HPSv2, which differs from open_clip.
 
-    The longest side becomes `size` (bicubic, on the tensor), the rest is padded with zeros on both sides.
+    The longest side becomes `size` (bicubic, on the tensor), the other is padded with zeros on both sides.
     """
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     height, width = pixels.shape[-2:]
@@ -100,15 +100,15 @@ def load_architecture(architecture: str) -> dict[str, Any]:
 
 
 def new_network(architecture: dict[str, Any]) -> Any:
-    """The `hpsv2` package's untyped CLIP module of this architecture, its weights still random."""
+    """The `hpsv2` package's untyped CLIP module of this architecture, with random weights."""
     return _bundled_open_clip().CLIP(**architecture)
 
 
 def _bundled_open_clip() -> ModuleType:
-    """`hpsv2.src.open_clip`, whose wheel lacks the BPE vocabulary that it reads when imported.
+    """`hpsv2.src.open_clip`, whose wheel lacks the BPE vocabulary that it reads at import.
 
-    open_clip_torch carries that vocabulary, so its tokenizer module stands in for the bundled one. `turtle`, which the
-    package imports by mistake and never uses, needs a Tk that servers and containers rarely have.
+    open_clip_torch has that vocabulary, so its tokenizer module replaces the bundled one. The package imports `turtle`
+    without using it, and servers rarely have the Tk that it needs.
     """
     sys.modules.setdefault("hpsv2.src.open_clip.tokenizer", open_clip.tokenizer)
     absent = "turtle" not in sys.modules
@@ -117,7 +117,7 @@ def _bundled_open_clip() -> ModuleType:
         vars(sys.modules["turtle"])["forward"] = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of timm's layout, which no user can do anything about
+            warnings.simplefilter("ignore", FutureWarning)  # of timm's layout, which users cannot change
             return importlib.import_module("hpsv2.src.open_clip")
     finally:
         if absent:

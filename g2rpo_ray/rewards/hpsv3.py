@@ -1,7 +1,7 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B reads the picture and the prompt, a head makes a mean and a spread of them.
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B encodes the image and the prompt, a head predicts mean and spread of the score.
 
-Checkpoint and computation are those of github.com/MizzenAI/HPSv3, the network is transformers'. As there, and otherwise
-than in Qwen2-VL, the tokens of the picture have the positions of text, one after another. Legend: N images and prompts,
+Checkpoint and computation are those of github.com/MizzenAI/HPSv3, the network is transformers'. As in that code, and
+unlike Qwen2-VL, the tokens of the image have consecutive positions, like text. Legend: N images and prompts,
 L tokens, D features.
 """
 
@@ -22,10 +22,10 @@ from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, pretrained, read_weights
 
 CHECKPOINT = "MizzenAI/HPSv3:HPSv3.safetensors"
-PIXELS = 256 * 28 * 28  # of a picture, about: 448 × 448 if it is square
+PIXELS = 256 * 28 * 28  # approximate size of an image: 448 × 448 if it is square
 REWARD = "<|Reward|>"  # the token at which the head reads
 IMAGE = "<|image_pad|>"
-# What the model was trained with, blanks at the ends of lines included; another wording gives other scores.
+# The exact text of the model's training, with blanks at the ends of lines; other words give other scores.
 INSTRUCTION = (
     "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a "
     "overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst "
@@ -58,7 +58,7 @@ MESSAGE = (  # Qwen2-VL's own template
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}"
     f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
 )
-# The checkpoint's names of the network's parts, older and newer, longest first; lm_head is not needed.
+# Prefixes of the network's parts in older and newer checkpoints, longest first; lm_head is not needed.
 PARTS = {
     "model.language_model.": "language_model.",
     "model.visual.": "visual.",
@@ -69,7 +69,7 @@ EMBEDDING = "language_model.embed_tokens.weight"
 
 
 class HPSv3:
-    """The network and its head; `score` is one forward pass over what it is given."""
+    """The network and its head. `score` is one forward pass."""
 
     def __init__(self, network: Any, head: nn.Module, tokenizer: Any, device: str, dtype: torch.dtype) -> None:
         self._network, self._head = place(network, device, dtype), place(head, device, torch.float32)
@@ -83,12 +83,12 @@ class HPSv3:
         self._image, self._reward = tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
 
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Means float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        """Means float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN if not finite."""
         return self.mean_and_spread(images, prompts)[:, 0]
 
     @torch.no_grad()
     def mean_and_spread(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """The normal distribution [N, 2] that a score is thought to have: its mean and its standard deviation."""
+        """Mean and standard deviation [N, 2] of each score's predicted normal distribution."""
         check_images("hpsv3", images, prompts)
         inputs = self._image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
         grids = inputs["image_grid_thw"].to(self._device)
@@ -100,12 +100,12 @@ class HPSv3:
         pixels = inputs["pixel_values"].to(device=self._device, dtype=self._dtype)
         state = self._read(tokens["input_ids"], tokens["attention_mask"], pixels, grids)
         places = torch.arange(state.shape[1], device=self._device) * (tokens["input_ids"] == self._reward)
-        last = places.argmax(dim=1)  # a prompt may hold the token, too
+        last = places.argmax(dim=1)  # a prompt may also contain the token
         outputs = self._head(state[torch.arange(len(state)), last].float())
         return finite(torch.stack([outputs[:, 0], outputs[:, 1].exp()], dim=1))
 
     def _read(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Tensor:
-        """The last hidden state [N, L, D]; without `position_ids` each token is one further than that before it."""
+        """The last hidden state [N, L, D]; without `position_ids`, tokens have consecutive positions."""
         language = self._network.language_model
         embedded = language.embed_tokens(ids)
         seen = self._network.visual(pixels, grid_thw=grids).pooler_output.to(embedded.dtype)
@@ -123,7 +123,7 @@ def build(
     """The reward from `checkpoint`, a path or a hub file as `repo:file`, with all weights.
 
     `backbone`, a directory or hub id, gives the network's configuration and the tokenizer. `dtype` is the network's,
-    bfloat16 as released; the head computes in float32. ValueError in one line where any of them can't be used.
+    bfloat16 as released; the head computes in float32. ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     config = pretrained(Qwen2VLConfig, "backbone", backbone)
@@ -132,12 +132,12 @@ def build(
     path = locate("checkpoint", checkpoint, CHECKPOINT)
     weights, of_head = split_weights(read_weights(path))
     if EMBEDDING not in weights:
-        raise ValueError(f"checkpoint: {path} has no embedding of tokens; give HPSv3's, as its authors publish it")
+        raise ValueError(f"checkpoint: {path} has no embedding of tokens; give HPSv3's file as published")
     words = len(weights[EMBEDDING])
     if len(tokenizer) != words:
         raise ValueError(
-            f"backbone: {backbone} has {len(tokenizer)} tokens with {REWARD}, {path} {words}; give the model "
-            "that it was trained from, Qwen/Qwen2-VL-7B-Instruct"
+            f"backbone: {backbone} has {len(tokenizer)} tokens with {REWARD}, {path} {words}; give its base model, "
+            "Qwen/Qwen2-VL-7B-Instruct"
         )
     config.text_config.vocab_size = words
     head = reward_head(config.text_config.hidden_size)
@@ -159,14 +159,14 @@ def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def reward_head(width: int) -> nn.Sequential:
-    """The authors' "ranknet" head, [N, width] to [N, 2]: mean and logarithm of the spread; a dropout took place 2."""
+    """The authors' "ranknet" head, [N, width] to [N, 2]: mean and log spread; position 2 is their dropout."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def _network(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, problem: str) -> Any:
-    """transformers' network with these weights; it makes none of its own first, which would take minutes."""
+    """transformers' network with these weights, without random initialisation, which would take minutes."""
     try:
         loaded: Any = Qwen2VLModel.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

@@ -1,7 +1,7 @@
-"""ImageReward (arXiv 2304.05977): BLIP reads the prompt beside the picture, a head scores what it made of both.
+"""ImageReward (arXiv 2304.05977): BLIP encodes the prompt and the image together, a head scores the result.
 
-The `image-reward` package does not import beside transformers 5, so its network is put together anew from timm's vision
-transformer, transformers' BLIP text encoder and the head; the checkpoint's keys are theirs. Legend: N images and
+The `image-reward` package cannot be imported with transformers 5, so its network is rebuilt from timm's vision
+transformer, transformers' BLIP text encoder and the head, whose names are the checkpoint's. Legend: N images and
 prompts, S the network's image size, L tokens of a prompt.
 """
 
@@ -35,7 +35,7 @@ ARCHITECTURE: dict[str, dict[str, Any]] = {
 
 
 class Network(nn.Module):
-    """BLIP and the head, under the checkpoint's names."""
+    """BLIP and the head, with the checkpoint's names."""
 
     def __init__(self, architecture: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Network(nn.Module):
 
 
 class ImageReward:
-    """BLIP and its head; `score` is one forward pass over what it is given."""
+    """BLIP and its head. `score` is one forward pass."""
 
     def __init__(self, network: Network, tokenizer: BertWordPieceTokenizer, size: int, device: str, dtype: torch.dtype):
         place(network.blip, device, dtype)
@@ -69,7 +69,7 @@ class ImageReward:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Scores float32 [N] of images uint8 [N, H, W, 3], each with its own prompt; NaN where one is not finite."""
+        """Scores float32 [N] of images uint8 [N, H, W, 3], each with its own prompt; NaN if not finite."""
         check_images("imagereward", images, prompts)
         pixels = clip_pixels(images, self._size).to(device=self._device, dtype=self._dtype)
         encodings = self._tokenizer.encode_batch(list(prompts))
@@ -85,10 +85,10 @@ def build(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> ImageReward:
-    """The reward from `checkpoint` and BERT's `vocabulary` (a token a line), each a path or a hub file as `repo:file`.
+    """The reward from `checkpoint` and BERT's `vocabulary` (one token per line), each a path or a hub file `repo:file`.
 
     `architecture` is the path of a JSON file like ARCHITECTURE, for a network of another size than the published one;
-    `dtype` is BLIP's, the head computes in float32. ValueError in one line where any of them can't be used.
+    `dtype` is BLIP's, the head computes in float32. ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     meaning = "arguments of timm's VisionTransformer and transformers' BlipTextConfig under vision and text"
@@ -106,16 +106,18 @@ def build(
 
 
 def load_tokenizer(vocabulary: str, size: int) -> BertWordPieceTokenizer:
-    """BERT's uncased tokenizer and BLIP's two special tokens, `size` in all; prompts padded or cut to MAX_TOKENS."""
+    """BERT's uncased tokenizer with BLIP's two special tokens, `size` in all; it pads or truncates to MAX_TOKENS."""
     path = locate("vocabulary", vocabulary, VOCABULARY)
     try:
         tokenizer = BertWordPieceTokenizer.from_file(str(path), lowercase=True)
-    except Exception as error:  # the Rust library raises Exception, and TypeError where [CLS] or [SEP] is missing
-        raise ValueError(f"vocabulary: {path} is not BERT's vocabulary, a token a line: {one_line(error)}") from error
+    except Exception as error:  # the Rust library raises Exception, and TypeError if [CLS] or [SEP] is missing
+        raise ValueError(
+            f"vocabulary: {path} is not BERT's vocabulary, one token per line: {one_line(error)}"
+        ) from error
     tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
     if tokenizer.get_vocab_size() != size:
         found = f"{tokenizer.get_vocab_size()} tokens with [DEC] and [ENC]"
-        raise ValueError(f"vocabulary: {path} has {found}, the network {size}; give the one that it was trained with")
+        raise ValueError(f"vocabulary: {path} has {found}, the network {size}; give the network's own")
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS)
     return tokenizer

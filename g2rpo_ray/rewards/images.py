@@ -1,4 +1,4 @@
-"""Pictures on their way into a reward: checked, encoded. Legend: N images and prompts, H, W pixels."""
+"""Checks and encodes images for rewards. Legend: N images and prompts, H, W pixels."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-QUALITY = 95  # of every JPEG: DDPO's, and close enough to lossless to be judged by a model
+JPEG_QUALITY = 95  # DDPO's, and nearly lossless for judges
 
 
 def check_images(reward: str, images: NDArray[np.uint8], prompts: Sequence[str]) -> None:
-    """ValueError in one line that names the reward unless images are uint8 [N, H, W, 3] and prompts are N."""
+    """Raises ValueError, in one line with the reward's name, unless images are uint8 [N, H, W, 3] with N prompts."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"reward {reward}: images are {_given(images)}; expected a numpy array uint8 [N, H, W, 3]")
     if len(prompts) != len(images):
@@ -20,9 +20,9 @@ def check_images(reward: str, images: NDArray[np.uint8], prompts: Sequence[str])
 
 
 def encoded(image: NDArray[np.uint8], image_format: str) -> bytes:
-    """The file of image uint8 [H, W, 3], `image_format` "png" or "jpeg"."""
+    """The bytes of an image uint8 [H, W, 3] as a file, `image_format` "png" or "jpeg"."""
     buffer = BytesIO()
-    Image.fromarray(image).save(buffer, image_format, **({"quality": QUALITY} if image_format == "jpeg" else {}))
+    Image.fromarray(image).save(buffer, image_format, **({"quality": JPEG_QUALITY} if image_format == "jpeg" else {}))
     return buffer.getvalue()
 
 

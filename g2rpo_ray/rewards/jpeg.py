@@ -1,4 +1,4 @@
-"""DDPO's file size rewards (arXiv 2305.13301): how small, or how large, a picture is as JPEG of quality 95."""
+"""DDPO's rewards of file size (arXiv 2305.13301): a small, or a large, JPEG of quality 95."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from g2rpo_ray.rewards.images import check_images, encoded
 
 @dataclass(frozen=True, slots=True)
 class FileSize:
-    """The size of the JPEG in kB (1000 bytes), times `sign`; prompts are not looked at."""
+    """The size of the JPEG in kB (1000 bytes), times `sign`; prompts are ignored."""
 
     name: str
     sign: int
@@ -23,10 +23,10 @@ class FileSize:
 
 
 def compressibility() -> FileSize:
-    """Minus the size: the best picture is the one with the smallest file."""
+    """Minus the size: the smallest file is best."""
     return FileSize("jpeg_compressibility", -1)
 
 
 def incompressibility() -> FileSize:
-    """The size: the best picture is the one with the largest file."""
+    """The size: the largest file is best."""
     return FileSize("jpeg_incompressibility", 1)

@@ -1,7 +1,7 @@
-"""Judges: vision-language models behind OpenAI-compatible servers, asked about pictures; and one by your own template.
+"""Judges: vision-language models behind OpenAI-compatible servers (vLLM, SGLang) that grade images.
 
-vLLM and SGLang serve them. Temperature is 0, pictures are PNG. What fails, and what does not parse, is a missing score.
-Legend: N images and prompts.
+`build` makes one from the user's own template. Temperature is 0, images are PNG. A request that fails, or an answer
+that does not parse, is a missing score. Legend: N images and prompts.
 """
 
 import base64
@@ -30,21 +30,31 @@ ImageFormat = Literal["png", "jpeg"]
 
 
 class Unparsed(ValueError):
-    """An answer that is not what was asked for; the text says what was expected, and repeats nothing of it."""
+    """An answer of another form than expected. The text has the expected form, and nothing of the answer."""
 
 
 class Judge:
-    """Asks one model, at most `concurrency` questions at a time."""
+    """Sends questions to one model, at most `concurrency` at a time."""
 
     def __init__(self, client: ChatClient, served_model: str, image_format: str, max_tokens: int, concurrency: int):
         self._client, self._model, self._format, self._max_tokens = client, served_model, image_format, max_tokens
-        self.waits = client.longest_s, concurrency
+        self.waits = client.max_ask_s, concurrency
         """See `Reward`."""
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
         self._turns = itertools.count()
 
     def ask(self, images: Sequence[Image], question: str, read: Read[T], **more: Any) -> T:
-        """The result of `read` on the answer to a question about images uint8 [H, W, 3]. Raises RequestFailed."""
+        """The result of `read` on the answer to a question about images uint8 [H, W, 3].
+
+        Args:
+            images: sent before the question.
+            question: the text.
+            read: converts the answer.
+            more: further fields of the request.
+
+        Raises:
+            RequestFailed: there is no usable answer.
+        """
         urls = [base64.b64encode(encoded(image, self._format)).decode() for image in images]
         pictures = [
             {"type": "image_url", "image_url": {"url": f"data:image/{self._format};base64,{url}"}} for url in urls
@@ -54,7 +64,7 @@ class Judge:
         return self._client.ask(body, next(self._turns), read)
 
     def each(self, reward: str, prompts: Sequence[str], ask: Callable[..., T], *arguments: Iterable[Any]) -> list:
-        """`ask(prompt, *arguments)` for each prompt; None, and a line in the log, where the answer can't be used."""
+        """Results of `ask(prompt, *arguments)` for each prompt; None, with a warning, without a usable answer."""
 
         def one(prompt: str, *given: Any) -> T | None:
             try:
@@ -67,12 +77,12 @@ class Judge:
 
 
 def with_sources(images: Sequence[Image], known: Mapping[str, Any]) -> list[Image]:
-    """The images that a judge of edits receives: the sources in a prompt's metadata, then the results."""
+    """The images for a judge of edits: the sources in a prompt's metadata, then the results."""
     return [*sources_in(known), *images]
 
 
 class Template:
-    """A question about each picture, and numbers that stand in the answer: its parts, one of which is the score."""
+    """A question about each image, whose answer contains numbers, the parts. One part is the score."""
 
     def __init__(
         self,
@@ -83,8 +93,15 @@ class Template:
         part: str = "",
         edits: bool = False,
     ):
-        """`read` makes each part of an answer, or raises Unparsed: then that part is missing. `edits`: show the
-        sources of prompts, too."""
+        """
+        Args:
+            name: of the reward, for messages.
+            judge: answers the questions.
+            instruction: see `read_instruction`.
+            read: by part, a function of the answer's text; it raises Unparsed if the part is missing.
+            part: the part that is the score.
+            edits: also send the sources of prompts.
+        """
         self._name, self._judge, self._read, self._part, self._edits = name, judge, read, part, edits
         self._instruction = read_instruction(instruction)
         self.waits = judge.waits
@@ -92,13 +109,13 @@ class Template:
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
     ) -> NDArray[np.float32]:
-        """Scores float32 [N] of images uint8 [N, H, W, 3] for their prompts; NaN where there is none."""
+        """Scores float32 [N] of images uint8 [N, H, W, 3] for their prompts; NaN if missing."""
         return self.score_parts(images, prompts, metadata)[self._part]
 
     def score_parts(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, NDArray[np.float32]]:
-        """All parts [N] of the answers, by name, from one request a picture."""
+        """All parts [N] of the answers, by name, from one request per image."""
         check_images(self._name, images, prompts)
         known = metadata if self._edits and metadata else [{}] * len(images)
         shown = [with_sources([image], of_one) for image, of_one in zip(images, known, strict=True)]
@@ -119,21 +136,21 @@ class Template:
 
 
 def read_instruction(given: str) -> str:
-    """The text of a question with {prompt} in it: `given` itself, or what the file of that name holds, word for word.
+    """The text of a question with {prompt} in it: `given` itself, or the content of the file of that name.
 
     Raises:
         ValueError: one line; there is no such file, it is not UTF-8, or its text has no {prompt}.
     """
     if "{prompt}" in given:
         return given
-    expected = "expected a text with {prompt} where the prompt belongs, or a file that holds one"
+    expected = "expected a text with {prompt} in place of the prompt, or a file with such a text"
     if not given.strip() or "\n" in given:
         raise ValueError(f"instruction: has no {{prompt}}; {expected}")
     try:
         text = Path(resolve(given)).read_text("utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        known = f"{given[:100]!r} has no {{prompt}} and is no file ({reason})"
+        known = f"{given[:100]!r} has no {{prompt}} and is not a file ({reason})"
         raise ValueError(f"instruction: {known}; {expected}") from None
     if "{prompt}" not in text:
         raise ValueError(f"instruction: the file {given[:100]!r} has no {{prompt}}; {expected}")
@@ -141,7 +158,7 @@ def read_instruction(given: str) -> str:
 
 
 def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: str) -> Callable[[str], float]:
-    """A function that reads the number in the pattern's group; repetitions must be equal."""
+    """A function that reads the number in the pattern's group, from `lowest` to `highest`; all matches must agree."""
 
     def read(answer: str) -> float:
         try:
@@ -158,7 +175,7 @@ def number(pattern: re.Pattern[str], lowest: float, highest: float, expected: st
 def grade(label: str) -> Callable[[str], float]:
     """A function that reads a grade from 1 to 5: the label, an optional "(1-5)", a number, an optional "/5", line end.
 
-    Markdown, a full stop, and a line break before the number may stand there, too.
+    Markdown, a full stop, and a line break before the number are accepted.
     """
     beside = r"[ \t*_`]*"
     found = rf"{beside}:{beside}\n?{beside}([0-9]+(?:\.[0-9]+)?){beside}(?:/ ?5)?[ \t*_`.]*$"
@@ -177,21 +194,31 @@ def open_judge(
     max_tokens: int = 1024,
     image_format: ImageFormat = "png",
 ) -> Judge:
-    """A judge from servers that answer now: one URL, or several to be asked in turn.
+    """A judge from running servers.
 
-    `served_model`: its name at the servers, by default the first that they list. `api_key_env`: the name of the
-    environment variable that holds the key. `timeout`: seconds for an attempt; `retries` more follow, after `backoff`
-    seconds, doubled each time, or what Retry-After says. ValueError in one line where any of them can't be used.
+    Args:
+        base_urls: one URL, or several to use in turn.
+        served_model: name of the model at the servers. Default: the first that they list.
+        api_key_env: name of the environment variable with the key.
+        concurrency: concurrent requests.
+        timeout: seconds for each of: connecting, waiting for the answer, receiving it.
+        retries: attempts after the first.
+        backoff: seconds before the second attempt, doubled for each further one; Retry-After has precedence.
+        max_tokens: length of an answer.
+        image_format: "png" or "jpeg".
+
+    Raises:
+        ValueError: one line; an option or server cannot be used.
     """
     least = {"concurrency": 1, "timeout": 0.001, "retries": 0, "backoff": 0, "max_tokens": 1}
     for option, given in zip(least, (concurrency, timeout, retries, backoff, max_tokens), strict=True):
         if given < least[option]:
             raise ValueError(f"{option}: {given} given; expected {least[option]} or more")
     if image_format not in ("png", "jpeg"):
-        raise ValueError(f"image_format: {image_format!r} is not one of png, jpeg")
+        raise ValueError(f"image_format: {image_format!r} given; allowed are png, jpeg")
     servers = [parse_url(url) for url in ([base_urls] if isinstance(base_urls, str) else base_urls)]
     if not servers:
-        raise ValueError("base_urls: none given; expected at least one, like http://host:8000")
+        raise ValueError("base_urls: none given; give at least one, such as http://host:8000")
     client = ChatClient(servers, _key(api_key_env), timeout, retries, backoff)
     served = client.models()
     if not served or (served_model and served_model not in served):
@@ -200,7 +227,7 @@ def open_judge(
 
 
 def judged(make: Callable[..., T]) -> Callable[..., T]:
-    """A factory from `make(judge, …)`: its options are those of `open_judge` and the others of `make`."""
+    """Decorates `make(judge, …)` as a factory with the options of `open_judge` and the other options of `make`."""
     server = inspect.signature(open_judge).parameters
     own = list(inspect.signature(make).parameters.values())[1:]
 
@@ -215,15 +242,21 @@ def judged(make: Callable[..., T]) -> Callable[..., T]:
 
 @judged
 def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, highest: float = 1.0) -> Template:
-    """A judge by a template of one's own: `instruction` with {prompt}, and a regular expression for the answer.
+    """A judge with the user's own template.
 
-    The group of `pattern` is the number, from `lowest` to `highest`, that is the score. ValueError in one line where
-    any of them can't be used.
+    Args:
+        judge: answers the questions.
+        instruction: see `read_instruction`.
+        pattern: regular expression with one group, the number that is the score.
+        lowest, highest: bounds of the score.
+
+    Raises:
+        ValueError: one line; an option cannot be used.
     """
     try:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
-        raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"pattern: {pattern!r} is not a regular expression: {error}") from None
     if compiled.groups != 1:
         raise ValueError(f"pattern: {pattern!r} has {compiled.groups} groups; expected one, for the number")
     if not lowest < highest:
@@ -233,12 +266,12 @@ def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, hig
 
 
 def _key(variable: str) -> str:
-    """The key in that environment variable, "" without one. Error messages never contain the key."""
+    """The key in that environment variable, "" without a variable. Error messages never contain the key."""
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ValueError(f"api_key_env: the environment variable {variable} is not set where this reward runs; set it")
+        raise ValueError(f"api_key_env: the environment variable {variable} is not set on this node; set it")
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError(f"api_key_env: the key in {variable} has blanks or other characters that no HTTP header takes")
+        raise ValueError(f"api_key_env: the key in {variable} has characters that an HTTP header cannot contain")
     return key

@@ -1,4 +1,4 @@
-"""Checks of a reward's options before anything starts, without importing its model's packages."""
+"""Checks of a reward's options before the start, without importing its model's packages."""
 
 import ast
 import math
@@ -28,12 +28,12 @@ PACKAGES = {
     "ocr": ("rapidocr", ": pip install rapidocr onnxruntime, on a GPU onnxruntime-gpu in place of the latter"),
     **dict.fromkeys(("dynamic_degree", "temporal_consistency"), ("cv2", ": pip install opencv-python-headless")),
 }
-"""By kind, what must be installed beside the package's own dependencies, and how."""
+"""By kind: an additional package that must be installed, and how to install it."""
 QUESTIONS = {
     "pairwise": "g2rpo_ray.rewards.pairwise:questions",
     "soft_tifa": "g2rpo_ray.rewards.soft_tifa:questions",
 }
-"""By kind, how many questions it asks about so many pictures of a prompt with such metadata; else one a picture."""
+"""By kind: a function of the number of images and the metadata to the number of questions. Default: one per image."""
 PROMPT_CHECKS = {
     "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
     "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
@@ -41,14 +41,14 @@ PROMPT_CHECKS = {
     "preservation": "g2rpo_ray.rewards.preservation:check_prompt",
     "preservation_dino": "g2rpo_ray.rewards.preservation:check_prompt",
 }
-"""By kind, what raises ValueError, in the words after "the prompt …", for a prompt and metadata without a score."""
+"""By kind: a function that raises ValueError, continuing "the prompt …", for a prompt that cannot be scored."""
 
 
 def check_reward(key: str, reward: "RewardConfig") -> list[str]:
-    """Check kind, option names and files of a section; a line for each file that could not be looked at.
+    """Checks kind, option names and files of a section; returns a line for each file that could not be checked.
 
     Raises:
-        ValueError: one line that names the key in the configuration, what was given and what is allowed.
+        ValueError: one line with the key, the given value and the allowed ones.
     """
     kind, options, gpus = reward.kind, reward.options, reward.resources.get("GPU", 0)
     if kind == PYTHON:
@@ -66,38 +66,48 @@ def check_reward(key: str, reward: "RewardConfig") -> list[str]:
         raise ValueError(f"{key}.kind: {kind} needs the package {package}{remedy}")
     if gpus and not has_device(kind):
         raise ValueError(
-            f"{key}.resources: GPU: {gpus:g} given or by default, but {kind} computes on the CPU alone; give {{CPU: 1}}"
+            f"{key}.resources: GPU: {gpus:g} given or by default, but {kind} runs on the CPU only; give {{CPU: 1}}"
         )
     known = option_defaults(kind)
     for name in options:
         if name == "device" and has_device(kind):
-            raise ValueError(f"{key}.options.device: give it as {key}.device; unset, it follows {key}.resources")
+            raise ValueError(
+                f"{key}.options.device: given; set {key}.device instead; unset, it follows {key}.resources"
+            )
         if name not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(f"{key}.options.{name}: {kind} has no such option; allowed are {allowed}")
+            raise ValueError(f"{key}.options.{name}: not an option of {kind}; allowed are {allowed}")
     for name, default in known.items():
         if default is REQUIRED and name not in options:
-            raise ValueError(f"{key}.options.{name}: not given; {kind} needs it")
+            raise ValueError(f"{key}.options.{name}: missing; {kind} needs it")
     used = {**known, **options}
     checked = (_check_file(f"{key}.options.{name}", name, str(value)) for name, value in used.items())
     return [line for line in checked if line]
 
 
 def prompt_check(kind: str) -> Callable[[str, Mapping[str, Any]], None]:
-    """A function that raises ValueError for a prompt, with its metadata, that a reward of this kind cannot score."""
+    """A function of a prompt and its metadata that raises ValueError if this kind cannot score it."""
     check: Callable[[str, Mapping[str, Any]], None] = _of_kind(PROMPT_CHECKS, kind) or (lambda prompt, metadata: None)
     return check
 
 
-def longest_s(
+def max_duration_s(
     config: "RewardConfig", images: int, metadata: Mapping[str, Any], waits: tuple[float, int], group: bool
 ) -> float:
-    """Seconds that scores of so many pictures of one prompt may take a reward with these `waits` (see `Reward`)."""
+    """Maximum seconds for the scores of images of one prompt.
+
+    Args:
+        config: of the reward.
+        images: their number.
+        metadata: of the prompt.
+        waits: of the reward: see `Reward`.
+        group: the reward compares groups.
+    """
     seconds, at_once = waits
     questions: Callable[[int, Mapping[str, Any]], int] = _of_kind(QUESTIONS, config.kind) or (
         lambda images, known: images
     )
-    size = images if group else min(images, config.batch_size)  # asked about together
+    size = images if group else min(images, config.batch_size)  # of one call
     return seconds * math.ceil(images / size) * math.ceil(questions(size, metadata) / at_once)
 
 
@@ -107,26 +117,30 @@ def _of_kind(functions: Mapping[str, str], kind: str) -> Any:
 
 
 def serving(rewards: "Mapping[str, RewardConfig]") -> dict[str, str]:
-    """By reward, the one whose servers it asks: its own, or an earlier one's that differs in nothing but its part."""
+    """For each reward, the one whose servers it uses: itself, or an earlier reward that differs only in its part."""
     found: dict[str, str] = {}
     for name, reward in rewards.items():
-        same = (other for other in found.values() if reward.kind in PARTS and _whole(rewards[other]) == _whole(reward))
+        same = (
+            other
+            for other in found.values()
+            if reward.kind in PARTS and _without_part(rewards[other]) == _without_part(reward)
+        )
         found[name] = next(same, name)
     return found
 
 
-def _whole(reward: "RewardConfig") -> "RewardConfig":
+def _without_part(reward: "RewardConfig") -> "RewardConfig":
     options = {name: given for name, given in reward.options.items() if name != "part"}
     return reward.model_copy(update={"options": options, "weight": 1.0, "win_rate": False})
 
 
 def option_defaults(kind: str) -> dict[str, Any]:
-    """The options of a kind of KINDS and their defaults, or REQUIRED: read from the source, which is not run."""
+    """The options of a kind of KINDS with their defaults or REQUIRED, read from the source without importing it."""
     return {name: given for name, given in _parameters(*KINDS[kind].split(":")).items() if name != "device"}
 
 
 def has_device(kind: str) -> bool:
-    """Whether a kind of KINDS computes on the device that its section says."""
+    """True if a kind of KINDS has an argument `device`."""
     return "device" in _parameters(*KINDS[kind].split(":"))
 
 
@@ -137,7 +151,7 @@ def _parameters(module_name: str, name: str) -> dict[str, Any]:
     constants: dict[str, Any] = {}
     for node in ast.parse(Path(spec.origin).read_text()).body:
         if isinstance(node, ast.Assign):
-            with suppress(ValueError):  # no literal
+            with suppress(ValueError):  # not a literal
                 constants[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
         if isinstance(node, ast.FunctionDef) and node.name == name:
             names = [argument.arg for argument in node.args.args]
@@ -155,12 +169,12 @@ def _constant(node: ast.expr, constants: Mapping[str, Any]) -> Any:
 
 
 def _check_file(key: str, name: str, given: str) -> str:
-    """A line if `given` is looked for at start only, else ""; ValueError if it can be neither a file nor a hub name."""
+    """A line if `given` is checked only at the start, else "". ValueError if it is neither a file nor a hub name."""
     path = Path(resolve(given))
     if given and name in (*FILE_OPTIONS, *FOLDER_OPTIONS, "architecture") and (fault := path_fault(given)):
         raise ValueError(f"{key}: {shown(given)} given; {fault}")
     if name in SERVER_OPTIONS:
-        return f"{key}: {given} is asked at start"
+        return f"{key}: {given} is a server, which is contacted at the start"
     if name in FILE_OPTIONS and not path.is_file():
         if is_hub_file(given):
             return f"{key}: {given} is a file on the hub, which is looked up at the start"
@@ -168,7 +182,7 @@ def _check_file(key: str, name: str, given: str) -> str:
     if name in FOLDER_OPTIONS and not path.is_dir():
         if is_hub_id(given):
             return f"{key}: {given} is a hub id, which is looked up at the start"
-        raise ValueError(f"{key}: no directory {given}; give one as transformers saves it, or a hub id like org/name")
+        raise ValueError(f"{key}: no directory {given}; give one in transformers' format, or a hub id org/name")
     if name == "architecture" and given.endswith(".json") and not path.is_file():
         raise ValueError(f"{key}: no file {given}; give the path of a JSON file")
     return ""

@@ -1,4 +1,4 @@
-"""Pairwise preference (Pref-GRPO, arXiv 2508.20751): the share of its group that a judge prefers a picture to.
+"""Pairwise preference (Pref-GRPO, arXiv 2508.20751): an image's win rate within its group, by a judge.
 
 E.g. `vllm serve CodeGoat24/UnifiedReward-Think-qwen-7b`. Legend: N images of one prompt, the group.
 """
@@ -16,7 +16,7 @@ from g2rpo_ray.rewards.chat import read_text
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.judge import Image, Judge, Unparsed, judged, read_instruction, with_sources
 
-# What UnifiedReward-Think-qwen-7b was trained with, word for word; another wording gives other answers.
+# The exact text of UnifiedReward-Think-qwen-7b's training; other words give other answers.
 INSTRUCTION = (
     "Given a caption and two images generated based on this caption, please analyze in detail the two provided images. "
     "Evaluate them on various dimensions such as semantic consistency (how closely the image content aligns with the "
@@ -38,11 +38,11 @@ PATTERN = (
     r"<answer>\s*(?:(?P<first>Image 1 is better)|(?P<second>Image 2 is better)|(?P<tie>Both images are equally good))"
     r"\.?\s*</answer>"
 )
-POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of a verdict, to the first picture
+POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of the first image, by verdict
 
 
 class Pairwise:
-    """Every two pictures of a group are compared; what is not answered is no comparison."""
+    """Compares all pairs of images of a group. A pair without an answer does not count."""
 
     scope = "group"
 
@@ -54,10 +54,10 @@ class Pairwise:
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
     ) -> NDArray[np.float32]:
-        """Shares float32 [N], 0 to 1, of images uint8 [N, H, W, 3] of one prompt; NaN where none was compared."""
+        """Win rates float32 [N], 0 to 1, of images uint8 [N, H, W, 3] of one prompt; NaN without a comparison."""
         check_images("pairwise", images, prompts)
         if len(set(prompts)) != 1:
-            raise ValueError("reward pairwise: pictures of several prompts given; expected those of one group")
+            raise ValueError("reward pairwise: images of several prompts given; expected those of one group")
         pairs = list(self._pairs(range(len(images)), 2))
         known = metadata[0] if metadata else {}
         shown = [with_sources((images[first], images[second]), known) for first, second in pairs]
@@ -65,7 +65,7 @@ class Pairwise:
         won = np.full((len(images), len(images)), np.nan)
         for (first, second), worth in zip(pairs, verdicts, strict=True):
             won[first, second] = np.nan if worth is None else worth
-        return shares(np.stack([won, 1 - won.T]))  # by the first picture and by the second
+        return shares(np.stack([won, 1 - won.T]))  # once as the first image, once as the second
 
     def _ask(self, prompt: str, shown: Sequence[Image]) -> float:
         answer = self._judge.ask(shown, self._instruction.replace("{prompt}", prompt), read_text)
@@ -76,23 +76,31 @@ class Pairwise:
 
 
 def questions(images: int, metadata: Mapping[str, Any]) -> int:
-    """Largest number of questions about a group: each pair of pictures in both orders."""
+    """Maximum number of questions about a group: each pair of images in both orders."""
     return images * (images - 1)
 
 
 @judged
 def build(judge: Judge, instruction: str = INSTRUCTION, pattern: str = PATTERN, both_orders: bool = False) -> Pairwise:
-    """Pairwise comparison by a judge.
+    """The reward by a judge.
 
-    `pattern`: a regular expression whose group `first`, `second` or `tie` is found in an answer. `both_orders`: ask
-    about every two pictures twice, for a judge that prefers a place. ValueError in one line for what can't be used.
+    Args:
+        judge: compares the images.
+        instruction: see `judge.read_instruction`.
+        pattern: regular expression with the named groups `first`, `second` and optionally `tie`, one of which matches.
+        both_orders: compare every pair in both orders, for a judge that prefers a position.
+
+    Raises:
+        ValueError: one line; an option cannot be used.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"pattern: {pattern!r} is not a regular expression: {error}") from None
     if not {"first", "second"} <= compiled.groupindex.keys() <= POINTS.keys() or compiled.groups != len(
         compiled.groupindex
     ):
-        raise ValueError(f"pattern: {pattern!r}; expected the named groups first, second, perhaps tie, and no others")
+        raise ValueError(
+            f"pattern: {pattern!r}; expected the named groups first, second, optionally tie, and no others"
+        )
     return Pairwise(judge, read_instruction(instruction), compiled, both_orders)

@@ -15,16 +15,16 @@ from g2rpo_ray.rewards.features import Scale, check_scale, cosines, scale_factor
 from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, place, pretrained
 
-FLOW_GRPO = 26.0  # its divisor of the logits
+FLOW_GRPO_DIVISOR = 26.0  # of the logits
 
 
 class PickScore:
-    """A CLIP of transformers with its processor; `score` is one forward pass over what it is given."""
+    """A CLIP of transformers with its processor. `score` is one forward pass."""
 
     def __init__(
         self, network: Any, image_processor: Any, tokenizer: Any, scale: str, device: str, dtype: torch.dtype
     ) -> None:
-        self._factor = scale_factor(scale, network.logit_scale, FLOW_GRPO)
+        self._factor = scale_factor(scale, network.logit_scale, FLOW_GRPO_DIVISOR)
         self._network = place(network, device, dtype)
         self._image_processor, self._tokenizer = image_processor, tokenizer
         self._text_length: int = network.config.text_config.max_position_embeddings
@@ -32,10 +32,10 @@ class PickScore:
 
     @torch.no_grad()
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Scaled cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN where one is not finite."""
+        """Scaled cosines float32 [N] of images uint8 [N, H, W, 3] with their prompts; NaN if not finite."""
         check_images("pickscore", images, prompts)
         pixels = self._image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
-        # padded to one length whatever the other prompts are: the batch must not change a score
+        # padded to a fixed length, so that the batch does not change a score
         padding = {"padding": "max_length", "truncation": True, "max_length": self._text_length}
         tokens = self._tokenizer(list(prompts), **padding, return_tensors="pt").to(self._device)
         pixel_values = pixels["pixel_values"].to(device=self._device, dtype=self._dtype)
@@ -52,9 +52,9 @@ def build(
 ) -> PickScore:
     """The reward from `model` and `processor`, each a directory in transformers' format or a hub id.
 
-    `scale`: `cosine`, `logits` (times the network's own factor, about 100) or `flow_grpo` (those by 26, near 1).
-    Pictures are resized by Pillow, as when PickScore was published; transformers' default is another resize by now.
-    ValueError in one line where any of them can't be used.
+    `scale`: `cosine`, `logits` (times the network's own factor, about 100) or `flow_grpo` (logits divided by 26,
+    near 1). Images are resized by Pillow, as when PickScore was published; transformers' default has changed.
+    ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
     check_scale(scale)

@@ -1,4 +1,4 @@
-"""Reference pictures, drawn: what every reward can be tried on without a model or a file."""
+"""Drawn reference images, and images of a folder, to try rewards on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from g2rpo_ray.data import read_records
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.worlds.quickstart.shapes import COLOURS, SHAPES, caption, render
 
-LEGIBLE = 128  # pixels a side from which on text is drawn, too
-MOST = 256  # pictures of a folder
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+MIN_TEXT_SIZE = 128  # pixels a side of images with drawn text
+MAX_PICTURES = 256  # of a folder
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture uint8 [H, W, 3] and what it is to be scored for."""
+    """An image uint8 [H, W, 3] with its prompt and metadata."""
 
     name: str
     prompt: str
@@ -29,7 +29,7 @@ class Picture:
 
 
 def references(height: int, width: int) -> list[Picture]:
-    """A shape each in a colour of its own, and, where there is room, two signs with text."""
+    """Images of shapes in different colours, and, if the size is at least MIN_TEXT_SIZE, two signs with text."""
     rng = np.random.default_rng(0)
     pictures = []
     for colour, shape in zip(COLOURS, SHAPES, strict=False):
@@ -37,7 +37,7 @@ def references(height: int, width: int) -> list[Picture]:
         asked = [[f"Is the {shape} {colour}?", "Yes"], [f"How many {shape}s are in the image?", "one"]]
         prompt = caption(colour, shape)
         pictures.append(Picture(prompt, prompt, np.array(image), {"vqa_list": asked}))
-    for text in ("Open", "Bakery") if min(height, width) >= LEGIBLE else ():
+    for text in ("Open", "Bakery") if min(height, width) >= MIN_TEXT_SIZE else ():
         sign = Image.new("RGB", (width, height), "white")
         font = ImageFont.load_default(width / 6)
         ImageDraw.Draw(sign).text((width / 2, height / 2), text, "black", font, anchor="mm")
@@ -47,25 +47,27 @@ def references(height: int, width: int) -> list[Picture]:
 
 
 def read_pictures(folder: Path, sources: int = 0) -> list[Picture]:
-    """The pictures of a folder. The prompt of NAME.png is in NAME.txt, or in NAME.jsonl with its metadata, as prompt
-    files have it, with up to `sources` source pictures; else it is the name, with blanks for underscores.
+    """The images of a folder.
+
+    The prompt of NAME.png is in NAME.txt, or with metadata in NAME.jsonl, in the format of prompt files with up to
+    `sources` source images. Without such a file it is the name, with blanks for underscores.
 
     Raises:
-        ValueError: one line; there are none, or a file is no picture.
+        ValueError: one line; there are none, or a file is not an image.
     """
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
-    if not 0 < len(files) <= MOST:
-        raise ValueError(f"IMAGES: {folder} holds {len(files)} pictures; give a folder with 1 to {MOST} of them")
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
+    if not 0 < len(files) <= MAX_PICTURES:
+        raise ValueError(f"IMAGES: {folder} has {len(files)} images; give a folder with 1 to {MAX_PICTURES}")
     pictures = []
     for file in files:
         beside = [file.with_suffix(ending) for ending in (".txt", ".jsonl") if file.with_suffix(ending).is_file()]
-        told = read_records(str(beside[0]), "IMAGES", sources) if beside else {file.stem.replace("_", " "): {}}
-        if len(told) > 1:
-            raise ValueError(f"IMAGES: {beside[0]} holds {len(told)} prompts; write the one of {file.name}")
+        records = read_records(str(beside[0]), "IMAGES", sources) if beside else {file.stem.replace("_", " "): {}}
+        if len(records) > 1:
+            raise ValueError(f"IMAGES: {beside[0]} has {len(records)} prompts; give only that of {file.name}")
         try:
             image = np.array(Image.open(file).convert("RGB"))
         except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"IMAGES: {file} can't be read: {one_line(error)}; leave it out") from None
-        ((prompt, metadata),) = told.items()
+            raise ValueError(f"IMAGES: cannot read {file}: {one_line(error)}; remove it") from None
+        ((prompt, metadata),) = records.items()
         pictures.append(Picture(file.name, prompt, image, metadata))
     return pictures

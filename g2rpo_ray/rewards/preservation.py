@@ -1,4 +1,4 @@
-"""How much of a source picture an edit has left as it was: all of it, or what is outside of the prompt's mask.
+"""Similarity of an edit's result and its source, over the image or outside the prompt's mask.
 
 Legend: N images and prompts, H, W pixels, S pixels a side of the network's input.
 """
@@ -16,15 +16,14 @@ from g2rpo_ray.rewards.images import check_images
 from g2rpo_ray.rewards.weights import check_placement, place, pretrained
 from g2rpo_ray.types import sources_in
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, as DINOv2 takes them
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2's normalisation
 Pixels = NDArray[np.uint8]
 Likeness = Callable[[Pixels, Pixels], NDArray[np.float32]]
-"""How like two images uint8 [H, W, 3] are, place by place: [h, w], 1 where they are the same."""
+"""Similarity of two images uint8 [H, W, 3] by position: float32 [h, w], 1 if equal."""
 
 
 class Preservation:
-    """The mean likeness to the first source, over the places that the mask leaves; each is brought to the size of the
-    result."""
+    """The reward: mean similarity to the first source outside the mask. Both are resized to the result."""
 
     def __init__(self, likeness: Likeness):
         self._likeness = likeness
@@ -32,7 +31,7 @@ class Preservation:
     def score(
         self, images: Pixels, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> NDArray[np.float32]:
-        """Scores float32 [N], 1 where nothing has changed, of images uint8 [N, H, W, 3]; NaN where all is masked."""
+        """Scores float32 [N], 1 for no change, of images uint8 [N, H, W, 3]; NaN if the mask covers all."""
         check_images("preservation", images, prompts)
         return np.array([self._one(*pair) for pair in zip(images, metadata, strict=True)], np.float32)
 
@@ -46,7 +45,7 @@ class Preservation:
 
 
 def pixel_likeness(one: Pixels, other: Pixels) -> NDArray[np.float32]:
-    """1 − the mean difference of the colours, of 0 to 1."""
+    """1 minus the mean difference of the colour channels, each from 0 to 1."""
     difference = np.abs(one.astype(np.float32) - other.astype(np.float32)).mean(-1) / 255
     return np.asarray(1 - difference, np.float32)
 
@@ -58,22 +57,29 @@ def _resized(picture: Pixels, size: Sequence[int]) -> Pixels:
 
 
 def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for a prompt without source."""
+    """Raises ValueError for a prompt without source."""
     if not sources_in(metadata):
-        raise ValueError("has no source picture, which preservation compares the result with; set model.sources")
+        raise ValueError("has no source image, which preservation needs; give one, and set model.sources")
 
 
 def build() -> Preservation:
-    """By pixels: it needs no weights, and sees a shift of one pixel as a change."""
+    """The reward by pixels: it needs no weights, and a shift by one pixel counts as a change."""
     return Preservation(pixel_likeness)
 
 
 def build_dino(
     model: str = "facebook/dinov2-small", size: int = 448, dtype: str = "float32", device: str = "cpu"
 ) -> Preservation:
-    """By the cosines of DINOv2's patches, which see what is there more than where its pixels are.
+    """The reward by the cosines of DINOv2's patches, which depend on content more than on exact positions.
 
-    `size`: S, which both pictures are brought to; a multiple of the network's patch, 14.
+    Args:
+        model: DINOv2, a directory in transformers' format or a hub id.
+        size: S, pixels a side of both images for the network; a multiple of its patch, 14.
+        dtype: of the network.
+        device: of the network.
+
+    Raises:
+        ValueError: one line; an option cannot be used.
     """
     from transformers import AutoModel
 

@@ -1,4 +1,4 @@
-"""The reward protocol, and rewards by name. A model's file, and what it imports, is loaded when it is built."""
+"""The protocol of rewards, and rewards by name. The file of a model is imported when the reward is built."""
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # not loaded with the package, which `python -m g2rpo_ray.rew
 
 
 class NotScores(ValueError):
-    """A reward returned something that cannot be scores; a retry would not help."""
+    """A reward returned a value that is not scores; a retry would not help."""
 
 
 @runtime_checkable
@@ -29,20 +29,22 @@ class Reward(Protocol):
     def score(self, images: "NDArray[np.uint8]", prompts: Sequence[str]) -> "NDArray[np.float32]":
         """Scores [N], higher is better, of images uint8 [N, H, W, 3], each with its own prompt.
 
-        An array, tensor or list. NaN or None where one picture could not be scored: a missing score is never 0. A
-        reward that has a third argument `metadata` is given a mapping for each prompt, what its file says of it: see
-        `data.read_records`. Of a prompt with pictures it has them, too, uint8 [H, W, 3] and each of its own size:
-        `source`, a tuple of them, `target`, `mask`. One whose `scope` is "group" is given all pictures at once that
-        credit compares, of one prompt; without it, any of them. One whose `scope` is "video" is given videos
-        [N, F, H, W, 3], with F = 1 of a model of pictures; others are given a frame of each video at a time, and the
-        mean counts. One that asks somebody else may have `waits`, the most seconds that a question takes and how many
-        are asked at a time: its server isn't taken for hung before it has had that time for every picture.
+        Returns an array, tensor or list, with NaN or None for a missing score, which is never 0.
+
+        Optional parts of the protocol:
+            metadata: a third argument, a mapping for each prompt with its metadata: see `data.read_records`. For edits
+                it has decoded images uint8 [H, W, 3], each in its own size: `source` (a tuple), `target`, `mask`.
+            scope: a class attribute. "group": a call gets all images of one comparison group, of one prompt. "video": a
+                call gets videos [N, F, H, W, 3], with F = 1 for a model of images. Other rewards get one frame of each
+                video at a time, and the scores of frames are averaged.
+            waits: an attribute (seconds, at_once) of a reward that calls another service: the maximum seconds of a
+                request about one image, and the concurrent requests. Its server counts as hung only after this time.
         """
         ...
 
 
 PARTS = ("unified_reward_2", "soft_tifa")
-"""Kinds with an option `part` whose `score_parts` gives the scores of all parts, by name, for the price of one."""
+"""Kinds with an option `part`, whose `score_parts` returns the scores of all parts, by name, at the cost of one."""
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
     "hpsv3": "g2rpo_ray.rewards.hpsv3:build",
@@ -82,10 +84,14 @@ def open_reward(config: "RewardConfig") -> Reward:
 
 
 def build_reward(kind: str, **options: Any) -> Reward:
-    """The reward that `kind` names: one of KINDS, or a factory of yours as "module:factory".
+    """The reward of a kind.
 
-    `options` go to the factory, names of embedded files made into paths. ValueError in one line where kind or an option
-    can't be used.
+    Args:
+        kind: one of KINDS, or the user's factory as "module:factory".
+        options: arguments of the factory; names of embedded files become paths.
+
+    Raises:
+        ValueError: one line; the kind or an option cannot be used.
     """
     factory = _factory(kind)
     options = {name: resolve(value) if isinstance(value, str) else value for name, value in options.items()}
@@ -101,18 +107,18 @@ def build_reward(kind: str, **options: Any) -> Reward:
     except (
         Exception,
         SystemExit,
-    ) as error:  # a factory of the user's: whatever it raises, the message names the reward
+    ) as error:  # a user's factory may raise anything
         raise ValueError(f"reward {kind}: its factory raised {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(reward, Reward):
-        raise ValueError(f"reward {kind}: its factory gave a {type(reward).__name__}; expected score(images, prompts)")
+        raise ValueError(f"reward {kind}: its factory returned {type(reward).__name__}, without score(images, prompts)")
     return reward
 
 
 def from_python(function: Any) -> Reward:
-    """A reward that the caller gave as `score(images, prompts)`, or as an object that has it.
+    """A reward from a function `score(images, prompts)`, or from an object with such a method.
 
     Raises:
-        ValueError: one line; the settings are a file's, which has its name alone.
+        ValueError: one line; the settings are from a file, which has only the function's name.
     """
     if isinstance(function, Reward):
         return function
@@ -125,7 +131,7 @@ def _factory(kind: str) -> Callable[..., Reward]:
     if kind == PYTHON:
         return from_python
     if kind not in KINDS and ":" not in kind:
-        raise ValueError(f"reward kind: {kind!r} is not one of {', '.join(KINDS)}, nor a factory as 'module:factory'")
+        raise ValueError(f"reward kind: {kind!r} given; allowed are {', '.join(KINDS)}, or a factory 'module:factory'")
     try:
         factory: Callable[..., Reward] = imported(KINDS.get(kind, kind))
     except ValueError as error:
@@ -140,21 +146,20 @@ def ask(
     metadata: Sequence[Mapping[str, Any]] | None = None,
     frames: "Frames" = "all",
 ) -> "NDArray[np.float32]":
-    """The reward's scores [N] of images [N, H, W, 3] or videos [N, F, H, W, 3].
-
-    It is told the `metadata` of the prompts if it asks for that. It may return an array, a tensor or a list, in which
-    None is a missing score.
+    """The reward's scores float32 [N] of images uint8 [N, H, W, 3] or videos uint8 [N, F, H, W, 3]; NaN if missing.
 
     Args:
-        frames: of a video, those whose mean score counts, for a reward of pictures.
+        reward: its score may return an array, a tensor or a list with None.
+        images: images or videos.
+        prompts: N names of prompts.
+        metadata: N mappings, passed on if the reward has an argument for it.
+        frames: frames of a video whose scores are averaged, for a reward of images.
 
     Raises:
-        NotScores: what it returned is not as many numbers.
+        NotScores: it did not return N numbers.
     """
-    given = _texts(prompts), _told(reward.score, prompts, metadata)
-    return _mean(
-        [_checked(reward.score(each, given[0], **given[1]), len(each)) for each in _takes(reward, images, frames)]
-    )
+    texts, more = _texts(prompts), _metadata_argument(reward.score, prompts, metadata)
+    return _mean([_checked(reward.score(each, texts, **more), len(each)) for each in _takes(reward, images, frames)])
 
 
 def ask_parts(
@@ -164,12 +169,12 @@ def ask_parts(
     metadata: Sequence[Mapping[str, Any]] | None = None,
     frames: "Frames" = "all",
 ) -> "dict[str, NDArray[np.float32]]":
-    """The same of all parts that the reward has, by name; of one without parts under ""."""
+    """Like `ask`, for all parts of the reward, by name; "" is the name for a reward without parts."""
     all_parts = getattr(reward, "score_parts", None)
     if all_parts is None:
         return {"": ask(reward, images, prompts, metadata, frames)}
-    texts, told = _texts(prompts), _told(all_parts, prompts, metadata)
-    found = [all_parts(each, texts, **told) for each in _takes(reward, images, frames)]
+    texts, more = _texts(prompts), _metadata_argument(all_parts, prompts, metadata)
+    found = [all_parts(each, texts, **more) for each in _takes(reward, images, frames)]
     return {part: _mean([_checked(scores[part], len(images)) for scores in found]) for part in found[0]}
 
 
@@ -181,10 +186,10 @@ def ask_in_chunks(
     size: int,
     frames: "Frames" = "all",
 ) -> "dict[str, NDArray[np.float32]]":
-    """`ask_parts` of all images of one unit, at most `size` at a time.
+    """`ask_parts` of all images of one unit, at most `size` per call.
 
-    A forward pass holds these images alone, in chunks of a fixed size: the last bits of a matrix product depend on its
-    batch, and a score must not depend on what else was waiting.
+    A call has images of this unit only, in chunks of a fixed size: the last bits of a matrix product depend on its
+    batch, and a score must not depend on other units.
     """
     import numpy as np
 
@@ -194,12 +199,12 @@ def ask_in_chunks(
 
 
 def scores_of(config: "RewardConfig", answer: "Mapping[str, NDArray[np.float32]]") -> "NDArray[np.float32]":
-    """The scores of an answer by part that the reward of this section uses."""
+    """The scores that a section's reward uses, of an answer by part."""
     return answer[""] if "" in answer else answer[config.options["part"]]
 
 
 def _takes(reward: Reward, images: "NDArray[np.uint8]", frames: "Frames") -> "list[NDArray[np.uint8]]":
-    """What the reward is given, one after the other: of videos, if it judges pictures, a frame of each at a time."""
+    """The inputs of the reward's calls: videos as they are for a reward of videos, else one frame of each at a time."""
     if getattr(reward, "scope", "image") == "video":
         return [images if images.ndim == 5 else images[:, None]]
     if images.ndim == 4:
@@ -209,24 +214,24 @@ def _takes(reward: Reward, images: "NDArray[np.uint8]", frames: "Frames") -> "li
 
 
 def _mean(scores: "Sequence[NDArray[np.float32]]") -> "NDArray[np.float32]":
-    """Of the frames' scores [N]; where one is missing, all are."""
+    """Mean [N] of the frames' scores [N]; missing if one is missing."""
     import numpy as np
 
     return np.mean(scores, axis=0, dtype=np.float32)
 
 
-def _told(method: Callable[..., Any], prompts: Sequence[str], metadata: Any) -> dict[str, Any]:
+def _metadata_argument(method: Callable[..., Any], prompts: Sequence[str], metadata: Any) -> dict[str, Any]:
     if "metadata" not in signature(method).parameters:
         return {}
     from g2rpo_ray.data.pictures import with_pictures
 
     known = metadata or [{}] * len(prompts)
-    decoded = {id(one): with_pictures(one) for one in known}  # most are the same one
+    decoded = {id(one): with_pictures(one) for one in known}  # most are the same object
     return {"metadata": [decoded[id(one)] for one in known]}
 
 
 def _texts(prompts: Sequence[str]) -> list[str]:
-    from g2rpo_ray.types import text_of  # imports numpy: a command that only checks settings need not
+    from g2rpo_ray.types import text_of  # imports numpy, which checks of settings avoid
 
     return [text_of(prompt) for prompt in prompts]
 
@@ -234,7 +239,7 @@ def _texts(prompts: Sequence[str]) -> list[str]:
 def _checked(scores: Any, count: int) -> "NDArray[np.float32]":
     import numpy as np
 
-    if callable(getattr(scores, "detach", None)):  # a tensor, which may be a GPU's, or bfloat16, unknown to numpy
+    if callable(getattr(scores, "detach", None)):  # a tensor, perhaps on a GPU or in bfloat16
         scores = scores.detach().float().cpu()
     try:
         found = np.asarray(scores)
@@ -242,5 +247,5 @@ def _checked(scores: Any, count: int) -> "NDArray[np.float32]":
     except (TypeError, ValueError):
         numbers = None
     if numbers is None or numbers.shape != (count,):
-        raise NotScores(f"score() returned {one_line(shown(scores), 80)}; expected {count} numbers, one an image")
+        raise NotScores(f"score() returned {one_line(shown(scores), 80)}; expected {count} numbers, one per image")
     return numbers

@@ -1,6 +1,6 @@
-"""Rewards tried before a run: built and asked for scores of pictures, in a process of their own.
+"""Trial of rewards before a run: each is built and scores images, in a separate process.
 
-A module that ends or stops its process must not end ours, and what is measured is the memory of these rewards alone.
+So a module that ends or hangs its process does not affect ours, and the measured memory is that of the rewards.
 """
 
 import multiprocessing
@@ -23,23 +23,25 @@ from g2rpo_ray.rewards.pictures import Picture
 from g2rpo_ray.rewards.registry import Reward, ask, open_reward
 
 Found = dict[str, Any]
-"""The result of a trial: see `probe`; or `untried`, the reason why it was not tried on this machine."""
+"""The result of a trial: see `probe`; or `untried`, the reason why the reward was not tried on this machine."""
 
 
 @contextmanager
 def trial(
     rewards: Mapping[str, RewardConfig], pictures: Sequence[Picture], limit_s: float, measured: bool = False
 ) -> Iterator[Callable[[], dict[str, Found]]]:
-    """Start to build the rewards, given by their keys, and to score the pictures with each.
+    """Starts to build the rewards and to score the images with each.
 
-    What it yields waits for them, and returns what is found of each.
+    Yields a function that waits for the results and returns them by key.
 
     Args:
-        limit_s: seconds that each reward may take.
-        measured: see `probe`; a reward is then tried without a GPU, too, as one may have none but by default.
+        rewards: by key.
+        pictures: to score.
+        limit_s: time limit for each reward, in seconds.
+        measured: see `probe`; rewards with `device: cuda` are then tried without a GPU too.
 
     Raises:
-        ValueError: one line; a reward cannot be built, gives no scores, ends its process, or takes too long.
+        ValueError: one line; a reward cannot be built, returns no scores, ends its process, or takes too long.
     """
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe(duplex=False)
@@ -55,10 +57,10 @@ def trial(
 
 
 def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = True) -> Found:
-    """Build a reward; its `scores` [N] of the pictures, and whether it compares a `group`.
+    """Builds a reward; returns its `scores` [N] of the images, and True as `group` if it compares groups.
 
-    `measured`: also the scores with each picture's neighbour's prompt, whether a second time gave the same bits, and
-    costs. Of a reward that compares in groups all pictures are one group, of the first one's prompt.
+    For such a reward all images are one group, with the first one's prompt. If `measured`, the result also has scores
+    with other images' prompts (`other`), `same` (True if a repetition gave the same bits), times and memory.
     """
     import torch
 
@@ -67,15 +69,15 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
     reward = open_reward(config)
     load_s = time.perf_counter() - started
     together = getattr(reward, "scope", "image") == "group"
-    told = [pictures[0]] * len(pictures) if together else list(pictures)
-    first = _scores(reward, config, pictures, told)
+    prompted = [pictures[0]] * len(pictures) if together else list(pictures)
+    first = _scores(reward, config, pictures, prompted)
     found = {"scores": first.tolist(), "group": together}
     if not measured:
         return found
     begun = time.perf_counter()
-    again = _scores(reward, config, pictures, told)
+    again = _scores(reward, config, pictures, prompted)
     seconds = time.perf_counter() - begun
-    other = first if together else _scores(reward, config, pictures, [*told[1:], told[0]])
+    other = first if together else _scores(reward, config, pictures, [*prompted[1:], prompted[0]])
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     return found | {
         "other": other.tolist(),
@@ -89,12 +91,12 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
 
 def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Found:
     if not answers.poll(limit_s):
-        raise ValueError(f"{key}: gave no score within startup_timeout_s={limit_s:g}")
+        raise ValueError(f"{key}: no score within startup_timeout_s={limit_s:g}; raise it, or see why it is slow")
     try:
         found: Found = answers.recv()
     except EOFError:
         process.join()
-        reason = f"its process ended with status {process.exitcode} before it gave a score"
+        reason = f"its process ended with status {process.exitcode} before the first score"
         raise ValueError(f"{key}: {reason}") from None
     if "wrong" in found:
         raise ValueError(f"{key}: {found['wrong']}")
@@ -102,7 +104,7 @@ def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Foun
 
 
 def _try(answers: Connection, rewards: Mapping[str, RewardConfig], pictures: Sequence[Picture], measured: bool) -> None:
-    """Send what is found of each reward, or what is `wrong` with it."""
+    """Sends the result of each reward, or the error as `wrong`."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -119,21 +121,21 @@ def _untried(config: RewardConfig, measured: bool) -> str:
     import torch
 
     if config.runtime_env:
-        return "it has an environment of its own, which Ray makes"
+        return "it has a runtime_env, which only Ray creates"
     missing = config.device == "cuda" and not torch.cuda.is_available()
-    return "it needs a GPU and there is none here" if missing and not measured else ""
+    return "it needs a GPU, which this machine does not have" if missing and not measured else ""
 
 
 def _scores(
-    reward: Reward, config: RewardConfig, pictures: Sequence[Picture], told: Sequence[Picture]
+    reward: Reward, config: RewardConfig, pictures: Sequence[Picture], prompted: Sequence[Picture]
 ) -> NDArray[np.float32]:
-    """In batches of `batch_size` pictures of one size, as the servers make them; whole groups at once."""
+    """Scores [N] with the prompts of `prompted`, in the servers' batches of images of one size, or as one group."""
     size = len(pictures) if getattr(reward, "scope", "image") == "group" else config.batch_size
     scores = np.full(len(pictures), np.nan, np.float32)
     for shape in dict.fromkeys(picture.image.shape for picture in pictures):
         alike = [at for at, picture in enumerate(pictures) if picture.image.shape == shape]
         for batch in (alike[at : at + size] for at in range(0, len(alike), size)):
             images = np.stack([pictures[at].image for at in batch])
-            prompts, metadata = [told[at].prompt for at in batch], [told[at].metadata for at in batch]
+            prompts, metadata = [prompted[at].prompt for at in batch], [prompted[at].metadata for at in batch]
             scores[batch] = ask(reward, images, prompts, metadata, config.frames)
     return scores

@@ -1,11 +1,11 @@
-"""UnifiedReward (arXiv 2503.05236): a vision-language model grades each picture, 1 to 5.
+"""UnifiedReward (arXiv 2503.05236): a vision-language model grades each image, 1 to 5.
 
 E.g. `vllm serve CodeGoat24/UnifiedReward-7b-v1.5`.
 """
 
 from g2rpo_ray.rewards.judge import Judge, Template, grade, judged
 
-# What the model was trained with, word for word; another wording gives other scores.
+# The exact text of the model's training; other words give other scores.
 INSTRUCTION = (
     "You are given a text caption and a generated image based on that caption. Your task is to evaluate this image "
     "based on two key criteria:\n1. Alignment with the Caption: Assess how well this image aligns with the provided "
@@ -19,5 +19,5 @@ read_grade = grade("Final Score")
 
 @judged
 def build(judge: Judge, instruction: str = INSTRUCTION) -> Template:
-    """The reward by a judge; an `instruction` of one's own must ask for the same `Final Score:`."""
+    """The reward by a judge; another `instruction` must also ask for `Final Score:`."""
     return Template("unified_reward", judge, instruction, {"": read_grade})

@@ -1,6 +1,6 @@
-"""UnifiedReward 2.0: a vision-language model grades alignment, coherence and style of each picture, 1 to 5 each.
+"""UnifiedReward 2.0: a vision-language model grades alignment, coherence and style of each image, 1 to 5 each.
 
-E.g. `vllm serve CodeGoat24/UnifiedReward-2.0-qwen3vl-8b`. Three rewards, a `part` each, from one request a picture.
+E.g. `vllm serve CodeGoat24/UnifiedReward-2.0-qwen3vl-8b`. Three rewards, one `part` each, share one request per image.
 Question and answer are those of its repository (point_score_ACS_image_generation.py).
 """
 
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from g2rpo_ray.rewards.judge import Judge, Template, grade, judged
 
 Part = Literal["alignment", "coherence", "style"]
-# What the model was trained with, word for word; another wording gives other scores.
+# The exact text of the model's training; other words give other scores.
 INSTRUCTION = (
     "You are presented with a generated image and its associated text caption. Your task is to analyze the image "
     "across multiple dimensions in relation to the caption. Specifically:\nProvide overall assessments for the image "
@@ -24,7 +24,7 @@ GRADES = {part: grade(f"{part.title()} Score") for part in get_args(Part)}
 
 @judged
 def build(judge: Judge, part: Part) -> Template:
-    """The part of the answer that is this reward."""
+    """The reward by a judge; `part` is "alignment", "coherence" or "style"."""
     if part not in GRADES:
-        raise ValueError(f"part: {part!r} is not one of {', '.join(GRADES)}")
+        raise ValueError(f"part: {part!r} given; allowed are {', '.join(GRADES)}")
     return Template("unified_reward_2", judge, INSTRUCTION, GRADES, part)

@@ -128,7 +128,7 @@ def test_scores_become_float32_and_none_is_missing(scores):
 @pytest.mark.parametrize("scores", [[1.0, 2.0], 1.0, np.zeros((3, 1)), ["1", "2", "3"], None, [[1], [2, 3], []], {}])
 def test_what_is_not_a_number_an_image_is_refused_in_one_line(scores):
     reward = open_reward(load_config(rewards={"mine": lambda images, prompts: scores}).rewards["mine"])
-    with pytest.raises(NotScores, match=r"^score\(\) returned [^\n]*; expected 3 numbers, one an image$"):
+    with pytest.raises(NotScores, match=r"^score\(\) returned [^\n]*; expected 3 numbers, one per image$"):
         ask(reward, np.zeros((3, 2, 2, 3), np.uint8), [""] * 3)
 
 

@@ -102,7 +102,7 @@ ONLY_CHECKED = {
     "a size that is no multiple": (["model.height=34"], ["model.height: 34 given; must be a multiple of "]),
     "a size that no machine has": (
         ["model.height=8192", "model.width=8192", "rollout.micro_batch=4096"],
-        ["rollout.micro_batch: 4096 given; an actor needs ", "pictures of 8192 × 8192"],
+        ["rollout.micro_batch: 4096 given; an actor needs ", "images of 8192 × 8192"],
     ),
     "no such backend": (
         ["rollout.attention_backend=best"],
@@ -156,13 +156,13 @@ def test_check_needs_no_cluster_and_little_time(tmp_path):
 
 TRIED = {
     "exits when it is imported": ("sys.exit('no licence')", "reward kind: .* .SystemExit: no licence"),
-    "ends its process": ("os._exit(3)", "its process ended with status 3 before it gave a score"),
-    "never returns": ("time.sleep(1000)", "gave no score within startup_timeout_s=3"),
+    "ends its process": ("os._exit(3)", "its process ended with status 3 before the first score"),
+    "never returns": ("time.sleep(1000)", "no score within startup_timeout_s=3"),
     "cannot be built": ("def build(): raise OSError('no disk')", "reward .*: its factory raised OSError: no disk"),
     "cannot score": ("class build:\n def score(self, images, prompts): raise KeyError('x')", "KeyError: 'x'"),
     "gives no scores": (
         "class build:\n def score(self, images, prompts): return [1.0]",
-        r"score\(\) returned \[1.0\]; expected 2 numbers, one an image",
+        r"score\(\) returned \[1.0\]; expected 2 numbers, one per image",
     ),
 }
 

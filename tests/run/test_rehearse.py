@@ -110,7 +110,7 @@ def test_all_that_is_wrong_with_a_configuration_is_named_and_not_the_first_thing
     assert [line.split(":")[0] for line in problems] == [
         "output", "tracking.wandb_project", "model.height", "rewards.text", "rewards.clip.options.checkpoint",
     ]  # fmt: skip
-    assert "the prompt 'a cat' has no text in quotes" in problems[3]
+    assert "the prompt 'a cat' has no quoted text" in problems[3]
     assert printed.count("\nstand-in:") == 2
     assert "\nrehearsed:     failed: lora.targets: 'nothing' is not the ending of any linear layer" in printed
 

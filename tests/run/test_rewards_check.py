@@ -46,8 +46,8 @@ def test_what_is_wrong_is_one_line_each_and_the_others_are_tried(tmp_path, capsy
     wrong, drifts, *more, apart = capsys.readouterr().out.splitlines()
     assert wrong.startswith(f"rewards.wrong: not tried: checkpoint: {tmp_path}/wrong.pt")
     assert drifts == "rewards.drifts: tests.support.faulty:build_drifting on no device"
-    assert "    repeated: WRONG, other bits" in more
-    assert apart.startswith("rewards.apart: not tried: it has an environment of its own")
+    assert "    repeated: WRONG, other bits, so runs are not reproducible" in more
+    assert apart.startswith("rewards.apart: not tried: it has a runtime_env")
 
 
 def test_a_group_is_compared_as_one_and_missing_scores_are_told():
@@ -99,13 +99,13 @@ def test_pictures_of_a_folder_have_their_prompts_beside_them(tmp_path):
     shape = (4, 8, 3)
     assert found == [("a red cat", {}, shape), ("three", {"count": 3}, shape), ("two dogs", {}, shape)]
     (tmp_path / "two.txt").write_text("two dogs\nthree dogs\n")
-    with pytest.raises(ValueError, match=r"^IMAGES: .*two.txt holds 2 prompts; write the one of two.jpg"):
+    with pytest.raises(ValueError, match=r"^IMAGES: .*two.txt has 2 prompts; give only that of two.jpg"):
         read_pictures(tmp_path)
     (tmp_path / "two.txt").unlink()
     (tmp_path / "three.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"^IMAGES: .*three.png can't be read"):
+    with pytest.raises(ValueError, match=r"^IMAGES: cannot read .*three.png"):
         read_pictures(tmp_path)
-    with pytest.raises(ValueError, match=r"^IMAGES: .* holds 0 pictures; give a folder with 1 to"):
+    with pytest.raises(ValueError, match=r"^IMAGES: .* has 0 images; give a folder with 1 to"):
         read_pictures(tmp_path / "none")
 
 

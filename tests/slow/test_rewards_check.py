@@ -27,4 +27,4 @@ def test_every_configuration_s_rewards_are_tried_or_told(capsys, monkeypatch):
     assert all("can't be fetched" in line and "give the path of a file" in line for line in (hps, clip))
     assert main(["sd3_awm"]) == 1
     (pickscore,) = capsys.readouterr().out.splitlines()
-    assert "not tried: device: 'cuda' can't be used" in pickscore or "not tried: model: " in pickscore
+    assert "not tried: device: 'cuda' cannot be used" in pickscore or "not tried: model: " in pickscore

@@ -31,7 +31,7 @@ def test_the_default_is_the_embedded_quickstart_and_its_file_in_configs_says_the
 def test_every_configuration_passes_the_check_of_its_files(path):
     config = load_config(str(path))
     unchecked = check_files(config, None)
-    assert all("hub" in line or "is asked at start" in line for line in unchecked)
+    assert all("hub" in line or "is contacted at the start" in line for line in unchecked)
     if path.stem != "quickstart":
         assert config.name == path.stem
 
@@ -159,10 +159,10 @@ def test_gpus_that_would_not_be_used_or_would_be_shared_are_refused():
         load_config(None, halves)
     assert load_config(None, halves[1:]).learner.device == "cuda"
     no_use = load_config(None, ["eval_rewards={jpeg: {kind: jpeg_compressibility}}"])
-    with pytest.raises(ValueError, match="^eval_rewards.jpeg.resources: GPU: 1 .* computes on the CPU alone; give"):
+    with pytest.raises(ValueError, match="^eval_rewards.jpeg.resources: GPU: 1 .* runs on the CPU only; give"):
         check_files(no_use, None)
     elsewhere = load_config(None, ["rewards.preference.options.device=cuda"])
-    with pytest.raises(ValueError, match="^rewards.preference.options.device: give it as rewards.preference.device"):
+    with pytest.raises(ValueError, match="^rewards.preference.options.device: given; set rewards.preference.device"):
         check_files(elsewhere, None)
 
 

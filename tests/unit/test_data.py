@@ -282,9 +282,7 @@ def test_a_prompt_that_a_reward_can_never_score_is_refused_before_the_start(tmp_
     sets = ["rewards={text: {kind: ocr}}", "eval_rewards={}", "data.prompts_per_iteration=1"]
     sets += [f"data.{name}={tmp_path / name.split('_')[0]}.txt" for name in ("train_prompts", "heldout_prompts")]
     (tmp_path / "heldout.txt").write_text('"closed"\n')
-    with pytest.raises(
-        ValueError, match=r"^rewards\.text: the prompt 'a cat' has no text in quotes, which ocr looks for"
-    ):
+    with pytest.raises(ValueError, match=r"^rewards\.text: the prompt 'a cat' has no quoted text, which ocr needs"):
         read_run_prompts(load_config(None, sets))
     (tmp_path / "train.txt").write_text('a sign that says "open"\n')
     assert read_run_prompts(load_config(None, sets)).metadata == {}

@@ -118,12 +118,12 @@ def test_what_is_kept_is_above_the_threshold_sixteen_at_most_and_overlaps_nothin
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({}, "has no metadata; geneval needs include, tag and exclude beside each prompt"),
-        ({"tag": "counting"}, "has wrong metadata: Value error, include names no object"),
+        ({}, "has no metadata; geneval needs include, tag and exclude for each prompt"),
+        ({"tag": "counting"}, "has wrong metadata: Value error, include is empty"),
         ({"include": [{"class": "cat"}]}, "has wrong metadata: include.0.count: Field required"),
         ({"include": [CAT | {"color": "beige"}]}, "include.0.color: Input should be 'red', 'orange'"),
         ({"include": [CAT | {"position": ["beside", 0]}]}, "include.0.position.0: Input should be 'left of'"),
-        ({"include": [CAT | {"position": ["above", 0]}]}, "a position is relative to an earlier clause"),
+        ({"include": [CAT | {"position": ["above", 0]}]}, "position must name an earlier clause"),
         ({"include": [CAT | {"colour": "red"}]}, "include.0.colour: Extra inputs are not permitted"),
         ({"include": [CAT | {"count": 0}]}, "include.0.count: Input should be greater than or equal to 1"),
     ],
@@ -250,7 +250,7 @@ def test_what_cannot_be_judged_is_missing_and_never_0(folder, caplog):
     assert np.isnan(scores[:2]).all()
     assert np.isfinite(scores[2])
     assert "no score for 'a': it has no metadata" in caplog.text
-    assert "no score for 'b': the detector never finds unicorn" in caplog.text
+    assert "no score for 'b': the detector does not know unicorn" in caplog.text
 
 
 @pytest.mark.parametrize("detector", ["mask2former", "owl"])
@@ -269,11 +269,11 @@ def test_a_network_that_overflows_gives_no_scores(folder, detector):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"definition": "lenient"}, "^definition: 'lenient' is not one of graded, strict, published$"),
-        ({"threshold": 0}, "^threshold: 0 given; expected a number above 0 and up to 1$"),
+        ({"definition": "lenient"}, "^definition: 'lenient' given; allowed are graded, strict, published$"),
+        ({"threshold": 0}, "^threshold: 0 given; must be above 0 and at most 1$"),
         ({"max_overlap": 2}, "^max_overlap: 2 given"),
-        ({"size": 8000}, "^size: 8000 given; expected 32 to 1333 pixels$"),
-        ({"detector": "clip/model"}, "^model: AutoModelForZeroShotObjectDetection can't load"),
+        ({"size": 8000}, "^size: 8000 given; must be from 32 to 1333 pixels$"),
+        ({"detector": "clip/model"}, "^model: AutoModelForZeroShotObjectDetection cannot load"),
         ({"detector": "none"}, "^model: no directory"),
     ],
 )
@@ -289,6 +289,6 @@ def test_a_detector_that_lacks_a_weight_is_refused(folder, tmp_path):
     del weights["class_predictor.weight"]
     network.save_pretrained(tmp_path / "broken", state_dict=weights)
     (tmp_path / "clip").symlink_to(folder / "clip")
-    with pytest.raises(ValueError, match=r"^model: .* is no complete Mask2FormerFor.*class_predictor"):
+    with pytest.raises(ValueError, match=r"^model: .* is not a complete Mask2FormerFor.*class_predictor"):
         built(tmp_path, "broken")
     assert json.loads((tmp_path / "broken" / "config.json").read_text())["model_type"] == "mask2former"

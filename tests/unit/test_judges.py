@@ -180,19 +180,19 @@ def test_template_of_ones_own_is_read_strictly(url: str, caplog: pytest.LogCaptu
 def test_a_judge_says_how_long_its_scores_may_take(url: str) -> None:
     """Four attempts of three times 60 s, and three waits of 60 s between them, a question."""
     from g2rpo_ray.config import RewardConfig
-    from g2rpo_ray.rewards import longest_s
+    from g2rpo_ray.rewards import max_duration_s
 
     def of(kind: str, images: int, **options: Any) -> float:
         reward = build(kind, url, timeout=60.0, concurrency=4, **options)
         assert reward.waits == (4 * 180 + 3 * 60, 4)
         config, group = RewardConfig(kind=kind, batch_size=6), getattr(reward, "scope", "") == "group"
-        return longest_s(config, images, METADATA, reward.waits, group) / (4 * 180 + 3 * 60)
+        return max_duration_s(config, images, METADATA, reward.waits, group) / (4 * 180 + 3 * 60)
 
     assert of("unified_reward_2", 4, part="style") == 1
     assert of("unified_reward", 8) == 4  # six in two goes, two in another: counted as two times six
     assert of("soft_tifa", 4, part="geometric") == 2  # two questions each
     assert of("pairwise", 8, both_orders=True) == 14  # 56 questions, of the whole group
-    assert longest_s(RewardConfig(kind="hpsv2"), 8, {}, (0.0, 1), group=False) == 0
+    assert max_duration_s(RewardConfig(kind="hpsv2"), 8, {}, (0.0, 1), group=False) == 0
 
 
 METADATA = {"vqa_list": [["Is it red?", "Yes"], ["How many shapes are in the image?", "three"]]}
@@ -256,7 +256,7 @@ def test_geneval_2_s_own_file_has_what_soft_tifa_asks(tmp_path: Path) -> None:
         {"vqa_list": "toys"},
         {"vqa_list": [["Is it?", ""]]},
     ):
-        with pytest.raises(ValueError, match="^has no vqa_list in its metadata, which soft_tifa asks: give pairs"):
+        with pytest.raises(ValueError, match="^has no vqa_list in its metadata, which soft_tifa needs; give pairs"):
             check("two metal toys", wrong)
 
 
@@ -318,17 +318,17 @@ def test_win_rates_by_any_score_are_those_counted_one_by_one() -> None:
     ("kind", "options", "expected"),
     [
         ("unified_reward_2", {}, "missing a required argument: 'part'; its options: base_urls, part"),
-        ("unified_reward_2", {"part": "beauty"}, "^part: 'beauty' is not one of alignment, coherence, style"),
-        ("soft_tifa", {"part": "gm"}, "^part: 'gm' is not one of arithmetic, geometric"),
-        ("judge", {"instruction": "{prompt}", "pattern": "("}, r"^pattern: '\(' is no regular expression"),
+        ("unified_reward_2", {"part": "beauty"}, "^part: 'beauty' given; allowed are alignment, coherence, style"),
+        ("soft_tifa", {"part": "gm"}, "^part: 'gm' given; allowed are arithmetic, geometric"),
+        ("judge", {"instruction": "{prompt}", "pattern": "("}, r"^pattern: '\(' is not a regular expression"),
         ("judge", {"instruction": "{prompt}", "pattern": "x"}, "^pattern: 'x' has 0 groups; expected one"),
         ("judge", {"instruction": " ", "pattern": "(.)"}, "^instruction: has no {prompt}"),
-        ("judge", {"instruction": "none", "pattern": "(.)"}, "^instruction: 'none' has no {prompt} and is no file"),
-        ("judge", {"instruction": "x" * 300, "pattern": "(.)"}, "^instruction: 'x+' has no {prompt} and is no file"),
+        ("judge", {"instruction": "none", "pattern": "(.)"}, "^instruction: 'none' has no {prompt} and is not a file"),
+        ("judge", {"instruction": "x" * 300, "pattern": "(.)"}, "^instruction: 'x+' has no {prompt} and is not a file"),
         ("judge", {"instruction": "embedded:config.yaml", "pattern": "(.)"}, "^instruction: the file .* no {prompt}"),
         ("judge", {"instruction": "{prompt}", "pattern": "(.)", "lowest": 2}, "^lowest: 2 given; expected less than"),
         ("pairwise", {"pattern": "(1)|(2)"}, "^pattern: .* expected the named groups first, second"),
-        ("pairwise", {"instruction": "?"}, "^instruction: '.' has no {prompt} and is no file"),
+        ("pairwise", {"instruction": "?"}, "^instruction: '.' has no {prompt} and is not a file"),
         ("pairwise", {"model": "x"}, "unexpected keyword argument 'model'; its options: base_urls"),
     ],
 )
@@ -368,5 +368,5 @@ def test_answer_tokens_is_the_mean_grade_by_the_first_token_s_probabilities(url:
     grades = build("answer_tokens", url, instruction="{prompt}?")
     assert grades.grade({"5": 0.5, "3": 0.25, " 0": 0.25}) == pytest.approx(0.5 + 0.25 * 3 / 5)
     assert np.isnan(grades.score(image, ["p"], [{}])).all()  # yes and no are none of its answers
-    with pytest.raises(ValueError, match=r"^answers: \['yes', 'Yes '\] given; give two or more texts, no two alike"):
+    with pytest.raises(ValueError, match=r"^answers: \['yes', 'Yes '\] given; give two or more different texts"):
         build("answer_tokens", url, instruction="{prompt}?", answers=["yes", "Yes "])

@@ -98,10 +98,10 @@ def test_text_in_quotes(prompt, texts):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ('A 12" vinyl record whose label says "JAZZ"', "opens nothing, or stands for inches"),
-        ('a 7" and a 12" record of "JAZZ"', "stands for inches"), ('5" by 7"', "stands for inches"),
-        ("a cup” with “JAZZ”", "closes or opens nothing"), ("«open", "closes or opens nothing"),
-        ('a "', "closes or opens nothing"), ("it's the dog's", "no text in quotes"), ('"" or " "', "no text in quotes"),
+        ('A 12" vinyl record whose label says "JAZZ"', "for inches"),
+        ('a 7" and a 12" record of "JAZZ"', "for inches"), ('5" by 7"', "for inches"),
+        ("a cup” with “JAZZ”", "unmatched"), ("«open", "unmatched"),
+        ('a "', "unmatched"), ("it's the dog's", "no quoted text"), ('"" or " "', "no quoted text"),
     ],
 )  # fmt: skip
 def test_a_prompt_whose_text_can_t_be_told_is_refused(prompt, words):
@@ -120,15 +120,15 @@ def test_what_looks_the_same_is_the_same(read, text):
 
 def test_a_prompt_without_quotes_is_missing_and_never_0(reward, caplog):
     assert np.isnan(reward.score(drawn()[None], ["a cat"])[0])
-    assert "no score for 'a cat': it has no text in quotes" in caplog.text
+    assert "no score for 'a cat': it has no quoted text" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"definition": "loose"}, "^definition: 'loose' is not one of flow_grpo, strict$"),
+        ({"definition": "loose"}, "^definition: 'loose' given; allowed are flow_grpo, strict$"),
         ({"device": "mps"}, "^device: 'mps' given; ocr allows cpu, cuda and cuda:N$"),
-        ({"device": "cuda"}, "^device: cuda given; this onnxruntime has no CUDA: pip install onnxruntime-gpu"),
+        ({"device": "cuda"}, "^device: cuda given, but this onnxruntime has no CUDA; pip install onnxruntime-gpu"),
     ],
 )
 def test_wrong_option_is_named_in_one_line(options, words):
@@ -146,7 +146,7 @@ def test_an_engine_that_reads_nothing_is_refused_when_it_is_built(monkeypatch):
     import rapidocr
 
     monkeypatch.setattr(rapidocr.RapidOCR, "__call__", lambda *_: None)
-    with pytest.raises(ValueError, match=r"^reward ocr: rapidocr reads '' in a picture of 'Read me'; install it anew$"):
+    with pytest.raises(ValueError, match=r"^reward ocr: rapidocr reads '' in an image of 'Read me'; reinstall it$"):
         build_reward("ocr")
 
 

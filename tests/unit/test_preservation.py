@@ -70,5 +70,5 @@ def test_rewards_get_pictures_from_files_and_texts_without_sources(tmp_path: Pat
     assert ask(build_reward("preservation"), SOURCE[None], [prompt], [given]).tolist() == [1]
     check = prompt_check("preservation_dino")
     check(prompt, given)
-    with pytest.raises(ValueError, match=r"^has no source picture.*set model\.sources"):
+    with pytest.raises(ValueError, match=r"^has no source image.*set model\.sources"):
         check("make it red", {})

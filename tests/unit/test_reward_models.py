@@ -303,22 +303,22 @@ def test_wrong_pictures_are_refused_by_the_rewards_name(kind: str, files: Callab
 
 WRONG_OPTIONS: list[tuple[str, str, str, str]] = [
     ("clip", "checkpoint", "/none/model.bin", "no file '/none/model.bin'"),
-    ("clip", "checkpoint", __file__, r"can't read .*test_reward_models.py"),
-    ("clip", "architecture", "ViT-Z", "ViT-Z is not JSON that can be read"),
-    ("clip", "resize", "longest", "'longest' is not one of squash, shortest"),
-    ("clip", "scale", "100", "'100' is not one of cosine, logits, flow_grpo"),
-    ("pickscore", "scale", "raw", "'raw' is not one of cosine, logits, flow_grpo"),
-    ("clip", "device", "tpu:0", "device: 'tpu:0' can't be used"),
+    ("clip", "checkpoint", __file__, r"cannot read .*test_reward_models.py"),
+    ("clip", "architecture", "ViT-Z", "cannot read ViT-Z as JSON"),
+    ("clip", "resize", "longest", "'longest' given; allowed are squash, shortest"),
+    ("clip", "scale", "100", "'100' given; allowed are cosine, logits, flow_grpo"),
+    ("pickscore", "scale", "raw", "'raw' given; allowed are cosine, logits, flow_grpo"),
+    ("clip", "device", "tpu:0", "device: 'tpu:0' cannot be used"),
     ("pickscore", "model", "/none", "no directory '/none'"),
-    ("pickscore", "model", str(Path(__file__).parent), "CLIPModel can't load"),
-    ("pickscore", "processor", str(Path(__file__).parent), "CLIPImageProcessorPil can't load"),
-    ("pickscore", "dtype", "int8", "'int8' is not one of float32"),
+    ("pickscore", "model", str(Path(__file__).parent), "CLIPModel cannot load"),
+    ("pickscore", "processor", str(Path(__file__).parent), "CLIPImageProcessorPil cannot load"),
+    ("pickscore", "dtype", "int8", "'int8' given; allowed are float32"),
     ("imagereward", "vocabulary", "/none/vocab.txt", "no file '/none/vocab.txt'"),
     ("imagereward", "vocabulary", __file__, "is not BERT's vocabulary"),
-    ("imagereward", "architecture", __file__, "is not JSON"),
+    ("imagereward", "architecture", __file__, "as JSON"),
     ("imagereward", "checkpoint", "/none.pt", "no file '/none.pt'"),
     ("aesthetic", "backbone", "/none", "no directory '/none'"),
-    ("aesthetic", "checkpoint", __file__, "can't read"),
+    ("aesthetic", "checkpoint", __file__, "cannot read"),
 ]
 
 
@@ -346,7 +346,7 @@ def test_checkpoint_that_does_not_fit_is_refused(
     elif broken == "shape":
         content[name] = torch.zeros(3, 3)
     torch.save([content] if broken == "a list" else content, tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match=r"^checkpoint: .*broken\.pt (does not fit|does not hold)") as caught:
+    with pytest.raises(ValueError, match=r"^checkpoint: .*broken\.pt (does not fit|does not contain)") as caught:
         build_reward(kind, **files(kind) | {"checkpoint": str(tmp_path / "broken.pt")})
     assert "\n" not in str(caught.value)
 
@@ -356,7 +356,7 @@ def test_model_folder_without_a_weight_is_refused(transformers_files: dict[str, 
     weights = network.state_dict()
     del weights["visual_projection.weight"]
     network.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=r"^model: .* is no complete CLIPModel; .*visual_projection"):
+    with pytest.raises(ValueError, match=r"^model: .* is not a complete CLIPModel; .*visual_projection"):
         build_reward("pickscore", **transformers_files | {"model": str(tmp_path)})
 
 
@@ -378,7 +378,7 @@ def factory_of_nothing() -> object:
     ("factory", "expected"),
     [
         ("raising_factory", "its factory raised KeyError: 'weights"),
-        ("factory_of_nothing", r"its factory gave a object; expected score\(images, prompts\)"),
+        ("factory_of_nothing", r"its factory returned object, without score\(images, prompts\)"),
     ],
 )
 def test_factory_that_gives_no_reward_is_named(factory: str, expected: str) -> None:
@@ -406,9 +406,9 @@ def test_options_before_the_start_are_those_of_the_factories() -> None:
     ("kind", "options", "expected"),
     [
         ("taste", {}, "rewards.x.kind: 'taste' given; allowed are hpsv2"),
-        ("clip", {"weights": "x"}, "rewards.x.options.weights: clip has no such option; allowed are checkpoint, arch"),
+        ("clip", {"weights": "x"}, "rewards.x.options.weights: not an option of clip; allowed are checkpoint, arch"),
         ("jpeg_compressibility", {"quality": 1}, "rewards.x.options.quality: .*allowed are none"),
-        ("unified_reward", {}, "rewards.x.options.base_urls: not given; unified_reward needs it"),
+        ("unified_reward", {}, "rewards.x.options.base_urls: missing; unified_reward needs it"),
         ("clip", {"checkpoint": "none.pt"}, "rewards.x.options.checkpoint: no file none.pt"),
         ("imagereward", {"vocabulary": "/none:b"}, "rewards.x.options.vocabulary: no file"),
         ("pickscore", {"processor": "./none"}, "rewards.x.options.processor: no directory"),

@@ -128,9 +128,9 @@ def test_default_architecture_is_hpsv2_1s() -> None:
     [
         ({"checkpoint": "/nowhere/model.pt"}, "no file '/nowhere/model.pt'"),
         ({"architecture": "ViT-Z"}, "'ViT-Z' is neither a file nor an open_clip model"),
-        ({"device": "tpu:0"}, "device: 'tpu:0' can't be used"),
-        ({"architecture": __file__}, r"test_rewards.py is not JSON"),
-        ({"dtype": "int8"}, "'int8' is not one of float32, bfloat16, float16"),
+        ({"device": "tpu:0"}, "device: 'tpu:0' cannot be used"),
+        ({"architecture": __file__}, r"test_rewards.py as JSON"),
+        ({"dtype": "int8"}, "'int8' given; allowed are float32, bfloat16, float16"),
         ({"weights": "x"}, "unexpected keyword argument 'weights'; its options: checkpoint, architecture"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_server_computes_on_the_gpu_that_it_reserves() -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("hps", "'hps' is not one of .*hpsv2"),
+        ("hps", "'hps' given; allowed are .*hpsv2"),
         ("no_such_module:build", "No module named 'no_such_module'"),
         ("json:no_such_factory", "no attribute 'no_such_factory'"),
     ],

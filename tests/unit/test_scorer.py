@@ -126,7 +126,7 @@ def test_what_stays_failed_is_missing_and_counted_and_never_0():
 )
 def test_a_reward_that_returns_no_scores_is_told_what_was_expected(value, given):
     subject = scorer(options={"returns": value})
-    with pytest.raises(NotScores, match=f"reward faulty: score.. returned {given}; expected 4 numbers, one an image"):
+    with pytest.raises(NotScores, match=f"reward faulty: score.. returned {given}; expected 4 numbers, one per image"):
         scores(subject)
 
 

@@ -47,7 +47,7 @@ def test_the_payload_works(write, touched, tmp_path):
 def test_a_reward_s_checkpoint_runs_no_code(write, touched, tmp_path):
     for name in ("weights.pt", "weights.bin", "weights.safetensors"):
         write(tmp_path / name)
-        with pytest.raises(ValueError, match=r"^checkpoint: .* can't read"):
+        with pytest.raises(ValueError, match=r"^checkpoint: .* cannot read"):
             read_weights(tmp_path / name)
     assert not touched.exists()
 
@@ -97,7 +97,7 @@ def test_a_reward_s_model_folder_runs_no_code(write, touched, tmp_path):
     CLIPTextModel(small).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     write(tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"^model: CLIPTextModel can't load"):
+    with pytest.raises(ValueError, match=r"^model: CLIPTextModel cannot load"):
         pretrained(CLIPTextModel, "model", str(tmp_path / "model"))
     assert not touched.exists()
 

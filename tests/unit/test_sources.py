@@ -177,7 +177,7 @@ def test_a_field_source_of_ones_own_metadata_is_no_picture(tmp_path: Path) -> No
         records = read_records(str(tmp_path / "prompts.jsonl"), "data.train_prompts", sources)
         assert records == {"a cat": {"source": "DrawBench"}}
     assert shown_to_judge([1, 2], records["a cat"]) == [1, 2]
-    with pytest.raises(ValueError, match="no source picture"):
+    with pytest.raises(ValueError, match="no source image"):
         check_prompt("a cat", records["a cat"])
 
 

@@ -106,7 +106,7 @@ def test_final_score_is_parsed_strictly(answer: str, expected: float | None) -> 
     ("caption", "reason", "attempts"),
     [
         ("prose", "no single 'Final Score: 1…5' in the answer", 1),
-        ("cut", "cut off; raise max_tokens", 1),
+        ("cut", "truncated answer; raise max_tokens", 1),
         ("thought 4", "an answer that is only in reasoning_content; serve the model without --reasoning-parser", 1),
         ("empty", "without choices", 1),
         ("score 7", "no single", 1),
@@ -199,8 +199,8 @@ def test_key_from_the_environment_is_sent_and_never_shown(
     ("key", "expected"),
     [
         ("sk-wrong-secret", "401 Unauthorized; is the key right"),
-        ("sk-secret\nwith-a-line-break", "JUDGE_KEY has blanks or other characters"),
-        ("sk-secret-ключ", "JUDGE_KEY has blanks or other characters"),
+        ("sk-secret\nwith-a-line-break", "JUDGE_KEY has characters"),
+        ("sk-secret-ключ", "JUDGE_KEY has characters"),
         ("", "JUDGE_KEY is not set"),
     ],
 )
@@ -231,7 +231,7 @@ def test_bad_key_ends_the_start_and_is_not_shown(
         ({"concurrency": 0}, "^concurrency: 0 given; expected 1 or more"),
         ({"timeout": 0}, "^timeout: 0 given"),
         ({"retries": -1}, "^retries: -1 given"),
-        ({"image_format": "gif"}, "^image_format: 'gif' is not one of png, jpeg"),
+        ({"image_format": "gif"}, "^image_format: 'gif' given; allowed are png, jpeg"),
         ({"instruction": "Grade it."}, "^instruction: 'Grade it.' has no {prompt}"),
         ({"model": "judge"}, "unexpected keyword argument 'model'; its options: base_urls"),
     ],
