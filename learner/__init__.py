@@ -1,1 +1,1 @@
-"""The learner without Ray: a DeepSpeed rank (engine), its loss, and what the ranks share (batch)."""
+"""The learner without Ray: a DeepSpeed rank (engine), its losses, and the batch of all ranks."""

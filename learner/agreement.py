@@ -1,4 +1,4 @@
-"""Whether rollout and learner compute the same policy, at states whose velocity the rollout has stored."""
+"""Checks that rollout and learner compute the same policy, at states whose velocity the rollout stored."""
 
 from collections.abc import Sequence
 
@@ -14,31 +14,32 @@ from g2rpo_ray.types import PromptRollout
 
 
 class Agreement:
-    """Evaluates prompts at their first branch point, where their trunk's velocity is known. No gradients."""
+    """Evaluates prompts at their first branch point, where the trunk's velocity is stored. No gradients."""
 
     def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
-        """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
+        """`transformer` is the module with the LoRA, which `model` may call through a wrapper."""
         self._config, self._copies = config, copies
         self._model, self._transformer, self._sigmas = model, transformer, sigmas
 
     def observe_velocities(self, rollouts: Sequence[PromptRollout], prompts: int, metrics: RankMetrics) -> None:
-        """The relative errors of the learner's velocities, one a prompt.
+        """Adds the relative errors of the learner's velocities, one per prompt, to `metrics`.
 
-        Every rank evaluates as many: its share, rounded up, of all prompts.
+        Every rank evaluates the same number, its share of all prompts rounded up.
         """
         most = -(-prompts // self._config.learner.ranks)
         padded = [*rollouts, *[rollouts[0]] * (most - len(rollouts))]
-        # with sources one by one: those of a batch have equal sizes, and every rank makes as many passes
+        # with sources one by one, because a batch has equal sizes, and all ranks make the same number of passes
         size = 1 if self._config.model.sources else self._config.learner.micro_batch
         for some in micro_batches(padded, size):
             found, expected = self._velocity(some), self._stored(some, "velocities")
             metrics.observe({"velocity": relative_error(found, expected)})
 
     def observe_delivery(self, rollout: PromptRollout, metrics: RankMetrics) -> None:
-        """How much of what the LoRA changes in the learner's velocity it changes in the rollout's: two evaluations.
+        """Checks that the rollout used the LoRA, by two evaluations.
 
-        `watch/lora_effect` is that change in the learner, as a share of the base's velocity; `watch/lora_delivered` the
-        share of it that the rollout's velocity has: 1 where the LoRA was delivered, 0 where the base sampled.
+        `watch/lora_effect` is the LoRA's change of the learner's velocity, as a share of the base's velocity.
+        `watch/lora_delivered` is the share of this change in the rollout's velocity: 1 if the LoRA was used, 0 if the
+        base sampled.
         """
         with lora_disabled(self._transformer):
             base = self._velocity([rollout], sampled=False)
@@ -51,7 +52,7 @@ class Agreement:
 
     @torch.no_grad()
     def _velocity(self, rollouts: Sequence[PromptRollout], sampled: bool = True) -> Tensor:
-        """[N, ...] of the policy that sampled, or of whatever the transformer is now."""
+        """Velocities [N, ...] of the sampling policy, or of the transformer in its present state."""
         x = self._stored(rollouts, "latents")
         starts = [int(rollout.tree.index[rollout.tree.branch_points[0]]) for rollout in rollouts]
         embeddings = [rollout.embedding for rollout in rollouts]
@@ -64,6 +65,6 @@ class Agreement:
             return self._model.velocity(x, sigma, conditioning)
 
     def _stored(self, rollouts: Sequence[PromptRollout], kind: str) -> Tensor:
-        """[N, ...]: what the trunks have stored at their first branch point."""
+        """The trunks' stored arrays [N, ...] at their first branch point."""
         arrays = [getattr(rollout.trunk, kind)[0] for rollout in rollouts]
         return torch.tensor(np.stack(arrays), device=self._config.learner.device)

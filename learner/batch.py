@@ -1,7 +1,6 @@
-"""The batch of an iteration over the ranks: how prompts are spread, the optimizer steps, and metrics that add up.
+"""The batch of an iteration over the ranks: distribution of prompts, optimizer steps, reduction of metrics.
 
-Numpy only: the driver uses this too, and neither torch nor DeepSpeed nor a model is imported there. Shapes as in
-`g2rpo_ray.types`.
+Numpy only, because the driver imports it without torch, DeepSpeed or a model. Shapes as in `g2rpo_ray.types`.
 """
 
 import math
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Part = tuple["Tensor", dict[str, "Tensor"]]
-"""Contribution of a state to the loss and the metrics of an optimizer step."""
+"""A state's part of the loss and the metrics of an optimizer step."""
 T = TypeVar("T")
 Sizes = tuple[str, ...]
-"""Of the sources of a prompt: see `types.source_sizes`."""
+"""Sizes of the sources of a prompt: see `types.source_sizes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,11 @@ class StepShape:
     """One optimizer step, over all ranks."""
 
     key: StepKey
-    edges: int  # trained ones that have all their scores, once for each state that serves them: the denominator
+    edges: int  # the denominator: trained edges with all scores, counted once per state
     kinds: tuple[tuple[Sizes, int], ...]
-    """For sources of each sizes, the most states that one rank has; the others evaluate as many, since each pass may be
-    a collective. They meet in no pass with those of other sizes."""
-    fresh: bool = False  # the policy is still the one that sampled
+    """By sizes of sources, the maximum number of states of a rank. All ranks evaluate this number, since a pass may be
+    a collective. A pass has sources of equal sizes."""
+    fresh: bool = False  # True if the policy is still the sampling policy
 
     @property
     def states(self) -> int:
@@ -47,19 +46,19 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Numbers of the whole batch that each rank needs, so that the loss does not depend on how it is spread."""
+    """Numbers of the whole batch for each rank, so that the loss does not depend on the distribution of prompts."""
 
     prompts: int
-    steps: tuple[StepShape, ...]  # in order; a step without a scored edge is none
+    steps: tuple[StepShape, ...]  # in order, without steps that have no scored edge
     batch_std: tuple[float, ...]  # [R]
-    on_policy: bool = True  # sampled with the weights that are updated
+    on_policy: bool = True  # True if the sampling weights are the updated ones
     iteration: int = 0  # from 0
 
     @classmethod
     def of(
         cls, shards: Sequence[Sequence[PromptRollout]], learner: LearnerConfig, on_policy: bool = True
     ) -> "BatchShape":
-        """`shards`: of all ranks, as `spread` makes them."""
+        """The shape of a batch; `shards` are those of all ranks, from `spread`."""
         real = {rollout.slot: rollout for shard in shards for rollout in shard if np.isfinite(rollout.scores).any()}
         prompts = max((rollout.slot for shard in shards for rollout in shard), default=0) + 1
         edges: dict[StepKey, int] = {}
@@ -88,23 +87,23 @@ class BatchShape:
 
 
 def spread(rollouts: Sequence[PromptRollout], ranks: int) -> list[list[PromptRollout]]:
-    """The prompts of each rank; one that would have none gets one without scores, which counts in no loss."""
+    """The prompts of each rank. A rank without prompts gets a copy without scores, which counts in no loss."""
     mute = replace(rollouts[0], scores=np.full_like(rollouts[0].scores, np.nan))
     return [list(rollouts[rank::ranks]) or [mute] for rank in range(ranks)]
 
 
 @dataclass(frozen=True, slots=True)
 class RankMetrics:
-    """One rank's part of an update's metrics: over the ranks, sums add up and maxima are compared."""
+    """One rank's part of an update's metrics: sums and maxima, to be reduced over the ranks."""
 
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     mismatch: dict[str, list[float]] = field(default_factory=dict)
-    """What the rollout computed against what the learner does: `velocity`, relative errors at states; `log_prob`,
-    absolute differences at edges; `lost_edges`, 1 where an edge would have had no gradient from the start."""
+    """Differences between rollout and learner: `velocity`, relative errors at states; `log_prob`, absolute differences
+    at edges; `lost_edges`, 1 for an edge that would have no gradient from the start."""
 
     alignment: Alignment | None = None
-    """What probes tell, in an iteration that probed; the same on every rank."""
+    """Measurements of an iteration's probes, equal on every rank."""
 
     def add(self, name: str, value: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
@@ -118,13 +117,13 @@ class RankMetrics:
 
     @property
     def velocity_error(self) -> float:
-        """The largest that was observed, infinite if it is no number; 0 where nothing was."""
+        """The largest observed error, infinite for NaN; 0 without observations."""
         return max(
             (math.inf if math.isnan(error) else error for error in self.mismatch.get("velocity", ())), default=0.0
         )
 
     def add_advantages(self, values: NDArray[Any], flat_groups: int, groups: int) -> None:
-        """Count the advantages of scored edges, and the comparison groups, of which some are without spread."""
+        """Adds the advantages of scored edges, and the numbers of groups and of groups without spread."""
         values = values.astype(np.float64)
         self.add("advantage/zero_std_groups", flat_groups)
         self.add("groups", groups)
@@ -136,14 +135,14 @@ class RankMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an iteration's update tells."""
+    """The result of an iteration's update."""
 
     metrics: dict[str, float]
     alignment: Alignment | None = None
 
 
 def reduce_metrics(ranks: Sequence[RankMetrics]) -> dict[str, float]:
-    """The update's metrics, by the names of the run directory, from every rank's part."""
+    """The update's metrics, by their names in metrics.jsonl, from all ranks' parts."""
     sums, maxima = RankMetrics(), RankMetrics()
     for rank in ranks:
         for name, value in rank.sums.items():
@@ -180,8 +179,10 @@ def _mismatch(all_ranks: RankMetrics) -> dict[str, float]:
 
 
 def padded(states: Sequence[T], spare: Sequence[T], step: StepShape, prompt: Callable[[T], str]) -> list[T]:
-    """As many states as the step says, those of equal sizes of sources together; `spare`, which count in no loss, in
-    the place of those that the rank lacks."""
+    """The states of a step, grouped by sizes of sources, padded to the step's number by `spare`.
+
+    Spare states count in no loss.
+    """
     found: list[T] = []
     for sizes, count in step.kinds:
         own = [state for state in states if source_sizes(prompt(state)) == sizes]
@@ -191,7 +192,7 @@ def padded(states: Sequence[T], spare: Sequence[T], step: StepShape, prompt: Cal
 
 
 def micro_batches(states: Sequence[T], size: int, step: StepShape | None = None) -> Iterator[Sequence[T]]:
-    """The states of one forward and backward pass after another; of a step those of equal sizes of sources."""
+    """The states of each forward and backward pass; with a step, a pass has sources of equal sizes."""
     first = 0
     for count in [len(states)] if step is None else [count for _, count in step.kinds]:
         for start in range(first, first + count, size):
@@ -200,5 +201,5 @@ def micro_batches(states: Sequence[T], size: int, step: StepShape | None = None)
 
 
 def relative_error(found: "Tensor", expected: "Tensor") -> "Tensor":
-    """|found − expected| / |expected| of each row, [N]."""
+    """Relative error |found − expected| / |expected| of each row, [N]."""
     return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

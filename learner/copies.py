@@ -1,6 +1,6 @@
-"""Copies of the LoRA that the learner holds beside it: versions that sampled, averages that follow it.
+"""The learner's copies of the LoRA: versions that sampled, and averages.
 
-Every rank has the whole of each, on the CPU, as `g2rpo_ray.models.lora` has a state. What the loss evaluates is brought
+Every rank has whole copies on the CPU, as states of `g2rpo_ray.models.lora`. Copies that the loss evaluates are moved
 to the device for an update.
 """
 
@@ -15,10 +15,10 @@ from g2rpo_ray.types import FloatArray
 
 LoraState = dict[str, FloatArray]
 Lora = Callable[[], LoraState]
-"""Copies the LoRA; a collective of all ranks, and so asked for by all or none."""
+"""Function that copies the LoRA. It is a collective, so all ranks must call it or none."""
 
 AVERAGE, EMA, BEHAVIOUR = KINDS = ("average", "ema", "behaviour")
-"""Kinds of copies in a checkpoint: the averages, and the version before the newest."""
+"""Kinds of copies in a checkpoint: two averages, and the version before the newest."""
 
 
 @dataclass(slots=True)
@@ -26,34 +26,34 @@ class Copies:
     """`average` moves toward the policy after each update (`old_decay`), `ema` after each optimizer step (`ema`)."""
 
     learner: LearnerConfig
-    keeps: bool  # versions: to sample with again, or to evaluate what sampled
+    keeps: bool  # True to keep versions, to sample with or to evaluate again
     averages: dict[str, LoraState]
-    versions: dict[int, LoraState]  # the newest that was published, and the one before
+    versions: dict[int, LoraState]  # the newest published one and the one before
     old: dict[str, Tensor] | None = None
-    """In an update, on the device: the policy that sampled. None: it is the one that is updated."""
+    """During an update, on the device: the sampling policy. None if it is the updated one."""
     average: dict[str, Tensor] | None = None
-    """In an update, on the device, where the loss needs it."""
+    """During an update, on the device, if the loss needs it."""
     _sampled: LoraState = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, learner: LearnerConfig, rank: int, lora: Lora, saved: Mapping[str, LoraState], version: int | None
     ) -> "Copies":
-        """`saved`: those of a checkpoint, `version`: that of its BEHAVIOUR; an average it lacks begins as the LoRA."""
+        """The copies of a run; `saved` and `version` (of BEHAVIOUR) are a checkpoint's. New averages equal the LoRA."""
         wanted = {AVERAGE: learner.old_decay, EMA: learner.ema}
         averages = {kind: saved.get(kind) or lora() for kind, given in wanted.items() if given is not None}
         versions = {} if version is None else {version: saved[BEHAVIOUR]}
         return cls(learner, rank == 0 or learner.forward or learner.evaluates_old, averages, versions)
 
     def publish(self, version: int, lora: Lora) -> LoraState:
-        """The policy that samples from now on: the LoRA, or its average if that one samples."""
+        """The next sampling policy: the LoRA, or its average if `average_samples`."""
         state = self.averages[AVERAGE] if self.learner.average_samples else lora()
         if self.keeps:
             self.versions = {**{v: s for v, s in self.versions.items() if v == version - 1}, version: state}
         return state
 
     def begin(self, lora: Lora, on_policy: bool) -> None:
-        """Before an update with rollouts by the newest version, or, if not `on_policy`, by the one before it."""
+        """Call before an update. Its rollouts are of the newest version, or the one before if not `on_policy`."""
         if self.learner.evaluates_old and not on_policy:
             self.old = self._on_device(self.versions[min(self.versions)])
         if not self.learner.forward:
@@ -65,14 +65,14 @@ class Copies:
         self.average = self._on_device(self.averages[AVERAGE]) if self.learner.old_kl > 0 else None
 
     def stepped(self, lora: Lora, steps: int) -> None:
-        """After the `steps`-th optimizer step of the run."""
-        if self.learner.forward and self.old is None:  # the policy has left the one that sampled
+        """Call after the `steps`-th optimizer step of the run."""
+        if self.learner.forward and self.old is None:  # the policy now differs from the sampling policy
             self.old = self._on_device(self._sampled)
         if self.learner.ema is not None:
             self._move(EMA, lora(), min(self.learner.ema, (1 + steps) / (10 + steps)))
 
     def end(self, lora: Lora, steps: int) -> None:
-        """After an update."""
+        """Call after an update."""
         self.old, self.average, self._sampled = None, None, {}
         if self.learner.old_decay is not None:
             flat, rate, most = self.learner.old_decay
@@ -86,7 +86,7 @@ class Copies:
         return {**self.averages, BEHAVIOUR: self.versions[version]}, version
 
     def _move(self, kind: str, lora: LoraState, decay: float) -> None:
-        before = self.averages[kind]  # what was published stays as it was: these are new arrays
+        before = self.averages[kind]  # published arrays must not change, so new ones are made
         self.averages[kind] = {name: decay * before[name] + (1 - decay) * lora[name] for name in lora}
 
     def _on_device(self, state: LoraState) -> dict[str, Tensor]:

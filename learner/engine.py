@@ -2,8 +2,8 @@
 
     shard of prompts ─► states of each optimizer step ─► losses (learner/loss.py) ─► backward ─► AdamW under ZeRO
 
-DeepSpeed runs in its float32 mode on a module of mixed dtypes: the base model is frozen in its own dtype, and the LoRA
-is float32, so that it is its own master copy and a learning rate of 1e-6 is not lost in rounding.
+DeepSpeed runs in its float32 mode on a module of mixed dtypes. The base model is frozen in its own dtype. The LoRA
+is float32, so it is its own master copy, and a learning rate of 1e-6 is not lost in rounding.
 """
 
 import json
@@ -59,13 +59,13 @@ CHECKPOINT = "learner.safetensors"
 FORMAT = "g2rpo_ray.learner/1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PROBES = "probes"
-LARGEST_BUCKET = 50_000_000  # gradient elements reduced at once; DeepSpeed's own default reserves 2 GB for them
+MAX_BUCKET = 50_000_000  # gradient elements per reduction; DeepSpeed's default reserves 2 GB
 
 
 class LearnerEngine:
-    """The LoRA, its optimizer, and one rank's part of an update.
+    """One rank: the LoRA, its optimizer, and the rank's part of an update.
 
-    Every rank makes the same calls in the same order: each of them may be a collective.
+    All ranks must make the same calls in the same order, since each call may be a collective.
     """
 
     def __init__(
@@ -76,20 +76,22 @@ class LearnerEngine:
         checkpoint: str | Path | None = None,
         model: FlowModel | None = None,
     ) -> None:
-        """The environment is that of `learner.rendezvous.set_environment` already.
+        """Call `learner.rendezvous.set_environment` first.
 
         Args:
-            checkpoint: directory of a checkpoint to go on from; else the LoRA starts from `lora.initial`, or anew.
-            model: one that is loaded already, without LoRA.
+            config: all settings.
+            rank, world_size: of this process.
+            checkpoint: directory of a checkpoint to resume from. Default: start from `lora.initial` or a new LoRA.
+            model: a loaded one without LoRA. Default: load the configuration's.
 
         Raises:
-            ValueError: the model cannot be loaded, or there is no checkpoint or adapter of this LoRA.
+            ValueError: the model cannot be loaded, or the checkpoint or adapter is missing or of another LoRA.
         """
         set_up_torch(config.deterministic, config.learner.threads, backward=True)
         self._config, self._learner, self._rank, self._ranks = config, config.learner, rank, world_size
         self._device = config.learner.device
         _join_process_group(self._device, rank, world_size, max(config.startup_timeout_s, config.hung_after_s))
-        weights_on = "cpu" if self._learner.zero_stage == 3 else None  # the whole base may be more than a device holds
+        weights_on = "cpu" if self._learner.zero_stage == 3 else None  # the whole base may not fit one device
         self._model = model or FlowModel.load(config.model, self._device, transformer=True, weights_on=weights_on)
         transformer = self._model.transformer
         add_lora(transformer, config.lora, config.seed)
@@ -99,7 +101,7 @@ class LearnerEngine:
         if self._learner.gradient_checkpointing:
             self._model.enable_gradient_checkpointing()
         self._lora = lora_parameters(transformer)
-        # the LoRA is put in before ZeRO takes the parameters apart, the moments into what ZeRO has made
+        # the LoRA is loaded before ZeRO partitions the parameters, the moments afterwards
         saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint) / CHECKPOINT, self._lora)
         initial, pipeline = config.lora.initial, self._model.pipeline_class
         start = None if initial is None else read_lora(resolve(initial), config.lora, pipeline)
@@ -130,15 +132,22 @@ class LearnerEngine:
         self._probes = Probes(config, self._loss, self._lora, remembered) if probing else None
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
-        """One iteration's update from this rank's prompts, their embedding, trunk and branches being arrays.
+        """One iteration's update.
+
+        Args:
+            shard: this rank's prompts, with arrays instead of object references.
+            batch: numbers of the whole batch.
+
+        Returns:
+            This rank's part of the metrics: see `reduce_metrics`.
 
         Raises:
-            RuntimeError: before the next optimizer step, and on all ranks together, if the learner's velocities are not
-                those of the rollout; or if a gradient is not finite.
+            RuntimeError: the learner's velocities differ from the rollout's beyond the tolerance, on all ranks before
+                the next optimizer step; a gradient is not finite; or no edge has its scores.
         """
         metrics = RankMetrics()
         if not batch.steps:
-            raise RuntimeError("learner: no edge of any tree has all its scores; is a reward failing?")
+            raise RuntimeError("learner: no edge has all of its scores; see why rewards fail (reward/*/missing)")
         self.copies.begin(self.lora_state, batch.on_policy)
         alignment = self._probes.observe(shard, batch) if self._probes else None
         self._reached.forget()
@@ -167,24 +176,24 @@ class LearnerEngine:
         return replace(metrics, alignment=alignment)
 
     def lora_state(self) -> dict[str, FloatArray]:
-        """The whole LoRA on every rank, float32 copies on the CPU."""
+        """The whole LoRA on every rank, as float32 arrays by name."""
         with self._whole_lora():
             return {name: p.detach().float().cpu().numpy().copy() for name, p in self._lora.items()}
 
     def _whole_lora(self) -> Any:
-        """A context in which every rank has all of the LoRA: under ZeRO-3 it holds a piece."""
+        """A context in which every rank has the whole LoRA, which ZeRO-3 partitions."""
         return deepspeed.zero.GatheredParameters(list(self._lora.values()))
 
     def publish(self, version: int, kind: str = "rollouts") -> dict[str, FloatArray]:
-        """A policy as `lora_state` has one: what samples from now on, or by its kind the trained `lora`, or `ema`."""
+        """A policy's arrays by name: the next sampling policy ("rollouts"), the trained "lora", or the "ema"."""
         if kind == "rollouts":
             return self.copies.publish(version, self.lora_state)
         return self.copies.averages.get(kind) or self.lora_state()
 
     def save(self, directory: str | Path) -> None:
-        """Write LoRA, copies, Adam's moments and its step count, whole: for any number of ranks and any ZeRO stage.
+        """Writes a checkpoint: whole LoRA, copies, Adam's moments and steps, for any number of ranks and ZeRO stage.
 
-        Beside them, in `lora/`, the adapter in diffusers' format, and in `lora_ema/` its average where there is one.
+        It also writes the adapter in diffusers' format to `lora/`, and its average, if there is one, to `lora_ema/`.
         """
         lora, (copies, version) = self.lora_state(), self.copies.to_save()
         states = {"lora": lora, **copies}
@@ -198,18 +207,18 @@ class LearnerEngine:
             Path(directory).mkdir(parents=True, exist_ok=True)
             about = {"format": FORMAT, "optimizer_steps": self.optimizer_steps, "behaviour": version}
             header = json.dumps(about | ({"probed_by": rule(self._config)} if self._probes else {}))
-            # under one key: safetensors writes several in any order, and equal states should be equal files
+            # one key, because safetensors writes several in any order, and equal states must give equal files
             save_file(tensors, Path(directory) / CHECKPOINT, {"learner": header})
             for name, state in (("lora", lora), ("lora_ema", copies.get(EMA))):
                 if state is not None:
                     export_lora(Path(directory) / name, state, self._config.lora, self._model.pipeline_class)
 
     def _backward(self, states: Sequence[Any], step: StepShape, metrics: RankMetrics, share: float) -> float | None:
-        """Accumulate the gradient of one optimizer step; this rank's largest |ratio − 1|, if the objective has one."""
+        """Accumulates the gradient of one optimizer step; returns this rank's largest |ratio − 1|, if it has ratios."""
         deviation: float | None = None
         for some in micro_batches(states, self._learner.micro_batch, step):
             losses, parts = zip(*self._loss(some, step, metrics), strict=True)
-            # DeepSpeed takes the mean over the ranks, of parts that add up
+            # DeepSpeed averages over ranks, but the parts must be summed
             self._engine.backward(torch.stack(losses).sum() * self._ranks, scale_wrt_gas=False)
             for part in parts:
                 if "ratio_max_dev" in part:
@@ -219,28 +228,28 @@ class LearnerEngine:
         return deviation
 
     def _require_agreement(self, metrics: RankMetrics) -> None:
-        """Stop all ranks together if any of them found velocities that are not the rollout's."""
+        """Raises on all ranks if any of them has velocities that differ from the rollout's beyond the tolerance."""
         largest = torch.tensor(metrics.velocity_error, dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         tolerance = self._config.velocity_tolerance
         if float(largest) > tolerance:
             raise RuntimeError(
                 f"learner: the relative error of its velocity against the rollout's is {float(largest):.3g} at the "
-                f"same state, above learner.velocity_tolerance={tolerance:.3g}: they have other weights, noise levels, "
-                "dtype, attention backend or hardware; raise the tolerance if rounding explains it"
+                f"same state, above learner.velocity_tolerance={tolerance:.3g}; weights, noise levels, dtype, "
+                "attention backend or hardware differ; raise the tolerance if rounding explains it"
             )
 
     def _step(self, metrics: RankMetrics) -> None:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied() or norm is None or not math.isfinite(norm):
-            raise RuntimeError("learner: the gradient is not finite, no optimizer step was taken")
+            raise RuntimeError("learner: the gradient is not finite, no optimizer step was taken; lower learner.lr")
         self.optimizer_steps += 1
         self.copies.stepped(self.lora_state, self.optimizer_steps)
         metrics.largest("learner/grad_norm", float(norm))
 
     def _create_moments(self) -> None:
-        """Give AdamW its state now, not at its first step: a checkpoint can be read into it and written from it."""
+        """Creates AdamW's state before its first step, so that checkpoints can be read and written."""
         zero = self._engine.optimizer
         stage3 = self._learner.zero_stage == 3
         partitions = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
@@ -254,13 +263,13 @@ class LearnerEngine:
 
     def _set_moments(self, key: str, moments: Mapping[str, Tensor]) -> None:
         for name, parameter in self._lora.items():
-            if self._learner.zero_stage == 3:  # safe_set_full_... fails where the ranks do not divide the parameter
+            if self._learner.zero_stage == 3:  # safe_set_full_... fails if the ranks do not divide the parameter
                 safe_set_local_optimizer_state(parameter, self._partition(moments[name], parameter), key)
             else:
                 safe_set_full_optimizer_state(parameter, moments[name].to(self._device), key)
 
     def _partition(self, value: Tensor, parameter: Any) -> Tensor:
-        """This rank's piece of a whole tensor, zeros past its end, as ZeRO-3 cuts it."""
+        """This rank's partition of a whole tensor, padded with zeros as by ZeRO-3."""
         size = parameter.partition_numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self._ranks - value.numel()))
         return padded.narrow(0, size * self._rank, size).to(self._device)
@@ -268,37 +277,37 @@ class LearnerEngine:
 
 def _join_process_group(device: str, rank: int, world_size: int, timeout_s: float) -> None:
     if device == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce (50 s, a compiler needed) that only its inference uses.
+        # DeepSpeed would compile a shared-memory all-reduce (50 s, with a compiler), which only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.setdefault("LOCAL_SIZE", "1")  # else DeepSpeed asks numactl, and raises where it may not
-    # DeepSpeed 0.19 calls collectives by names that torch 2.14 warns of, at every call
+        os.environ.setdefault("LOCAL_SIZE", "1")  # else DeepSpeed calls numactl, and raises if it is not permitted
+    # DeepSpeed 0.19 calls collectives by names that torch 2.14 deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = "gloo" if device == "cpu" else "nccl"
     timeout = timedelta(seconds=timeout_s)
-    # NCCL's default of 10 minutes would end ranks that LearnerGroup still waits for. DeepSpeed makes a group of its own
-    # from the first one, and torch gives it the default, not the first one's timeout.
+    # NCCL's default of 10 minutes would end ranks that LearnerGroup still waits for. DeepSpeed creates another group,
+    # and torch gives it the default timeout instead of the first group's.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, rank=rank, world_size=world_size)
 
 
 def _initialize(transformer: torch.nn.Module, lora: list[torch.nn.Parameter], learner: LearnerConfig) -> Any:
-    """The DeepSpeed engine: AdamW over the LoRA, its state (ZeRO-1), gradients (2) and all weights (3) partitioned.
+    """The DeepSpeed engine: AdamW over the LoRA; its state (ZeRO-1), gradients (2), all weights (3) are partitioned.
 
-    Under ZeRO-3 each parameter is partitioned on its own, from the CPU: `deepspeed.initialize` alone would first move
-    the whole module to every device.
+    With ZeRO-3 each parameter is partitioned from the CPU, since `deepspeed.initialize` would first move the whole
+    module to every device.
     """
     optimizer = torch.optim.AdamW(
         lora, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay
     )
     settings = {
-        "train_micro_batch_size_per_gpu": 1,  # required, and without effect: the loss carries its own denominators
-        "managed_gradient_accumulation": False,  # step() is the boundary, however many backward passes came before
+        "train_micro_batch_size_per_gpu": 1,  # required, without effect: the loss has its own denominators
+        "managed_gradient_accumulation": False,  # step() ends the accumulation after any number of backward passes
         "gradient_clipping": learner.grad_clip,
         "zero_optimization": {
             "stage": learner.zero_stage,
             "overlap_comm": False,
-            "reduce_bucket_size": min(LARGEST_BUCKET, sum(parameter.numel() for parameter in lora)),
-            "memory_efficient_linear": False,  # it replaces F.linear by one that rounds otherwise in bfloat16
+            "reduce_bucket_size": min(MAX_BUCKET, sum(parameter.numel() for parameter in lora)),
+            "memory_efficient_linear": False,  # its F.linear rounds differently in bfloat16
         },
     }
     if learner.zero_stage == 3:
@@ -315,7 +324,7 @@ def _read_checkpoint(file: Path, lora: Mapping[str, Tensor]) -> dict[str, Any]:
     """{"optimizer_steps": int, "lora" and each of MOMENTS: {name: tensor}, "copies" by kind, "probes": array or None}.
 
     Raises:
-        ValueError: there is no such file, or it is of another LoRA.
+        ValueError: the file is missing, damaged, or of another LoRA.
     """
     try:
         with safe_open(file, framework="pt") as content:
@@ -329,12 +338,12 @@ def _read_checkpoint(file: Path, lora: Mapping[str, Tensor]) -> dict[str, Any]:
     probes = tensors.pop(PROBES, None)
     expected = {f"{kind}.{name}": p.shape for kind in ("lora", *MOMENTS, *copies) for name, p in lora.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
-        raise ValueError(f"checkpoint {file}: of another model or of another lora.rank or lora.targets")
+        raise ValueError(f"checkpoint {file}: has another model, lora.rank or lora.targets; give its settings")
     parts = {kind: {name: tensors[f"{kind}.{name}"] for name in lora} for kind in ("lora", *MOMENTS, *copies)}
     states = {kind: {name: tensor.numpy() for name, tensor in parts.pop(kind).items()} for kind in copies}
     return {**header, **parts, "copies": states, "probes": None if probes is None else probes.numpy()}
 
 
 def _infinite_if_nan(value: float) -> float:
-    """max() and an all-reduce of maxima may lose a NaN; infinity they keep."""
+    """Infinity for NaN, which max() and an all-reduce of maxima may lose."""
     return math.inf if math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Losses of the forward process: images made noisy again, and what their advantages say of the velocity there.
+"""Losses of the forward process: images with new noise, and the velocity there weighted by their advantages.
 
 an image's x0, (t, ε) by the key of its prompt, place and draw ─► x_t ─► v, v_old, v of the base ─► objective
 """
@@ -23,13 +23,13 @@ from g2rpo_ray.types import FloatArray, PromptRollout
 
 @dataclass(frozen=True, slots=True)
 class ImageState:
-    """A draw of an image: its noise is drawn when its velocity is evaluated."""
+    """A draw of an image. Its noise is drawn when its velocity is evaluated."""
 
     rollout: PromptRollout
     node: int
     draw: int
     latent: FloatArray  # x0 [L, D]
-    place: float  # in the distribution of t
+    place: float  # quantile of t in its distribution
     advantage: Tensor  # [1], of the last edge before the image
     valid: Tensor  # [1] bool
 
@@ -42,7 +42,7 @@ def image_states(
     advantage: Tensor,
     scored: Tensor,
 ) -> Iterator[tuple[StepKey, ImageState]]:
-    """The states of a prompt, each with its optimizer step, of its images' latents and its edges' advantages [E]."""
+    """The states of a prompt, each with its optimizer step, from its images' latents and edges' advantages [E]."""
     name = ("level", config.seed, rollout.iteration, rollout.slot, rollout.prompt)
     images = rollout.tree.trained_images.tolist()
     places = stratified(len(images), [generator(*name, draw) for draw in range(config.learner.draws)])
@@ -52,10 +52,10 @@ def image_states(
 
 
 class ForwardLoss:
-    """The loss of draws of images, for an optimizer step."""
+    """The loss of an optimizer step's draws of images."""
 
     def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
-        """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
+        """`transformer` is the module with the LoRA, which `model` may call through a wrapper."""
         self._config, self._learner, self._copies = config, config.learner, copies
         self._model, self._transformer, self._sigmas = model, transformer, sigmas
         self._agreement = Agreement(config, model, transformer, sigmas, copies)
@@ -63,20 +63,20 @@ class ForwardLoss:
     def prepare(
         self, states: Mapping[StepKey, list[ImageState]], batch: BatchShape, metrics: RankMetrics
     ) -> Mapping[StepKey, list[ImageState]]:
-        """The states as they are; `metrics` takes the errors of one velocity a prompt."""
+        """The states unchanged; adds the error of one velocity per prompt to `metrics`."""
         prompts = {state.rollout.slot: state.rollout for some in states.values() for state in some}
         self._agreement.observe_velocities(list(prompts.values()), batch.prompts, metrics)
         return states
 
     def _velocity(self, rollouts: Sequence[PromptRollout], x: Tensor, t: Tensor) -> Callable[[], Tensor]:
-        """The velocity [N, ...] at x [N, ...] and t [N] for the prompts of N rollouts."""
+        """A function to the velocity [N, ...] at x [N, ...] and t [N] for the prompts of N rollouts."""
         embeddings = [rollout.embedding for rollout in rollouts]
         negative = negatives(embeddings) if self._config.sampler.guidance else None
         conditioning = self._model.condition(embeddings, negative)
         return lambda: self._model.velocity(x, t, conditioning)
 
     def __call__(self, states: Sequence[ImageState], step: StepShape, metrics: RankMetrics) -> list[Part]:
-        """(part of the loss, metrics) of each state, over the step's denominator."""
+        """(part of the loss, metrics) of each state, divided by the step's number of edges."""
         device = self._learner.device
         x0 = torch.stack([torch.tensor(state.latent) for state in states]).to(device)
         noise = torch.stack([self._noise(state) for state in states]).to(device)
@@ -99,7 +99,7 @@ class ForwardLoss:
         return [(loss, {**metrics, "loss": loss.detach()}) for loss, metrics in parts]
 
     def _others(self, velocity: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The velocity of the model without LoRA, of the policy that sampled and of the average, as far as needed."""
+        """Velocities of the model without LoRA, of the sampling policy and of the average; None if not needed."""
         base = None
         with torch.no_grad():
             if self._learner.kl_beta > 0:
@@ -118,7 +118,7 @@ class ForwardLoss:
         self, x0: Tensor, x: Tensor, noise: Tensor, t: Tensor, v: Tensor, old: Tensor, advantage: Tensor, valid: Tensor,
         total: int,
     ) -> list[Part]:  # fmt: skip
-        """(part of the loss, metrics) of each state by the objective alone."""
+        """(part of the loss, metrics) of each state by the objective, without penalties."""
         learner = self._learner
         if learner.objective == "nft":
             clip = self._config.credit.clip

@@ -11,7 +11,7 @@ from g2rpo_ray.learner.batch import RankMetrics
 
 
 class ReachedModules:
-    """Which LoRA layers any gradient has reached since the last look: of their B, since A's is 0 while B is."""
+    """Records the LoRA layers with a nonzero gradient of B; that of A is 0 while B is 0."""
 
     def __init__(self, lora: Mapping[str, nn.Parameter], device: str) -> None:
         self._up = [name for name in lora if ".lora_B." in name]
@@ -23,11 +23,11 @@ class ReachedModules:
         self._reached[place] |= (gradient != 0).any()  # on the device: no synchronisation
 
     def forget(self) -> None:
-        """What other gradients than those of an update have reached: hooks see them all."""
+        """Clears the record, since hooks also see gradients outside updates."""
         self._reached.zero_()
 
     def take(self, metrics: RankMetrics) -> None:
-        """Of all ranks, which call this together, what their gradients have not reached."""
+        """Adds the share of layers that any rank's gradients reached. All ranks must call it."""
         reached = self._reached.to(torch.int32)
         torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX)
         idle = [name for name, there in zip(self._up, reached.tolist(), strict=True) if not there]
@@ -36,7 +36,7 @@ class ReachedModules:
 
 
 def observe_eps(states: Mapping[Any, Mapping[str, Tensor]], eps: float, beta: float, metrics: RankMetrics) -> None:
-    """The share of parameters whose √v̂ is below Adam's epsilon, of those that have had a gradient."""
+    """Adds the numbers of parameters with a gradient, and of those whose √v̂ is below Adam's epsilon."""
     below = there = 0
     for state in states.values():
         moment = state["exp_avg_sq"]

@@ -1,4 +1,4 @@
-"""From a shard of rollouts to losses: the states of each optimizer step, and what each adds to its loss. No DeepSpeed.
+"""From a shard of rollouts to losses: the states of each optimizer step, and their parts of the loss. No DeepSpeed.
 
 scores ─► advantages of edges ─┐
 a state x ─► one velocity ─► log-probs of all its edges ─► objective ─► part of the loss
@@ -30,20 +30,20 @@ from g2rpo_ray.types import FloatArray, Ints, PromptRollout
 
 @dataclass(frozen=True, slots=True)
 class Old:
-    """The edges of a state under the policy that sampled."""
+    """The edges of a state under the sampling policy."""
 
     log_prob: Tensor  # [e]
     std: float  # of the step
-    mean: Tensor | None  # of the step, [1 or e, L, D], where the objective needs the drift
+    mean: Tensor | None  # of the step, [1 or e, L, D], if the objective needs the drift
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A parent of trained edges: what a velocity is evaluated at, and the edges that it serves."""
+    """A parent of trained edges, where one velocity serves all of its edges."""
 
     rollout: PromptRollout
     latent: FloatArray  # [L, D]
-    velocity: FloatArray | None  # [L, D], the rollout's, where it is kept: at branch points
+    velocity: FloatArray | None  # [L, D], the rollout's, at branch points
     start: int  # schedule indices
     end: int
     edges: Ints  # [e]
@@ -52,21 +52,21 @@ class State:
     advantage: Tensor  # [e]
     valid: Tensor  # [e] bool
     old: Old | None = None
-    """The learner's, evaluated before the first optimizer step for those after it."""
+    """The edges under the sampling policy, for optimizer steps after the first."""
 
 
 def states_of(
     config: Config, shard: Sequence[PromptRollout], batch: BatchShape, metrics: RankMetrics
 ) -> dict[StepKey, list[Any]]:
-    """The rank's states of each optimizer step, as many as the batch says: those added count in no loss.
+    """The rank's states of each optimizer step, padded to the batch's number by states that count in no loss.
 
-    They are what the objective's loss takes: `State` or `ImageState`.
+    They are `State` or `ImageState`, by the objective.
     """
     found: dict[StepKey, list[Any]] = {step.key: [] for step in batch.steps}
     spare: list[Any] = []
     for rollout in shard:
         credit, latents = _credit(config, rollout, batch, metrics), _latents(rollout)
-        if np.isfinite(rollout.scores).any():  # else it is a copy, for a rank that has no prompt
+        if np.isfinite(rollout.scores).any():  # else it is a copy for a rank without prompts
             metrics.add("watch/duplicate_children", _duplicates(rollout.tree, latents))
         made = image_states if config.learner.forward else _edge_states
         for key, state in made(config, rollout, batch.prompts, latents, *credit):
@@ -77,7 +77,7 @@ def states_of(
 
 
 def all_states(rollout: PromptRollout) -> Iterator[State]:
-    """The states of a probe: of all of its stochastic edges, trained or not. Without credit."""
+    """The states of a probe, of all stochastic edges, trained or not, without advantages."""
     nothing = torch.zeros(len(rollout.tree.source))
     made = _maker(rollout, _latents(rollout), nothing, nothing)
     for node in np.unique(rollout.tree.source).tolist():
@@ -101,7 +101,7 @@ def _edge_states(
 def _maker(
     rollout: PromptRollout, latents: Mapping[int, FloatArray], advantage: Tensor, scored: Tensor
 ) -> Callable[[int, Ints], State]:
-    """From a node and the edges that it serves to its state."""
+    """A function from a node and its edges to a state."""
     tree, log_prob = rollout.tree, _log_probs(rollout)
     velocities = dict(zip(tree.branch_points.tolist(), rollout.trunk.velocities, strict=True))
 
@@ -123,7 +123,7 @@ def _maker(
 
 
 def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: RankMetrics) -> tuple[Tensor, Tensor]:
-    """Advantages [E] of a prompt, and which of its trained edges are in the loss."""
+    """Advantages [E] of a prompt, and bool [E] of the edges in the loss."""
     credit, tree, scores = config.credit, rollout.tree, rollout.scores
     assert len(scores) == len(config.credit_weights)  # those of with_credit_scores
     scored = scored_edges(tree, scores) & tree.trained
@@ -148,7 +148,7 @@ def _credit(config: Config, rollout: PromptRollout, batch: BatchShape, metrics: 
 
 
 def _granularity_weights(config: Config, tree: Tree) -> Sequence[float] | None:
-    """Of a probe of `auto` the finest alone counts: it is what the others are measured by, and it is paid for."""
+    """Weights of the granularities; with `auto` only the finest of a tree counts."""
     if config.sampler.strides == "auto":
         return [float(stride == min(tree.strides)) for stride in tree.strides]
     return config.credit.granularity_weights
@@ -162,14 +162,14 @@ def _latents(rollout: PromptRollout) -> dict[int, FloatArray]:
 
 
 def _duplicates(tree: Tree, latents: Mapping[int, FloatArray]) -> int:
-    """Nodes after the branch points whose latent is that of another one."""
+    """Number of nodes after branch points whose latent equals another node's."""
     points = set(tree.branch_points.tolist())
-    made = [latent.flat[:64].tobytes() for node, latent in latents.items() if node not in points]  # enough to tell
+    made = [latent.flat[:64].tobytes() for node, latent in latents.items() if node not in points]  # enough to compare
     return len(made) - len(set(made))
 
 
 def _log_probs(rollout: PromptRollout) -> FloatArray:
-    """[E], under the policy that sampled."""
+    """Log-probabilities [E] of the rollout."""
     log_prob = np.full(len(rollout.tree.source), np.nan, np.float32)
     for unit in rollout.branches:
         log_prob[unit.edges] = unit.log_prob
@@ -177,10 +177,10 @@ def _log_probs(rollout: PromptRollout) -> FloatArray:
 
 
 class EdgeLoss:
-    """The loss of states, for an optimizer step: one velocity for each state, whatever the number of its edges."""
+    """The loss of an optimizer step's states, with one velocity for each state and all of its edges."""
 
     def __init__(self, config: Config, model: FlowModel, transformer: torch.nn.Module, sigmas: Tensor, copies: Copies):
-        """`transformer`: the module that has the LoRA, which `model` may call through a wrapper."""
+        """`transformer` is the module with the LoRA, which `model` may call through a wrapper."""
         self._config, self._learner, self._sampler = config, config.learner, config.sampler
         self._model, self._transformer, self._sigmas, self._copies = model, transformer, sigmas, copies
 
@@ -188,9 +188,9 @@ class EdgeLoss:
     def prepare(
         self, states: Mapping[StepKey, list[State]], batch: BatchShape, metrics: RankMetrics
     ) -> Mapping[StepKey, list[State]]:
-        """The states with what the policy that sampled makes of them, where the updated one will be another.
+        """The states with `old`, the edges under the sampling policy, for optimizer steps after the first.
 
-        In the micro-batches of the update, so that both round alike. `metrics` takes what the rollout had otherwise.
+        It uses the micro-batches of the update, so that both round equally, and adds mismatches to `metrics`.
         """
         if not self._learner.evaluates_old:
             return states
@@ -212,7 +212,7 @@ class EdgeLoss:
         return found
 
     def __call__(self, states: Sequence[State], step: StepShape, metrics: RankMetrics) -> list[Part]:
-        """(part of the loss, metrics) of each state, over the step's denominator."""
+        """(part of the loss, metrics) of each state, divided by the step's number of edges."""
         x, sigma, velocity = self._inputs(states)
         reference: Sequence[Tensor | None] = [None] * len(states)
         if self._learner.kl_beta > 0:
@@ -233,14 +233,14 @@ class EdgeLoss:
         return parts
 
     def log_probs(self, state: State) -> Tensor:
-        """[e], of the edges of a state, with gradient."""
+        """Log-probabilities [e] of a state's edges, with gradient."""
         x, sigma, velocity = self._inputs([state])
         log_prob = self._step(state, x, velocity(x, sigma)).log_prob
         assert log_prob is not None
         return log_prob
 
     def _inputs(self, states: Sequence[State]) -> tuple[Tensor, Tensor, Velocity]:
-        """x [n, L, D] and σ [n] of the states, and the velocity for their prompts."""
+        """x [n, L, D] and σ [n] of the states, and the velocity function for their prompts."""
         x = self._on_device(np.stack([state.latent for state in states]))
         sigma = self._sigmas[[state.start for state in states]].to(x)
         embeddings = [state.rollout.embedding for state in states]
@@ -252,12 +252,12 @@ class EdgeLoss:
         return torch.tensor(array, device=self._learner.device)
 
     def _step(self, state: State, x: Tensor, velocity: Tensor) -> Transition:
-        """The step of the state's edges from x [1, L, D] by a velocity [1, L, D] there, rescored."""
+        """The rescored step of the state's edges from x [1, L, D] by its velocity [1, L, D]."""
         next_x, sampler = self._on_device(state.next_latents), self._sampler
         step = transition(
             sampler.kernel, x, velocity, self._sigmas, state.start, sampler.eta, next_index=state.end, next_x=next_x
         )
-        assert step.log_prob is not None  # eta > 0, and no trained step without noise: the configuration sees to it
+        assert step.log_prob is not None  # the configuration ensures eta > 0 and noise in trained steps
         return step
 
     def _rescored(self, state: State, x: Tensor, velocity: Tensor) -> Old:
@@ -266,7 +266,7 @@ class EdgeLoss:
         return Old(step.log_prob, step.std, step.mean if needs_drift(self._learner.objective) else None)
 
     def _sampled(self, state: State, std: float) -> Old:
-        """As the rollout computed it; the edges' own noise, which its key gives again, tells the mean."""
+        """The edges as the rollout computed them; the mean follows from their noise, which its key reproduces."""
         log_prob = self._on_device(state.log_prob)
         if not needs_drift(self._learner.objective):
             return Old(log_prob, std, None)
@@ -275,7 +275,7 @@ class EdgeLoss:
         return Old(log_prob, std, self._on_device(state.next_latents) - std * noise)
 
     def _mismatch(self, state: State, velocity: Tensor, old: Old) -> dict[str, Tensor]:
-        """What the rollout computed of a state, against the learner with the same policy: see docs/exactness.md."""
+        """Differences between rollout and learner at a state, under the same policy: see docs/exactness.md."""
         found: dict[str, Tensor] = {}
         if state.velocity is not None:
             found["velocity"] = relative_error(velocity, self._on_device(state.velocity)[None])
@@ -297,7 +297,7 @@ class EdgeLoss:
         subpaths: Sequence[tuple[Tensor, Tensor, float]],
         denominator: int,
     ) -> Part:
-        """Loss of the edges that start at x [1, L, D], by its velocity [1, L, D]; metrics over the denominator."""
+        """Loss and metrics of the edges that start at x [1, L, D] with velocity [1, L, D], over the denominator."""
         new, learner = self._step(state, x, velocity), self._learner
         assert new.log_prob is not None
         advantage, valid = state.advantage.to(x), state.valid.to(x.device)
@@ -338,7 +338,7 @@ class EdgeLoss:
         return None if weight is None else weight * std
 
     def _along(self, state: State, subpath: tuple[Tensor, Tensor, float], advantage: Tensor) -> Tensor:
-        """[e] losses of the edges from the last state of a subpath on."""
+        """Losses [e] of the edges from the last state of a subpath."""
         x, v, sigma = subpath
         end, first = float(self._sigmas[state.end]), float(self._sigmas[1])
         next_x, sampler = self._on_device(state.next_latents), self._sampler
@@ -349,9 +349,9 @@ class EdgeLoss:
     def _subpath(
         self, velocity: Velocity, states: Sequence[State], x: Tensor, v: Tensor, parts: int
     ) -> list[tuple[Tensor, Tensor, float]]:
-        """(x [L, D], velocity [L, D], sigma) of each state after all but the last of `parts` substeps by ODE.
+        """(x [L, D], velocity [L, D], sigma) of each state after all but the last of `parts` ODE substeps.
 
-        The substeps are even in sigma, and gradients go through all of them (Pave-GRPO).
+        The substeps are even in sigma. Gradients flow through all of them (Pave-GRPO).
         """
         start, end = (self._sigmas[[getattr(s, side) for s in states]].to(x) for side in ("start", "end"))
         delta = (end - start) / parts

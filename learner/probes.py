@@ -1,4 +1,4 @@
-"""Gradients of the prompts that probe for `auto`: of each branch step and granularity apart, projected, compared.
+"""Gradients of the probes of `auto`: for each branch step and granularity separately, projected and compared.
 
 a state ─► one velocity ─► log-probs of its edges ─► with the advantages of each stride: a gradient ─► a few numbers
 """
@@ -19,25 +19,25 @@ from g2rpo_ray.learner.batch import BatchShape
 from g2rpo_ray.learner.loss import EdgeLoss, all_states
 from g2rpo_ray.types import FloatArray, PromptRollout
 
-NUMBERS = 2048  # of a projected gradient
-REMEMBERED = 64  # prompts
-FEWEST = 3  # prompts, of which without one there are still pairs
+PROJECTION_SIZE = 2048  # numbers of a projected gradient
+MAX_PROMPTS = 64  # newest probed prompts that are kept
+MIN_PROMPTS = 3  # so that the jackknife, which omits one, still has pairs
 
 
 class Probes:
-    """The projected gradients of the newest probed prompts, alike on every rank. A part of the checkpoint."""
+    """The projected gradients of the newest probed prompts, equal on every rank. Part of the checkpoint."""
 
     def __init__(self, config: Config, loss: EdgeLoss, lora: Mapping[str, nn.Parameter], saved: FloatArray | None):
-        """`saved`: what `gradients` was, measured by the same `rule`."""
+        """`saved` is an earlier `gradients`, measured by the same `rule`."""
         self._config, self._loss, self._lora = config, loss, list(lora.values())
         self._steps, self._strides = config.sampler.probed_steps, config.sampler.probed_strides
-        nothing = np.zeros((0, len(self._steps), len(self._strides), NUMBERS), np.float32)
+        nothing = np.zeros((0, len(self._steps), len(self._strides), PROJECTION_SIZE), np.float32)
         self.gradients: FloatArray = nothing if saved is None else saved
 
     def observe(self, shard: Sequence[PromptRollout], batch: BatchShape) -> Alignment | None:
-        """What all prompts that are remembered tell, if prompts of this iteration probe. Every rank calls it.
+        """The alignment over all kept prompts, if prompts of this iteration probe. Every rank must call it.
 
-        `shard`: this rank's prompts. Each is evaluated by itself, so that the numbers do not depend on the ranks.
+        `shard` has this rank's prompts. They are evaluated one by one, so that the result does not depend on the ranks.
         """
         prompts = range(self._config.data.prompts_per_iteration)
         slots = [slot for slot in prompts if self._config.sampler.probes(batch.iteration, slot)]
@@ -45,19 +45,19 @@ class Probes:
             return None
         found = torch.zeros(len(slots), *self.gradients.shape[1:])
         for rollout in shard:
-            if rollout.slot in slots and np.isfinite(rollout.scores).any():  # else it is a copy, for an empty rank
+            if rollout.slot in slots and np.isfinite(rollout.scores).any():  # else it is a copy for an empty rank
                 found[slots.index(rollout.slot)] = self._gradients(rollout, batch)
         on_device = found.to(self._config.learner.device)
         torch.distributed.all_reduce(on_device)
         new = on_device.cpu().numpy()
-        told = new[np.abs(new).sum((1, 2, 3)) > 0]
-        self.gradients = np.concatenate([self.gradients, told])[-REMEMBERED:]
-        if len(self.gradients) < FEWEST:
+        scored = new[np.abs(new).sum((1, 2, 3)) > 0]
+        self.gradients = np.concatenate([self.gradients, scored])[-MAX_PROMPTS:]
+        if len(self.gradients) < MIN_PROMPTS:
             return None
         return align(self.gradients, self._steps, self._strides)
 
     def _gradients(self, rollout: PromptRollout, batch: BatchShape) -> Tensor:
-        """[M, J, NUMBERS] of a prompt: of the mean over the edges of a step of advantage × log-probability."""
+        """Projected gradients [M, J, PROJECTION_SIZE] of a prompt: of each step's mean advantage × log-probability."""
         tree = rollout.tree
         advantages = [self._advantages(rollout, batch, stride) for stride in self._strides]
         sizes, found = [parameter.numel() for parameter in self._lora], torch.zeros(self.gradients.shape[1:])
@@ -70,11 +70,11 @@ class Probes:
                 weight = (advantage[state.edges] / number).to(log_prob)
                 last = place == len(advantages) - 1
                 gradient = torch.autograd.grad(log_prob, self._lora, weight, retain_graph=not last, allow_unused=True)
-                found[step, place] += projected(gradient, sizes, NUMBERS).cpu()
+                found[step, place] += projected(gradient, sizes, PROJECTION_SIZE).cpu()
         return found
 
     def _advantages(self, rollout: PromptRollout, batch: BatchShape, stride: int) -> Tensor:
-        """[E], of all edges, by the leaves of one stride; 0: of all strides, as they are trained."""
+        """Advantages [E] of all edges by the leaves of one stride; 0: of all strides, as they are trained."""
         credit, tree = self._config.credit, rollout.tree
         weights = [float(stride == one) for one in tree.strides] if stride else credit.granularity_weights
         whole = replace(tree, trained=np.ones_like(tree.trained))
@@ -94,28 +94,29 @@ class Probes:
 
 
 def rule(config: Config) -> str:
-    """What the gradients of probes depend on beside the policy: those measured by another rule are not compared."""
+    """The settings that gradients of probes depend on, as text. Gradients of another rule are not compared."""
     rewards = {name: [reward.kind, reward.weight] for name, reward in config.rewards.items()}
     steps, strides = config.sampler.probed_steps, config.sampler.probed_strides
     return json.dumps([steps, strides, config.credit.model_dump(mode="json"), rewards])
 
 
 def projected(gradient: Sequence[Tensor | None], sizes: Sequence[int], numbers: int) -> Tensor:
-    """[numbers]: a gradient with random signs, summed over every `numbers`-th element.
+    """A projection [numbers] of a gradient: with random signs, summed over every `numbers`-th element.
 
-    Inner products are kept but for noise of 1 / √numbers of the norms, and without bias. The signs are a hash of the
-    element's place, the same wherever it is computed.
+    It keeps inner products without bias, with noise of 1 / √numbers of the norms. The signs are a hash of the
+    element's index, equal on all machines.
 
     Args:
-        gradient: a part each parameter; None: it is 0.
+        gradient: one part per parameter; None for 0.
         sizes: elements of each part.
+        numbers: size of the projection.
     """
     total: Any = 0
     start = 0
     for part, size in zip(gradient, sizes, strict=True):
         if part is not None:
             signed = part.detach().float().flatten() * _signs(start, size, part.device)
-            before = start % numbers  # elements keep their places, whatever comes before
+            before = start % numbers  # keeps the positions of elements
             padded = nn.functional.pad(signed, (before, -(before + size) % numbers))
             total = total + padded.view(-1, numbers).sum(0)
         start += size
@@ -123,7 +124,7 @@ def projected(gradient: Sequence[Tensor | None], sizes: Sequence[int], numbers: 
 
 
 def _signs(start: int, length: int, device: torch.device) -> Tensor:
-    """±1 for each of these places: a bit of splitmix64, in wrapping integers."""
+    """Signs ±1 of these indices: a bit of splitmix64, in wrapping integers."""
     x = torch.arange(start, start + length, device=device) * -7046029254386353131
     x = (x ^ (x >> 30)) * -4658895280553007687
     x = (x ^ (x >> 27)) * -7723592293110705685

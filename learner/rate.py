@@ -1,4 +1,4 @@
-"""The learning rate of each iteration: a linear warm-up, then constant, or falling to 0 (linear, or half a cosine)."""
+"""The learning rate of each iteration: a linear warm-up, then constant, linear or cosine (half a period) to 0."""
 
 import math
 
@@ -6,13 +6,15 @@ from g2rpo_ray.config import LearnerConfig
 
 
 def learning_rate(learner: LearnerConfig, iteration: int, iterations: int) -> float:
-    """Of the optimizer steps of an iteration, counted from 0.
+    """The learning rate of an iteration's optimizer steps.
 
-    With warm-up w and n iterations in all: lr · (i + 1) / (w + 1) for i < w; then lr times 1, 1 − p or
-    (1 + cos π p) / 2 with p = (i − w) / (n − w): all of it just after the warm-up, not yet 0 in the last iteration.
+    With warm-up w and n iterations: lr · (i + 1) / (w + 1) for i < w; then lr times 1, 1 − p or
+    (1 + cos π p) / 2 with p = (i − w) / (n − w). It is lr just after the warm-up, and above 0 in the last iteration.
 
     Args:
-        iterations: of the run; `learner.lr_iterations` goes before.
+        learner: settings.
+        iteration: i, counted from 0.
+        iterations: of the run; `learner.lr_iterations` has precedence.
     """
     last, warm = learner.lr_iterations or iterations, learner.warmup
     if iteration < warm:

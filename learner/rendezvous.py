@@ -10,9 +10,9 @@ from torch.distributed import TCPStore
 
 
 def serve(address: str) -> TCPStore:
-    """A store on a free port of this address, bound from now on: no other process can take the port before the ranks.
+    """A store on a free port of this address. The port is bound at once, so that no other process can take it.
 
-    It is served as long as the object lives; its `port` is what the ranks are given.
+    The object serves it as long as it exists; the ranks need its `port`.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listening = socket.create_server((address, 0), family=family)
@@ -21,16 +21,15 @@ def serve(address: str) -> TCPStore:
 
 
 def set_environment(rank: int, ranks: int, address: str, port: int, device: str) -> None:
-    """Set the environment that `LearnerEngine` reads, for a store that is already served."""
+    """Sets the environment that `LearnerEngine` reads, for a store of `serve`."""
     os.environ.update(_variables(rank, ranks, address, port, device))
 
 
 @contextmanager
 def alone(device: str) -> Iterator[None]:
-    """The environment of the only rank, in a process that serves the store itself.
+    """A context with the environment of a single rank, whose process serves the store. Create the engine in it.
 
-    It ends with the block, in which the engine is made: a process that the caller starts later, torchrun for example,
-    must not wait for this store.
+    The environment is restored at its end, so that processes started later, such as torchrun, do not use this store.
     """
     made = _variables(0, 1, "127.0.0.1", _store().port, device)
     before = {name: os.environ.get(name) for name in made}
@@ -49,10 +48,10 @@ def _variables(rank: int, ranks: int, address: str, port: int, device: str) -> d
     return {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "LOCAL_RANK": "0",  # Ray has made the rank's GPU the only visible one: number 0
+        "LOCAL_RANK": "0",  # Ray makes only the rank's GPU visible
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's own name for a store that rank 0 must not open itself
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's name for a store that rank 0 must not open itself
         "TORCHELASTIC_RESTART_COUNT": "0",
         **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),
     }
@@ -60,4 +59,4 @@ def _variables(rank: int, ranks: int, address: str, port: int, device: str) -> d
 
 @cache
 def _store() -> TCPStore:
-    return serve("127.0.0.1")  # for as long as the process lives
+    return serve("127.0.0.1")  # until the process ends

@@ -1,1 +1,1 @@
-"""Adapters compared on the same noise: what is compared, the scores kept so far, the results."""
+"""Comparison of adapters on the same noise: plan, saved scores, results."""

@@ -1,4 +1,4 @@
-"""Adapters by name: read, and refused where they are not what the configuration describes."""
+"""Reads adapters by name, and refuses those that differ from `lora` in the configuration."""
 
 import os
 import textwrap
@@ -16,7 +16,7 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA by the name that the user gave it; the base is one that changes nothing."""
+    """A LoRA with the user's name for it. The base is one of zeros."""
 
     name: str
     path: str
@@ -27,7 +27,7 @@ def read_adapters(given: Mapping[str, str | os.PathLike[str]] | Sequence[str], c
     """The base, then the adapters, a file or folder each, by name or as NAME=PATH.
 
     Raises:
-        ValueError: one line; a name or file can't be used, or the adapter is not as `lora` in the configuration says.
+        ValueError: one line; a name or file cannot be used, or an adapter differs from `lora` in the configuration.
     """
     from g2rpo_ray.models import check_lora, describe_model, lora_shapes, read_lora
 
@@ -38,13 +38,13 @@ def read_adapters(given: Mapping[str, str | os.PathLike[str]] | Sequence[str], c
         pipeline = describe_model(config.model)[0].pipeline_class if model_is_here else None
     except OSError as error:  # of the hub
         reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"model.path: cannot read {config.model.path} here ({reason}); give --adapter") from None
+        raise ValueError(f"model.path: cannot read {config.model.path} ({reason}); give --adapter") from None
     for argument in given if not isinstance(given, Mapping) else [f"{name}={os.fspath(given[name])}" for name in given]:
         name, separator, path = argument.partition("=")
         if not separator or not name.strip() or not path or "|" in name or "\n" in name:
-            raise ValueError(f"--adapter: {argument!r} given; must look like NAME=PATH, without | in the name")
+            raise ValueError(f"--adapter: {argument!r} given; expected NAME=PATH, without | in the name")
         if name in (BASE, *(adapter.name for adapter in adapters)):
-            raise ValueError(f"--adapter: the name {name!r} is taken; give each adapter a name of its own")
+            raise ValueError(f"--adapter: the name {name!r} is used twice; give each adapter another name")
         try:
             state = read_lora(local_path(path), config.lora, pipeline)
             shapes = shapes or {tensor: array.shape for tensor, array in state.items()}

@@ -68,10 +68,10 @@ def make_plan(
     grid: int | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> EvaluationPlan:
-    """Read and check everything that an evaluation names; see `evaluate`.
+    """Reads and checks all inputs of an evaluation; see `evaluate` for the arguments.
 
     Raises:
-        ValueError: one line that says what was given and what is allowed.
+        ValueError: one line with the option, the given value and the allowed ones.
     """
     config = _without_training(given)
     check_models(config)
@@ -82,10 +82,10 @@ def make_plan(
     seeds = config.evaluation.seeds if seeds is None else seeds
     grid = config.evaluation.grid_prompts if grid is None else grid
     for option, values in (("steps", steps), ("seeds", (seeds,)), ("grid", (grid,))):
-        least, most = BOUNDS[option]
+        lowest, highest = BOUNDS[option]
         for value in values:
-            if not least <= value <= most:
-                raise ValueError(f"--{option}: {value} given; must be a whole number from {least} to {most}")
+            if not lowest <= value <= highest:
+                raise ValueError(f"--{option}: {value} given; must be a whole number from {lowest} to {highest}")
     if not 0 <= hybrid <= 1:
         raise ValueError(f"--hybrid: {hybrid:g} given; must be a share of the steps, from 0 to 1")
     settings = _settings(config, seeds)
@@ -96,18 +96,18 @@ def make_plan(
     folder = local_path(os.fspath(output)) if output else (open_run(given) / "evaluation").path
     require_lasting("--output", str(output or given.output))
     if folder is None:
-        raise ValueError(f"--output: give a folder of this machine; the configuration's output is {given.output}")
+        raise ValueError(f"--output: missing, and output={given.output} is not local; give a folder of this machine")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: {folder} is not a folder; name one, or one that is to be made")
+        raise ValueError(f"--output: {folder} is not a folder; give a folder, or a new name")
     return EvaluationPlan(config, columns, tuple(records), records, steps, seeds, grid, folder)
 
 
 def _without_training(config: Config) -> Config:
-    """The configuration without what an evaluation has no use for, so that nothing of it is asked for."""
+    """The configuration without settings of training, so that an evaluation needs no resources for them."""
     encoded = open_run(config) / "embeddings"
     embeddings = str(encoded) if config.data.embeddings is None and encoded.names() else config.data.embeddings
     changes = {
-        "data": config.data.model_copy(update={"embeddings": embeddings}),  # what a run has encoded already
+        "data": config.data.model_copy(update={"embeddings": embeddings}),  # prompts that a run has encoded
         "lora": config.lora.model_copy(update={"initial": None}),
         "learner": config.learner.model_copy(update={"resources": {}}),
     }
@@ -115,7 +115,7 @@ def _without_training(config: Config) -> Config:
 
 
 def _settings(config: Config, seeds: int) -> dict[str, Any]:
-    """The inputs of scores besides adapter, steps and prompt: settings, and the state of the files that they name."""
+    """Inputs of scores other than adapter, steps and prompt: settings, and size and time of their files."""
     rollout = config.rollout
     return {
         "seeds": seeds,
@@ -139,7 +139,7 @@ def _settings(config: Config, seeds: int) -> dict[str, Any]:
 
 
 def _stamp(value: Any) -> list[Any]:
-    """Size and time of the file, or of all files in the folder, that a setting names."""
+    """Name, size and time of the file, or of all files in the folder, that a setting names."""
     path = Path(resolve(value)) if isinstance(value, str) and not path_fault(value) else None
     if path is None or not path.exists():
         return []
@@ -157,5 +157,5 @@ def _column(version: int, adapter: Adapter, config: Config, settings: Mapping[st
     return Column(adapter, version, share if version else 1.0, _digest(settings, own))
 
 
-def _digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The output of an evaluation: tables and grids of pictures."""
+"""The output of an evaluation: tables and grids of images."""
 
 from dataclasses import asdict
 
@@ -33,7 +33,7 @@ def make_rows(plan: EvaluationPlan, book: ScoreBook) -> list[AdapterRow]:
 
 
 def write_results(plan: EvaluationPlan, book: ScoreBook) -> str:
-    """Write table.md, table.csv, table.json and the grids; the Markdown."""
+    """Writes table.md, table.csv, table.json and the grids; returns the Markdown."""
     rows = make_rows(plan, book)
     hybrid = plan.columns[-1].share
     adapters = [{"name": c.adapter.name, "path": c.adapter.path, "key": c.key} for c in plan.columns]

@@ -1,4 +1,4 @@
-"""Compares the base model and any number of adapters, by every reward, at several numbers of steps, on the same noise.
+"""Compares the base model and adapters by every reward, at several numbers of steps, on the same noise.
 
 adapters × steps × prompts ─► cells ─► rollout actors ─► images ─► reward servers ─► scores.jsonl ─► tables and grids
 """
@@ -21,7 +21,7 @@ from g2rpo_ray.runs.storage import Folder
 from g2rpo_ray.runs.trace import traced
 from g2rpo_ray.types import Cell, FloatArray, Images
 
-if TYPE_CHECKING:  # Ray is loaded when there is something to run
+if TYPE_CHECKING:  # imports Ray
     from g2rpo_ray.actors.interrupt import Interrupt
 
 
@@ -38,26 +38,26 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     address: str | None = None,
 ) -> list[AdapterRow]:
-    """Compare the base model and adapters by every reward, on the same prompts and noise; a row of each comparison.
+    """Compares the base model and adapters by every reward, on the same prompts and noise. Returns a row each.
 
-    What is scored is kept in `output`: an evaluation that is interrupted, or extended, scores the rest.
+    Scores are saved in `output`, so an interrupted or extended evaluation computes only missing ones.
 
     Args:
         config: that of the run, or any other of the same model.
         adapters: files or folders by name.
-        rewards: in place of `config.rewards`: see `train`.
-        prompts: in place of `data.heldout_prompts`: see `train`.
-        steps: sampling steps; default: `sampler.steps`.
-        seeds: samples of a prompt; default: `evaluation.seeds`.
-        hybrid: share of the steps, from the first on, that adapters make; the base makes the rest.
-        grid: prompts in the grids of pictures; default: `evaluation.grid_prompts`.
-        output: folder for tables, grids and scores; default: `evaluation` in the run directory.
+        rewards: instead of `config.rewards`: see `train`.
+        prompts: instead of `data.heldout_prompts`: see `train`.
+        steps: sampling steps. Default: `sampler.steps`.
+        seeds: samples of a prompt. Default: `evaluation.seeds`.
+        hybrid: share of the steps, from the first, that adapters make; the base makes the rest.
+        grid: prompts in the grids of images. Default: `evaluation.grid_prompts`.
+        output: folder for tables, grids and scores. Default: `evaluation` in the run directory.
         address: of a Ray cluster: see `train`.
 
     Raises:
         ValueError: one line; nothing was started.
         RunFailed: one line; error.log in the folder has the trace.
-        RunInterrupted: a signal ended it; what was scored is kept.
+        RunInterrupted: a signal ended it; scores are saved.
     """
     given = {"rewards": rewards, "data.heldout_prompts": prompts}
     asked: dict[str, Any] = {"steps": steps, "seeds": seeds, "hybrid": hybrid, "grid": grid, "output": output}
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def score(plan: EvaluationPlan, address: str | None = None) -> ScoreBook:
-    """Sample and score what was not before; all scores. Raises as `evaluate`."""
+    """Samples and scores the missing cells; returns all scores. Raises as `evaluate`."""
     book = ScoreBook(plan.folder)
     missing = [[cell for cell in block if not book.has(cell)] for block in plan.blocks()]
     missing = [block for block in missing if block]
@@ -90,7 +90,7 @@ def score(plan: EvaluationPlan, address: str | None = None) -> ScoreBook:
 async def _sample(
     plan: EvaluationPlan, book: ScoreBook, missing: Sequence[Sequence[Cell]], interrupt: "Interrupt"
 ) -> None:
-    """Sample and score what the book lacks, block by block.
+    """Samples and scores the missing cells, block by block.
 
     Raises:
         RunInterrupted: a signal ended it.
@@ -107,11 +107,11 @@ async def _sample(
             bar.update()
 
         async with open_system(Evaluator, plan.config, plan.metadata, Folder(plan.folder)) as evaluator:
-            bar.write(f"{left} of {total} units to sample, each one policy on one prompt at one number of steps")
-            going = await interrupt.unless(evaluator.start_evaluation(plan.prompts, states, bar.write))
+            bar.write(f"{left} of {total} units to sample (a unit is one policy, prompt and number of steps)")
+            running = await interrupt.unless(evaluator.start_evaluation(plan.prompts, states, bar.write))
             for block in missing:
-                going = going and await interrupt.unless(evaluator.score(block, keep))
-    if going:
+                running = running and await interrupt.unless(evaluator.score(block, keep))
+    if running:
         return
     done = total - sum(not book.has(cell) for block in missing for cell in block)
     print(f"stopped; {done} of {total} units are scored and saved. Run the same command to resume")

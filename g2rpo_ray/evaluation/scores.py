@@ -14,21 +14,21 @@ FILE = "scores.jsonl"
 
 
 class ScoreBook:
-    """Scores (a line of `scores.jsonl` each) and pictures of cells, in a folder. One process at a time may write."""
+    """Scores (lines of `scores.jsonl`) and images of cells, in a folder. One process at a time may write."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         try:
             lines = mend_lines(folder / FILE, "key")
         except OSError as error:
-            raise ValueError(f"--output: cannot read {folder / FILE} ({error}); delete it to score anew") from None
+            raise ValueError(f"--output: cannot read {folder / FILE} ({error}); delete it to score again") from None
         self._scores: dict[tuple[str, int | None, str], dict[str, FloatArray]] = {
             (line["key"], line["steps"], line["prompt"]): {
                 name: np.array(scores, dtype=np.float32) for name, scores in line["scores"].items()
             }
             for line in lines
         }
-        if lines:  # without the line that a kill cut off, after which nothing could be added
+        if lines:  # removes a line that a kill cut off
             write_lines(folder / FILE, lines)
 
     def has(self, cell: Cell) -> bool:
@@ -39,11 +39,11 @@ class ScoreBook:
         return self._scores[cell.name][reward]
 
     def picture(self, cell: Cell) -> Images:
-        """The picture [H, W, 3] of the first seed."""
+        """The image [H, W, 3] of the first seed."""
         return np.array(Image.open(self._picture_file(cell)))
 
     def add(self, cell: Cell, scores: dict[str, FloatArray], picture: Images | None) -> None:
-        """Keep the scores, and the picture before them: a cell is there whole or not at all."""
+        """Saves the image, then the scores, so that a cell is never incomplete."""
         if picture is not None:
             file = self._picture_file(cell)
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What a rollout worker does with a unit of work, without Ray: sample, decode, and the noise and plan it follows."""
+"""The work of a rollout actor, without Ray: plan, noise, sampling, decoding; and the cost of a run."""

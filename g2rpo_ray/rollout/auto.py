@@ -1,4 +1,4 @@
-"""What `auto` has chosen, and why: a function of the settings and of what the run's own probes measured. No Ray."""
+"""The choices of `auto`: a function of the settings and the run's own probes. No Ray."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from g2rpo_ray.algo.tree import plan_tree
 from g2rpo_ray.config import Config
 from g2rpo_ray.rollout.plan import BACKWARD
 
-RULE = "alignment"  # by which `auto` chooses: no setting, but what another one has chosen is another choice
+RULE = "alignment"  # name of the present rule of `auto`; choices of another rule are not resumed
 
 Estimate = tuple[float, float]
 """A value and its standard error."""
@@ -30,43 +30,42 @@ Estimate = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What probes tell."""
+    """Measurements of probes."""
 
     prompts: int
     by_stride: dict[int, Estimate]
-    """Progress for an evaluation by completions of each stride (0: of all that are given), from all steps."""
+    """Progress per evaluation with completions of each stride (0: all given strides), over all steps."""
     by_step: dict[int, Estimate]
-    """The same of each branch step, by the completions that are chosen or given."""
+    """Progress per evaluation of each branch step, with the chosen or given strides."""
     alignment: dict[int, Estimate]
-    """Cosine of the expected gradients by completions of each stride and of the finest."""
+    """Cosine of the expected gradients with each stride and with the finest."""
     coherence: dict[int, Estimate]
-    """E⟨g_λ(i), g_λ(j)⟩ over E|g_λ|² of each step, by these completions: signal over noise of a prompt."""
+    """E⟨g_λ(i), g_λ(j)⟩ over E|g_λ|² of each step, with these strides: signal over noise of a prompt."""
     noise_scale: Estimate
-    """Prompts at which signal equals noise, over all steps (McCandlish et al. 2018, arXiv 1812.06162)."""
+    """Number of prompts at which signal equals noise, over all steps (McCandlish et al. 2018, arXiv 1812.06162)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A choice, since an iteration."""
+    """A choice, valid from iteration `since` on."""
 
     since: int
     choice: Choice
     measured: Measured
-    """What it follows from."""
+    """The measurements that it is based on."""
 
 
 DECISIONS = TypeAdapter(list[Decision])
 
 
 class Budget:
-    """The choices of a run. An iteration's follows from the probes that were done when it began to be sampled.
+    """The choices of a run. The choice of iteration k is based on probes up to iteration k − 1 − max_staleness.
 
-    With `rollout.max_staleness` an iteration is sampled while the one before it updates, and so the choice of iteration
-    k follows from probes up to k − 1 − max_staleness: what is known then, on any number of actors, and after a resume.
+    These are finished when its sampling starts, with any number of actors and after a resume.
     """
 
     def __init__(self, config: Config, saved: Mapping[str, Any] | None = None) -> None:
-        """`saved`: what `state` was; nothing of it is used where there are other granularities or steps to choose."""
+        """`saved` is an earlier `state`; it is ignored if it has other granularities, steps or another rule."""
         self._config, self._sampler = config, config.sampler
         self._bounds = [list(self._sampler.all_strides), list(self._sampler.all_branch_steps)]
         alike = {"bounds": self._bounds, "rule": RULE}
@@ -75,28 +74,28 @@ class Budget:
 
     @property
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON has it."""
+        """The state for a checkpoint, of JSON types."""
         decisions = DECISIONS.dump_python(self._decisions, mode="json")
         return {"bounds": self._bounds, "rule": RULE, "decisions": decisions}
 
     def choice(self, iteration: int) -> Choice | None:
-        """What is in the place of `auto` in an iteration; None where nothing is `auto`."""
+        """The choice for an iteration; None without `auto`."""
         if not self._sampler.is_auto:
             return None
         made = [decision.choice for decision in self._decisions if decision.since <= iteration]
         return made[-1] if made else self._sampler.cheapest
 
     def learn(self, iteration: int, alignment: Alignment | None) -> Decision | None:
-        """What follows from an iteration that is done, if it probed: `alignment` is what its update found then."""
+        """The decision after a finished iteration with the `alignment` of its update; None if it did not probe."""
         if alignment is None:
             return None
         choice, measured = decide(self._config, alignment)
         decision = Decision(iteration + 1 + self._config.rollout.max_staleness, choice, measured)
-        self._decisions = [*self._decisions[-2:], decision]  # those before may hold for some iterations more
+        self._decisions = [*self._decisions[-2:], decision]  # earlier ones may apply to some further iterations
         return decision
 
     def metrics(self, iteration: int, decision: Decision | None) -> dict[str, float]:
-        """`choice/*` of an iteration: what it had. Where it probed, what the next choice follows from: `probe/*`."""
+        """Metrics `choice/*` of an iteration, and `probe/*` of its decision, if it probed."""
         choice = self.choice(iteration)
         if choice is None:
             return {}
@@ -109,7 +108,7 @@ class Budget:
 
 
 def _named(measured: Measured) -> dict[str, float]:
-    """`probe/*`: values, and their standard errors by `_se`."""
+    """Metrics `probe/*`: values, and standard errors with the suffix `_se`."""
     tables = {
         "progress_stride": measured.by_stride, "progress_step": measured.by_step,
         "alignment": measured.alignment, "coherence": measured.coherence,
@@ -123,9 +122,9 @@ def _named(measured: Measured) -> dict[str, float]:
 
 
 def decide(config: Config, found: Alignment) -> tuple[Choice, Measured]:
-    """The choice that follows from what the gradients of probes tell.
+    """The choice by the gradients of probes, and the measurements.
 
-    The coarsest granularity and the last branch steps, unless others are better beyond chance.
+    It is the coarsest granularity and the last branch steps, unless others are significantly better.
     """
     sampler, cost = config.sampler, evaluations(config, found)
     by_stride = of_all_steps(found, cost)
@@ -153,7 +152,7 @@ def decide(config: Config, found: Alignment) -> tuple[Choice, Measured]:
 
 
 def evaluations(config: Config, found: Alignment) -> Floats:
-    """[M, J]: what a step's branches take with each stride, completions and the learner's states together."""
+    """Cost [M steps, J strides] of a step's branches in evaluations: completions and learner states."""
 
     def cost(step: int, stride: int) -> int:
         strides = (stride,) if stride else config.sampler.all_strides
@@ -165,25 +164,25 @@ def evaluations(config: Config, found: Alignment) -> Floats:
 
 
 def _estimates(keys: Sequence[int], values: Floats) -> dict[int, Estimate]:
-    """Of values [n + 1, keys]."""
+    """Estimates from jackknife values [n + 1, keys]."""
     pairs = zip(values[0].tolist(), standard_error(values).tolist(), strict=True)
     return dict(zip(keys, pairs, strict=True))
 
 
 def decision_in_words(config: Config, decision: Decision) -> str:
-    """The choice and its reason, in a line."""
+    """The choice and its reason, in one line."""
     choice, measured = decision.choice, decision.measured
     parts = []
     if config.sampler.strides == "auto":
-        parts.append(f"λ={choice.strides[0]}, progress for an evaluation: {_listed(measured.by_stride, 'λ=')}")
+        parts.append(f"λ={choice.strides[0]}, progress per evaluation: {_listed(measured.by_stride, 'λ=')}")
     if config.sampler.branch_steps == "auto":
         steps = ", ".join(map(str, choice.branch_steps))
-        parts.append(f"branch steps {steps}, progress for an evaluation: {_listed(measured.by_step, '')}")
+        parts.append(f"branch steps {steps}, progress per evaluation: {_listed(measured.by_step, '')}")
     prompts = f"auto, from iteration {decision.since + 1} on, by {measured.prompts} probed prompts: "
     return prompts + "; ".join(parts)
 
 
 def _listed(found: Mapping[int, Estimate], sign: str) -> str:
-    """Relative to the largest, each with its standard error."""
+    """Values relative to the largest, each with its standard error."""
     most = max((value for value, _ in found.values()), default=0) or 1.0
     return ", ".join(f"{sign}{key} {value / most:.2f} ± {error / most:.2f}" for key, (value, error) in found.items())

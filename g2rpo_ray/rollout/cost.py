@@ -1,7 +1,7 @@
-"""What a run costs: velocity evaluations of rollouts, what updates count in these, bytes in the object store.
+"""Cost of a run: velocity evaluations of rollouts and updates, and bytes in the object store.
 
-Rollouts count their evaluations. A state of the learner counts 3, forward and backward, 4 with gradient checkpointing,
-and each further evaluation 1.
+A rollout costs its evaluations. A learner state costs 3 evaluations, forward and backward, or 4 with gradient
+checkpointing, and 1 for each further policy.
 """
 
 from collections import Counter
@@ -26,25 +26,25 @@ from g2rpo_ray.rollout.plan import (
 )
 from g2rpo_ray.types import TrunkUnit
 
-MOST_ITERATIONS = 1_000_000
-LATENT_BYTES = 2  # float32, for each pixel, of the family with the largest latents: FLUX.2
-RANK_BYTES = 8 * 2**20  # of a LoRA, for each of its rank, on a model of FLUX.1's size
-OTHER_BYTES = 10**9  # embeddings, held-out pictures
+MAX_ITERATIONS = 1_000_000
+LATENT_BYTES = 2  # of a float32 latent per pixel, for the family with the largest latents, FLUX.2
+RANK_BYTES = 8 * 2**20  # of a LoRA per rank, on a model of FLUX.1's size
+OTHER_BYTES = 10**9  # embeddings, held-out images
 
 
 def learner_states(config: Config, tree: Tree) -> int:
-    """Velocities that the learner evaluates, forward and backward, for the tree of a prompt."""
+    """Number of velocities that the learner evaluates, forward and backward, for a prompt's tree."""
     if config.learner.forward:
         return len(tree.trained_images) * config.learner.draws
     return len(tree.states) * (1 + sum(parts - 1 for parts in config.learner.subpaths))
 
 
 def update_cost(config: Config, trees: Sequence[Tree]) -> float:
-    """What an iteration's update counts in evaluations, with the trees of its prompts in their order.
+    """Cost of an iteration's update in evaluations, given the trees of its prompts in order.
 
-    A state counts forward and backward, and one for the base and for an average where the loss needs them. The policy
-    that sampled costs an evaluation at each state of which it is not the one that is updated, and of the forward
-    process one at each prompt, to compare with the rollout.
+    A state costs forward and backward, and 1 each for the base and an average if the loss needs them. The sampling
+    policy costs 1 at each state after the first optimizer step, and with the forward process 1 per prompt, to compare
+    with the rollout.
     """
     learner = config.learner
     others = (learner.kl_beta > 0) + (learner.old_kl > 0)
@@ -55,7 +55,7 @@ def update_cost(config: Config, trees: Sequence[Tree]) -> float:
 
 
 def _probe_evaluations(config: Config, tree: Tree) -> int:
-    """What the gradients of a probe count: one of a velocity at each state, and one backward pass for each stride."""
+    """Cost of a probe's gradients: a velocity at each state, and one backward pass for each stride."""
     backward = BACKWARD - 1 + config.learner.gradient_checkpointing
     return len(np.unique(tree.source)) * (1 + backward * len(tree.strides))
 
@@ -73,7 +73,7 @@ def _old_states(config: Config, trees: Sequence[Tree]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PromptCost:
-    """What a prompt costs, a mean over its possible trees."""
+    """Cost of a prompt, the mean over its possible trees."""
 
     evaluations: float  # of its rollout
     images: float
@@ -82,7 +82,7 @@ class PromptCost:
 
 
 def prompt_cost(config: Config, trees: Sequence[Tree]) -> PromptCost:
-    """The mean over these trees; a tree's update is shared by as many prompts of its kind as an iteration has."""
+    """Mean cost of these trees; each tree's update is that of an iteration of equal trees, per prompt."""
     prompts = config.data.prompts_per_iteration
     rows = [
         (
@@ -97,12 +97,12 @@ def prompt_cost(config: Config, trees: Sequence[Tree]) -> PromptCost:
 
 
 def iteration_cost(config: Config, train: Sequence[str], iteration: int, choice: Choice | None = None) -> float:
-    """What an iteration will cost: evaluations of rollouts, and what the states of the learner count in these.
+    """Cost of an iteration in evaluations, rollouts and update.
 
     With `auto`, for this choice; None: the costliest. Exact without `auto`.
     """
     sampler, size = config.sampler, config.data.prompts_per_iteration
-    drawn: Sequence[str] = [""] * size  # whose trees do not depend on the prompt
+    drawn: Sequence[str] = [""] * size  # trees do not depend on prompts
     if sampler.is_drawn:
         drawn = iteration_prompts(train, size, config.seed, iteration)
     chosen = choice or sampler.costliest
@@ -114,18 +114,18 @@ def iteration_cost(config: Config, train: Sequence[str], iteration: int, choice:
 def affordable(
     config: Config, train: Sequence[str], budget: float, first: int = 0, choice: Choice | None = None
 ) -> int:
-    """How many iterations, from the first, a budget has; see `iteration_cost`."""
-    for iteration in range(first, MOST_ITERATIONS):
+    """Number of iterations, from `first` on, within a budget of evaluations; see `iteration_cost`."""
+    for iteration in range(first, MAX_ITERATIONS):
         budget -= iteration_cost(config, train, iteration, choice)
         if budget < 0:
             return iteration - first
-    return MOST_ITERATIONS - first
+    return MAX_ITERATIONS - first
 
 
 def object_store_bytes(config: Config) -> int:
-    """The most bytes that a run has in the object store at once, about: it is for a private cluster to hold.
+    """Estimated maximum of bytes in the object store, the size in a private cluster.
 
-    Latents of the iterations under way, images that wait for scores, and three versions of the LoRA.
+    It has latents of the current iterations, images that wait for scores, and three versions of the LoRA.
     """
     sampler, pixels = config.sampler, config.model.pixels
     trunk, prompts = TrunkUnit(0, 0, ""), config.data.prompts_per_iteration

@@ -1,4 +1,4 @@
-"""Images of a unit's latents, decoded as soon as these are there, beside the velocities that follow."""
+"""Decodes a unit's latents as soon as a batch is complete, concurrently with velocities."""
 
 from collections.abc import Iterable
 
@@ -11,14 +11,14 @@ from g2rpo_ray.types import Images
 
 
 class Decoder:
-    """The VAE of a rollout worker. On a GPU it has a stream of its own, for its passes and the copies to the host."""
+    """The VAE of a rollout actor. On a GPU it has its own stream for its passes and the copies to the host."""
 
     def __init__(self, config: Config, model: FlowModel):
         self._config, self._model = config, model
         self._stream = torch.cuda.Stream() if config.rollout.device == "cuda" else None
 
     def unit(self, count: int) -> "Decoding":
-        """Begin with a unit that ends with `count` images."""
+        """Starts a unit with `count` images."""
         model = self._config.model
         frames = (model.frames,) if model.frames > 1 else ()
         shape = (count, *frames, model.height, model.width, 3)
@@ -27,21 +27,21 @@ class Decoder:
 
 
 class Decoding:
-    """The images of one unit: row r is in batch r // `size` whatever ends first, so that no image depends on that."""
+    """The images of one unit. Row r is always in batch r // `size`, so that images do not depend on timing."""
 
     def __init__(self, model: FlowModel, images: Tensor, size: int, stream: torch.cuda.Stream | None):
         self._model, self._images, self._size, self._stream = model, images, size, stream
         self._missing = [len(batch) for batch in images.split(size)]
 
     def ended(self, rows: Iterable[int], latents: Tensor) -> None:
-        """These rows of latents [N, L, D] are at the image and will not change: decode the batches they complete."""
+        """Marks rows of latents [N, L, D] as final, and decodes the batches that are complete."""
         for batch in [row // self._size for row in rows]:
             self._missing[batch] -= 1
             if not self._missing[batch]:
                 self._decode(slice(batch * self._size, (batch + 1) * self._size), latents)
 
     def images(self) -> Images:
-        """Images [N, H, W, 3], or videos [N, F, H, W, 3], when all have ended and are here."""
+        """The images uint8 [N, H, W, 3], or videos uint8 [N, F, H, W, 3], after all rows have ended."""
         assert not any(self._missing), "a row has not ended"
         if self._stream:
             self._stream.synchronize()
@@ -50,6 +50,6 @@ class Decoding:
     def _decode(self, rows: slice, latents: Tensor) -> None:
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
-            latents.record_stream(self._stream)  # nobody else gets their memory before they are decoded
-        with torch.cuda.stream(self._stream):  # none on the CPU, and no change
+            latents.record_stream(self._stream)  # keeps their memory until they are decoded
+        with torch.cuda.stream(self._stream):  # no stream on the CPU
             self._images[rows].copy_(self._model.decode(latents[rows]), non_blocking=True)

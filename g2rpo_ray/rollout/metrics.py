@@ -1,4 +1,4 @@
-"""What an iteration's rollouts tell, by the names of the run directory. A missing score is in none of the means."""
+"""Metrics of an iteration's rollouts, by their names in metrics.jsonl. Means omit missing scores."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
 
 
 def reward_metrics(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float]:
-    """`reward/<name>/mean` and `std` of the images that branches end at, and the signals."""
+    """`reward/<name>/mean` and `std` of the images of branches, and the signals."""
     scores = np.concatenate([prompt.scores[:, prompt.tree.tag != ANCHOR] for prompt in prompts], axis=1)
     metrics: dict[str, float] = {}
     for place, name in enumerate(config.rewards):
@@ -47,8 +47,10 @@ def reward_metrics(prompts: Sequence[PromptRollout], config: Config) -> dict[str
 
 
 def signals(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float]:
-    """`signal/agreement/<λ>`, and `completions` where some were made both ways, and `signal/spread/<step>`: see
-    `g2rpo_ray.algo.signal`."""
+    """`signal/agreement/<λ>`, `signal/agreement/completions` of prompts completed both ways, `signal/spread/<step>`.
+
+    See `g2rpo_ray.algo.signal`.
+    """
     group = config.credit.group
     agreements: dict[int | str, list[float]] = {}
     by_step: dict[int, list[float]] = {}
@@ -70,7 +72,7 @@ def signals(prompts: Sequence[PromptRollout], config: Config) -> dict[str, float
 
 
 def _seconds_by_kind(reports: Sequence[UnitReport]) -> dict[str, float]:
-    """`perf/evaluation_s/*`: seconds of an evaluation, with decoding, exact (trunks and probes) and of completions."""
+    """`perf/evaluation_s/*`: seconds per evaluation, with decoding: `exact` (trunks and probes) and `completions`."""
     kinds = {"completions": True, "exact": False}
     found = {kind: [r for r in reports if r.unit.startswith("branch/") == cheap] for kind, cheap in kinds.items()}
     return {
@@ -80,12 +82,12 @@ def _seconds_by_kind(reports: Sequence[UnitReport]) -> dict[str, float]:
 
 
 def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:
-    """Share of the time of the actors that took part which they spent computing, between first unit and last score."""
+    """Share of their time that participating actors compute, between the first unit and the last score."""
     actors = {report.actor for report in reports}
     return sum(report.seconds for report in reports) / (len(actors) * seconds)
 
 
 def mean_of_present(scores: FloatArray) -> float:
-    """Mean of the scores that are there, NaN where none is."""
+    """Mean of the scores that are not missing; NaN if all are."""
     there = scores[np.isfinite(scores)]
     return float(there.mean(dtype=np.float64)) if there.size else float("nan")

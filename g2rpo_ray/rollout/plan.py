@@ -1,4 +1,4 @@
-"""What the settings stand for in the algorithm's terms: a prompt's tree, its units, the learner's states."""
+"""From settings to the algorithm's terms: a prompt's tree, its units, the learner's states."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,14 +13,14 @@ from g2rpo_ray.algo.win_rate import win_rates
 from g2rpo_ray.config import Config, LearnerConfig, SamplerConfig
 from g2rpo_ray.types import BranchUnit, FloatArray, Images, Ints, PromptRollout, Samples, SampleUnit, TrunkUnit
 
-BACKWARD = 3  # evaluations that a state of the learner counts, forward and backward
+BACKWARD = 3  # cost of a learner state in evaluations, forward and backward
 
 StepKey = tuple[int, int | None]
-"""An optimizer step: part of the iteration's prompts, and schedule index at which the edges start; None: at any."""
+"""An optimizer step: part of the iteration's prompts, and schedule index at which its edges start (None: any)."""
 
 
 def prompt_tree(config: Config, iteration: int, slot: int, prompt: str, choice: Choice | None = None) -> Tree:
-    """The tree of one prompt of an iteration: whoever asks gets the same. `choice`: the iteration's, of `auto`."""
+    """The tree of one prompt of an iteration, equal on all processes. `choice` is the iteration's choice of `auto`."""
     key, probing = (config.seed, iteration, slot, prompt), config.sampler.probes(iteration, slot)
     sampler = config.sampler.decided(choice, probing)
     tree = plan_tree(sampler.shape(_branch_steps(sampler, iteration, key), config.evaluation.anchors))
@@ -29,9 +29,9 @@ def prompt_tree(config: Config, iteration: int, slot: int, prompt: str, choice: 
 
 
 def possible_trees(config: Config, choice: Choice | None = None, probing: bool = False) -> list[Tree]:
-    """The trees that a prompt of the run may have, each as likely as the others; one draw of trained steps for all.
+    """The equally likely trees of a prompt, with one draw of trained steps for all.
 
-    Of `auto`, with one choice, that of the start if none is given, and of prompts that probe or that do not.
+    With `auto`, for one choice (default: the first), and for prompts that probe or do not.
     """
     sampler = config.sampler.decided(choice, probing)
     placements = sampler.placements()
@@ -42,28 +42,28 @@ def possible_trees(config: Config, choice: Choice | None = None, probing: bool =
 
 
 def _branch_steps(sampler: SamplerConfig, iteration: int, key: tuple[int | str, ...]) -> tuple[int, ...]:
-    """Those of one prompt."""
+    """The branch steps of one prompt."""
     if sampler.branch_schedule == "slide":
         return _slid(sampler, iteration)
     placements = sampler.placements()
     if len(placements) == 1:
         return placements[0]
-    from g2rpo_ray.rollout.noise import draw_one  # which needs torch
+    from g2rpo_ray.rollout.noise import draw_one  # imports torch
 
     return placements[draw_one(len(placements), "branch step", *key)]
 
 
 def _slid(sampler: SamplerConfig, iteration: int) -> tuple[int, ...]:
-    """Moved on as far as the iteration has it; from the last place where all edges fit to the first."""
+    """The branch steps of an iteration with `slide`; after the last position the first follows."""
     placements = sampler.placements()
     return placements[iteration // sampler.slide_every % len(placements)]
 
 
 def _with_drawn(tree: Tree, share: float, key: tuple[int | str, ...]) -> Tree:
-    """The tree with a share, rounded down but at least one, of the steps of each child that may be trained."""
+    """The tree with a drawn share of each child's trainable steps as trained: rounded down, but at least one."""
     if share == 1:
         return tree
-    from g2rpo_ray.rollout.noise import shuffled  # which needs torch
+    from g2rpo_ray.rollout.noise import shuffled  # imports torch
 
     trained = tree.trained.copy()
     for subtree in tree.subtrees:
@@ -76,12 +76,12 @@ def _with_drawn(tree: Tree, share: float, key: tuple[int | str, ...]) -> Tree:
 
 
 def address(subtree: Subtree) -> tuple[int, int, int]:
-    """What a child is called in keys of noise: it does not depend on the size of groups or units."""
+    """A child's name in keys of noise, independent of the size of groups and units."""
     return subtree.root, subtree.branch_step, subtree.child
 
 
 class PromptPlace(Protocol):
-    """Which prompt of which iteration: units and rollouts tell."""
+    """A prompt of an iteration, as units and rollouts name it."""
 
     @property
     def iteration(self) -> int: ...
@@ -101,7 +101,7 @@ def edge_key(config: Config, place: PromptPlace, tree: Tree, edge: int) -> tuple
 
 
 def image_key(config: Config, place: PromptPlace, tree: Tree, node: int, draw: int) -> tuple[int | str, ...]:
-    """The key of the noise that an image gets again for the learner."""
+    """The key of the noise that the learner adds to an image."""
     subtree = tree.subtrees[bisect_right(tree.subtrees, node, key=lambda subtree: subtree.nodes.start) - 1]
     return (
         *("renoise", config.seed, place.iteration, place.slot, place.prompt),
@@ -110,7 +110,7 @@ def image_key(config: Config, place: PromptPlace, tree: Tree, node: int, draw: i
 
 
 def branch_units(config: Config, tree: Tree, trunk: TrunkUnit) -> Iterator[BranchUnit]:
-    """The units that follow a prompt's trunk: a branch step and a slice of its children, of all roots."""
+    """The branch units of a prompt: a branch step and a slice of its children, of all roots."""
     of_step = config.sampler.roots * config.sampler.group_size
     size = config.rollout.members_per_unit or of_step
     for step in sorted({subtree.branch_step for subtree in tree.subtrees}):
@@ -120,14 +120,14 @@ def branch_units(config: Config, tree: Tree, trunk: TrunkUnit) -> Iterator[Branc
 
 
 def exact_units(config: Config, tree: Tree, trunk: TrunkUnit) -> list[BranchUnit]:
-    """The same units by exact completions, of a prompt that is completed both ways; their scores alone are used."""
+    """The branch units with exact completions, for a prompt completed both ways. Only their scores are used."""
     if not config.rollout.completions.probes(trunk.iteration, trunk.slot):
         return []
     return [replace(unit, exact=True) for unit in branch_units(config, tree, trunk)]
 
 
 def rollout_evaluations(config: Config, tree: Tree, iteration: int, slot: int) -> int:
-    """Velocity evaluations of one prompt's rollout, those of its exact completions, too."""
+    """Velocity evaluations of one prompt's rollout, with its exact completions."""
     twice = config.rollout.completions.probes(iteration, slot)
     return config.velocity_cost * (tree.evaluations + twice * tree.completions)
 
@@ -135,9 +135,9 @@ def rollout_evaluations(config: Config, tree: Tree, iteration: int, slot: int) -
 def state_places(
     tree: Tree, slot: int, prompts: int, learner: LearnerConfig
 ) -> Iterator[tuple[StepKey, int, Ints, int]]:
-    """The learner's states of a prompt: the optimizer step of each, its node, the trained edges it serves, its draw.
+    """The learner's states of a prompt, each with its optimizer step, node, trained edges and draw.
 
-    The forward process has `draws` of each image, which serve the last edge before it.
+    The forward process has `draws` states per image, for the last edge before it.
     """
     part = slot * learner.updates_per_rollout // prompts
     for node in (tree.trained_images if learner.forward else tree.states).tolist():
@@ -148,7 +148,7 @@ def state_places(
 
 
 def in_order(key: StepKey) -> tuple[int, int]:
-    """The order of an iteration's optimizer steps."""
+    """Sort key of an iteration's optimizer steps."""
     return key[0], key[1] or 0
 
 
@@ -163,14 +163,14 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What of a tree a unit grows."""
+    """The part of a tree that a unit grows."""
 
     nodes: list[int]  # ascending
     edges: list[int]  # stochastic ones, ascending
-    leaves: list[int]  # places in tree.leaf
+    leaves: list[int]  # indices of tree.leaf
     images: list[int]  # nodes, ascending: the order of the unit's images
     evaluations: int
-    touched: list[int]  # ascending, what the learner needs: nodes that its edges start or end at, or images
+    touched: list[int]  # nodes for the learner, ascending: ends of trained edges, or images
 
 
 def trunk_part(tree: Tree) -> Part:
@@ -180,7 +180,7 @@ def trunk_part(tree: Tree) -> Part:
 
 
 def branch_part(tree: Tree, unit: BranchUnit, forward: bool = False) -> Part:
-    """`forward`: the learner needs the images' latents, and not those that trained edges touch."""
+    """The part of a branch unit; with `forward` the learner needs images' latents instead of trained edges' ends."""
     subtrees = tree.members(unit.branch_step, unit.first_member, unit.members)
     nodes, edges, leaves = (
         [number for subtree in subtrees for number in getattr(subtree, kind)] for kind in ("nodes", "edges", "leaves")
@@ -197,7 +197,7 @@ def _part(tree: Tree, nodes: list[int], edges: list[int], leaves: list[int], tou
 
 
 def leaf_scores(config: Config, tree: Tree, parts: Iterable[tuple[Part, Mapping[str, FloatArray]]]) -> FloatArray:
-    """Scores [R, Q] of a tree's leaves by trained reward, of those [I] by name of its parts' images; NaN for none."""
+    """Scores [R rewards, Q leaves] of a tree from scores [I] by name of its parts' images; NaN if missing."""
     scores = np.full((len(config.rewards), len(tree.leaf)), np.nan, np.float32)
     for part, found in parts:
         if found:
@@ -208,21 +208,21 @@ def leaf_scores(config: Config, tree: Tree, parts: Iterable[tuple[Part, Mapping[
 
 
 def heldout_units(config: Config, prompts: Sequence[str]) -> list[SampleUnit]:
-    """A unit a held-out prompt: the same noise at every evaluation."""
+    """One unit per held-out prompt, with the same noise at every evaluation."""
     return [SampleUnit(prompt, tuple(range(config.evaluation.seeds))) for prompt in prompts]
 
 
 def heldout_samples(config: Config, prompts: Sequence[str], looks: Sequence[Look], evaluations: int) -> Samples:
-    """The evaluation that these looks at held-out prompts are, one a prompt."""
+    """The samples of an evaluation, from one look per prompt."""
     scores = {name: np.stack([look.scores[name] for look in looks]) for name in config.all_rewards}
     pictures = [look.picture for look in looks[: config.evaluation.grid_prompts]]
     return Samples(list(prompts), scores, pictures, evaluations, [look.traces for look in looks])
 
 
 def with_credit_scores(rollouts: Sequence[PromptRollout], config: Config) -> list[PromptRollout]:
-    """The rollouts with the scores that credit takes, [R, Q]; of `credit.normalise: sum` [1, Q], their weighted sum.
+    """The rollouts with scores for the advantage: [R, Q], or with `credit.normalise: sum` their weighted sum [1, Q].
 
-    A leaf without one of its scores has no sum.
+    A leaf with a missing score has no sum.
     """
     if config.credit.normalise == "each":
         return list(rollouts)
@@ -232,7 +232,7 @@ def with_credit_scores(rollouts: Sequence[PromptRollout], config: Config) -> lis
 
 
 def put_win_rates(scores: FloatArray, tree: Tree, config: Config) -> None:
-    """Put win rates in place of scores [R, Q] of all of a tree's leaves, by rewards that are trained on so."""
+    """Replaces scores [R, Q] of a tree's leaves by win rates, for rewards with `win_rate`."""
     rows = [row for row, reward in enumerate(config.rewards.values()) if reward.win_rate]
     for leaves in compared_leaves(tree, config.credit.group) if rows else []:
         for row in rows:

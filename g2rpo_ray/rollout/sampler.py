@@ -1,4 +1,4 @@
-"""What a rollout worker does with a work unit: trunks, branches, held-out samples. No Ray here."""
+"""The work of a rollout actor on a unit: trunks, branches, held-out samples. No Ray."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,14 +29,14 @@ from g2rpo_ray.types import Branches, BranchUnit, FloatArray, Images, PromptEmbe
 
 
 class Sampler:
-    """The frozen model with its LoRA, and the three things it is asked for.
+    """The frozen model with its LoRA, which computes trunks, branches and held-out samples.
 
-    What a unit gives depends on the unit, the weights and the configuration alone: the noise is keyed by what it is
-    for, and the batches are fixed by `rollout.micro_batch`.
+    A unit's result depends only on the unit, the weights and the configuration: noise has a key for each use, and
+    `rollout.micro_batch` fixes the batches.
     """
 
     def __init__(self, config: Config, model: FlowModel | None = None):
-        """`model`: one that is loaded already, without LoRA."""
+        """`model` is a loaded one without LoRA. Default: load the configuration's."""
         self._config = config
         self._device = config.rollout.device
         self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
@@ -45,15 +45,16 @@ class Sampler:
         self._sigmas = sigma_grid(config.sampler, self._model)
         self._decoder = Decoder(config, self._model)
         self.evaluations = 0
-        """Velocity evaluations since the start, a latent each."""
+        """Velocity evaluations since the start, counted per latent."""
 
     def load_weights(self, state: Mapping[str, np.ndarray]) -> None:
+        """Loads a LoRA, arrays by name."""
         for model in {self._model, self.completing}:
             load_lora(model.transformer, state)
 
     @torch.inference_mode()
     def trunk(self, unit: TrunkUnit, embedding: PromptEmbedding) -> tuple[Trunk, Images]:
-        """The trunks at their branch points, and their images [I, H, W, 3], if `evaluation.anchors`."""
+        """The trunks at their branch points, and with `evaluation.anchors` their images uint8 [I, H, W, 3]."""
         tree = self._tree(unit)
         part, roots = trunk_part(tree), range(self._config.sampler.roots)
         key = (self._config.seed, unit.iteration, unit.slot, unit.prompt)
@@ -68,7 +69,7 @@ class Sampler:
 
     @torch.inference_mode()
     def branch(self, unit: BranchUnit, embedding: PromptEmbedding, trunk: Trunk) -> tuple[Branches, Images]:
-        """The children's stochastic edges, and the images [I, H, W, 3] below them, in the order of their nodes."""
+        """The children's stochastic edges, and the images uint8 [I, H, W, 3] below them, in the order of nodes."""
         tree, sampler = self._tree(unit), self._config.sampler
         part = branch_part(tree, unit, self._config.learner.forward)
         points = [place for place, node in enumerate(tree.branch_points) if node in set(tree.source[part.edges])]
@@ -90,14 +91,14 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, unit: SampleUnit, embedding: PromptEmbedding) -> Images:
-        """Deterministic samples [seeds, H, W, 3]; the noise depends on prompt and seed alone, not on the steps."""
+        """Deterministic samples uint8 [seeds, H, W, 3]. The noise depends only on prompt and seed."""
         x = self._integrate(unit, embedding, self._noise([("sample", seed, unit.prompt) for seed in unit.seeds]))
         decoding = self._decoder.unit(len(x))
         decoding.ended(range(len(x)), x)
         return decoding.images()
 
     def _integrate(self, unit: SampleUnit, embedding: PromptEmbedding, x: Tensor) -> Tensor:
-        """The latents at the last step, of noise [seeds, L, D]."""
+        """The latents at the last step, from noise [seeds, L, D]."""
         sigmas = self._sigmas
         if unit.steps is not None:
             sigmas = sigma_grid(self._config.sampler.model_copy(update={"steps": unit.steps}), self._model)
@@ -119,13 +120,13 @@ class Sampler:
         return prompt_tree(self._config, unit.iteration, unit.slot, unit.prompt, unit.choice)
 
     def _noise(self, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
-        """[len(keys), ...]. From pinned memory, so that the copy does not wait for the velocities before it."""
+        """Noise [len(keys), ...], copied from pinned memory without waiting for earlier velocities."""
         noise = torch.stack([self._model.initial_noise(generator(*key)) for key in keys])
         return (noise.pin_memory() if self._device == "cuda" else noise).to(self._device, non_blocking=True)
 
     @contextmanager
     def velocity(self, embedding: PromptEmbedding, guided: bool, model: FlowModel | None = None) -> Iterator[Velocity]:
-        """The velocity for one prompt; what depends on the prompt or the resolution alone is evaluated once."""
+        """The velocity for one prompt. Tensors that depend only on the prompt or the resolution are computed once."""
         model = model or self._model
         negative = embedding.negative if guided else None
         conditioning = model.condition([embedding], negative)
@@ -146,7 +147,7 @@ def _prepare(model: FlowModel, config: Config, compiled: bool) -> None:
 
 
 def _completing(config: Config, device: str) -> FlowModel:
-    """The model that completes branches, of `rollout.completions`."""
+    """The model of `rollout.completions`."""
     given = config.rollout.completions
     model = FlowModel.load(config.completions_model, device, transformer=True, weights_on="cpu")
     _prepare(model, config, compiled=False)

@@ -9,7 +9,7 @@ from g2rpo_ray.config import SamplerConfig
 
 
 class Schedule(Protocol):
-    """What of a model decides the noise levels."""
+    """The properties of a model that decide the noise levels."""
 
     @property
     def image_tokens(self) -> int: ...

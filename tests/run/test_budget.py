@@ -18,7 +18,7 @@ from g2rpo_ray.commands.plan import describe_plan
 from g2rpo_ray.config import load_config
 from g2rpo_ray.learner.batch import BatchShape, RankMetrics
 from g2rpo_ray.learner.loss import EdgeLoss, states_of
-from g2rpo_ray.learner.probes import NUMBERS, Probes, projected
+from g2rpo_ray.learner.probes import PROJECTION_SIZE, Probes, projected
 from g2rpo_ray.models import lora_parameters
 from g2rpo_ray.rollout.auto import Budget, decide, decision_in_words, evaluations
 from g2rpo_ray.rollout.plan import prompt_tree
@@ -185,7 +185,7 @@ def test_gradients_of_a_probe_are_those_of_a_plain_program(pipeline):
         assert there.any()
         expected = projected(
             torch.autograd.grad(objective, list(lora.values()), allow_unused=True),
-            [parameter.numel() for parameter in lora.values()], NUMBERS,
+            [parameter.numel() for parameter in lora.values()], PROJECTION_SIZE,
         )  # fmt: skip
         assert expected.norm() > 0
         assert torch.allclose(found[step, place], expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
