@@ -93,7 +93,7 @@ def _refuse_empty(options: argparse.Namespace) -> None:
     """Raise ValueError for an option that a shell variable without a value left empty."""
     for name, value in vars(options).items():
         if "" in (value if isinstance(value, list) else [value]):
-            raise ValueError(f"{name}: '' given; give a value, or leave the option out")
+            raise ValueError(f"{name}: '' given; give a value, or omit the option")
 
 
 def start(module: str) -> NoReturn:

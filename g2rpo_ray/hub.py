@@ -34,7 +34,7 @@ class HubFiles:
             return self._fetch()
         except Exception as error:  # network, authentication, disk, name: the hub client has a class for each
             raise ValueError(
-                f"{self.key}: {self.name} can't be fetched ({one_line(error, 300)}); check the name, and HF_TOKEN for "
+                f"{self.key}: cannot download {self.name} ({one_line(error, 300)}); check the name, and HF_TOKEN for "
                 "gated models; or run `g2rpo fetch` with the same HF_HOME where the hub can be reached"
             ) from None
 

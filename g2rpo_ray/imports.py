@@ -18,7 +18,7 @@ def imported(path: str) -> Any:
     """
     module, separator, name = path.partition(":")
     if not separator or not module or not name.isidentifier():
-        raise ValueError(f"{shown(path)} is no import path; it must look like {FORM}")
+        raise ValueError(f"{shown(path)} is not an import path; expected {FORM}")
     try:
         return getattr(import_module(module), name)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process

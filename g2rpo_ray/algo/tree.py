@@ -21,7 +21,7 @@ from g2rpo_ray.imports import named
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-MOST_STATES = 200_000  # images × steps of a prompt: a larger tree would take minutes to plan, and days to grow
+MAX_STATES = 200_000  # images × steps of a prompt: a larger tree would take minutes to plan, and days to grow
 
 ANCHOR = -1
 """The tag of an anchor's image: it is scored, and in no advantage."""
@@ -186,24 +186,24 @@ def _check(shape: Shape) -> None:
     reach = shape.stochastic_edges * shape.edge_length
     last = shape.steps - reach
     if reach < 1:
-        raise ValueError("stochastic_edges, edge_length: both must be from 1 up")
+        raise ValueError("stochastic_edges, edge_length: both must be at least 1")
     if not shape.branch_steps or list(shape.branch_steps) != sorted(set(shape.branch_steps)):
-        raise ValueError(f"branch_steps: {list(shape.branch_steps)} given; name each step once, in ascending order")
+        raise ValueError(f"branch_steps: {list(shape.branch_steps)} given; must be ascending, each step once")
     if shape.branch_steps[0] < 0 or shape.branch_steps[-1] > last:
         raise ValueError(
-            f"branch_steps: {list(shape.branch_steps)} given; allowed are 0..{last}, from where "
+            f"branch_steps: {list(shape.branch_steps)} given; allowed are 0..{last}, so that "
             f"{shape.stochastic_edges} stochastic edges of length {shape.edge_length} end within {shape.steps} steps"
         )
     if not shape.strides or min(shape.strides) < 1 or len(set(shape.strides)) != len(shape.strides):
-        raise ValueError(f"strides: {list(shape.strides)} given; granularities are distinct whole numbers from 1 up")
+        raise ValueError(f"strides: {list(shape.strides)} given; must be distinct whole numbers of at least 1")
     if min(shape.roots, shape.children, shape.width) < 1:
-        raise ValueError("roots, children, width: each must be from 1 up")
+        raise ValueError("roots, children, width: each must be at least 1")
     split = sum(1 for index in shape.splits if 0 < index < shape.steps)
     images = shape.roots * len(shape.branch_steps) * shape.children * len(shape.strides) * shape.width**split
-    if images * shape.steps > MOST_STATES:
+    if images * shape.steps > MAX_STATES:
         raise ValueError(
-            f"roots × branch steps × children × strides × width^splits: {images} images a prompt; with steps="
-            f"{shape.steps} at most {MOST_STATES // shape.steps}"
+            f"roots × branch steps × children × strides × width^splits: {images} images per prompt; with steps="
+            f"{shape.steps} at most {MAX_STATES // shape.steps}"
         )
 
 

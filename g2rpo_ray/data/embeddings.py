@@ -178,7 +178,9 @@ class EmbeddingStore:
     def _drop(self, file: str) -> None:
         if self._read_only:
             raise DamagedPart(f"data.embeddings: {self._folder / file} is damaged")
-        logger.warning("data.embeddings: %s was damaged and is deleted", self._folder / file)
+        logger.warning(
+            "data.embeddings: %s was damaged and is deleted; its prompts are encoded again", self._folder / file
+        )
         self._folder.delete(file)
         self.damaged.append(file)
         self._places = {key: place for key, place in self._places.items() if place[0] != file}
@@ -253,7 +255,7 @@ def _from_row(table: pa.Table, prompt: str, role: str) -> PromptEmbedding:
     """The embedding in a row of that prompt and role. ValueError where it is not what was written."""
     (row,) = table.to_pylist()
     if (row["prompt"], row["role"]) != (prompt, role) or row.get("sha256") not in (None, _digest(row)):
-        raise ValueError("a row is not as it was written")
+        raise ValueError("a row has another checksum than when it was written")
     tensors = {
         part["name"]: StoredTensor(
             part["dtype"], np.frombuffer(part["data"], STORED_AS[part["dtype"]]).reshape(part["shape"])

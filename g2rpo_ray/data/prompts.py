@@ -47,8 +47,8 @@ def iteration_prompts(prompts: Sequence[str], per_iteration: int, seed: int, ite
     """
     if per_iteration > len(prompts):
         raise ValueError(
-            f"data.prompts_per_iteration: {per_iteration} given, but there are {len(prompts)} prompts; "
-            "lower it or add lines to data.train_prompts"
+            f"data.prompts_per_iteration: {per_iteration} given, but data.train_prompts has {len(prompts)}; "
+            "lower it, or add prompts"
         )
     epoch, place = divmod(iteration, len(prompts) // per_iteration)
     return _epoch_order(prompts, seed, epoch)[place * per_iteration : (place + 1) * per_iteration]

@@ -62,7 +62,7 @@ def _module(name: Any) -> Any:
     parts = name.split(".") if isinstance(name, str) else []
     if name not in known and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
         raise ValueError(
-            f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path of a module of your own, "
+            f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path of your own module, "
             "with a dot, that has STEPS and preset"
         )
     path = f"{__name__}.{name}" if name in known else name
@@ -74,7 +74,5 @@ def _module(name: Any) -> Any:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"method: {name} cannot be imported ({reason}); correct it") from error
     if not hasattr(module, "STEPS") or not hasattr(module, "preset"):
-        raise ValueError(
-            f"method: {name} has no STEPS and preset; see docs/methods.md for what a method's module holds"
-        )
+        raise ValueError(f"method: {name} has no STEPS and preset, which a method's module needs; see docs/methods.md")
     return module

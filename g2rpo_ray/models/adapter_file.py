@@ -141,7 +141,9 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, A
         try:
             return PEFT_PREFIX, _object((file.parent / PEFT_SETTINGS).read_text("utf-8", "replace"), PEFT_SETTINGS)
         except OSError as error:
-            raise ValueError(f"cannot read {PEFT_SETTINGS}, which has its alpha ({error}); put it beside") from None
+            raise ValueError(
+                f"cannot read {PEFT_SETTINGS}, which has the adapter's alpha ({error}); add it to the folder"
+            ) from None
     stored = _object(metadata.get(METADATA, "{}"), f"the file's metadata {METADATA}")
     if "r" in stored:  # written by the transformer itself, not by its pipeline
         return "", stored
@@ -166,19 +168,19 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     found += [f"init_lora_weights={start}, which changes the base"] if start not in PLAIN_STARTS else []
     if found:
         raise ValueError(
-            f"was made with {found[0]}; only a plain LoRA can be read, which adds alpha / rank · B A to the base's "
+            f"was made with {found[0]}; only a plain LoRA is supported, which adds alpha / rank · B A to the base's "
             "layers with one alpha"
         )
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, in one line, for tensors that are not a LoRA of the transformer alone, or are damaged."""
-    expected = "expected the LoRA of a transformer alone, tensors named ...lora_A.weight and ...lora_B.weight"
+    """Raises ValueError, in one line, for tensors that are not a LoRA of the transformer only, or are damaged."""
+    expected = "expected the LoRA of a transformer only, tensors named ...lora_A.weight and ...lora_B.weight"
     if not tensors:
-        raise ValueError(f"holds nothing; {expected}")
+        raise ValueError(f"is empty; {expected}")
     for name, tensor in tensors.items():
         if name.startswith(OTHER_MODELS) or not FOREIGN.fullmatch(name):
-            raise ValueError(f"holds {name}; {expected}")
+            raise ValueError(f"contains {name}; {expected}")
         if name.endswith(".alpha"):
             _positive(tensor.item() if tensor.numel() == 1 else None, name)
         elif not tensor.is_floating_point() or tensor.ndim != 2:
@@ -187,7 +189,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} has values that are not finite in float32")
     examples = {_prefix(name): name for name in tensors}
     if len(examples) > 1:  # some converters leave out what is not named as they expect
-        raise ValueError(f"holds tensors named in two ways, such as {' and '.join(examples.values())}; {expected}")
+        raise ValueError(f"contains tensors named in two ways, {' and '.join(examples.values())}; {expected}")
 
 
 def _prefix(name: str) -> str:
@@ -208,14 +210,14 @@ def _convert(tensors: Mapping[str, Tensor], pipeline: Any) -> dict[str, Tensor]:
     """The tensors by diffusers' names, all of them: some converters leave out what they don't know."""
     example, known = min(tensors), "known are diffusers' files and PEFT's folders"
     if pipeline is None:
-        raise ValueError(f"holds {example}; {known}, and others only where the model's files are on this machine")
+        raise ValueError(f"contains {example}; {known}; other formats need the model's files on this machine")
     # diffusers' converter for FLUX.1 knows the names of the layers beside kohya's names of A and B alone
     renamed = {name.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): name for name in tensors}
     for given in (tensors, {new: tensors[name] for new, name in renamed.items()}):
         converted = _by_diffusers(given, pipeline)
         if converted and all(name.startswith(PREFIX) and NATIVE.fullmatch(name) for name in converted):
             return converted
-    raise ValueError(f"holds {example}; {known}, and diffusers converts no such names for a {pipeline.__name__}")
+    raise ValueError(f"contains {example}; {known}; diffusers does not convert such names for a {pipeline.__name__}")
 
 
 def _by_diffusers(tensors: Mapping[str, Tensor], pipeline: Any) -> dict[str, Tensor]:
@@ -242,13 +244,13 @@ def _state(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], config: L
     for layer in sorted({name.rpartition(".lora_")[0] for name in tensors} - {""}):
         pair = {f"{layer}.lora_{part}.weight": tensors.get(f"{layer}.lora_{part}.weight") for part in "AB"}
         if missing := [name for name, tensor in pair.items() if tensor is None]:
-            raise ValueError(f"has no {missing[0]}")
+            raise ValueError(f"lacks {missing[0]}")
         arrays = {name: tensor.float().numpy() for name, tensor in pair.items() if tensor is not None}
         rank = next(len(array) for array in arrays.values())
         if rank != config.rank:
             raise ValueError(
-                f"has rank {rank} in {layer}, but lora.rank is {config.rank}; give --set lora.rank={rank}, if it is "
-                "the same in all layers"
+                f"has rank {rank} in {layer}, but lora.rank is {config.rank}; give --set lora.rank={rank}, if all "
+                "layers have this rank"
             )
         own = tensors[f"{layer}.alpha"].item() if f"{layer}.alpha" in tensors else settings.get("lora_alpha", rank)
         alpha = _positive(own, "lora_alpha")

@@ -203,7 +203,7 @@ class FlowModel:
         least, most = self.sources
         if not least <= len(sources) <= most:
             raise ValueError(
-                f"model.sources: the prompt {shown(text_of(prompt))} has {len(sources)} source pictures; a "
+                f"model.sources: the prompt {shown(text_of(prompt))} has {len(sources)} source images; a "
                 f"{self.pipeline_class.__name__} takes {least} to {most}"
             )
         tensors = self._encode(text_of(prompt), negative, **self._options(sources))
@@ -284,12 +284,14 @@ class FlowModel:
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"sampler.shift: pipeline given, but the pipeline's scheduler is a {type(scheduler).__name__}, which "
-                "is not Euler's method on a flow: give a number"
+                "is not FlowMatchEulerDiscreteScheduler; give a number"
             )
         self._set_timesteps(scheduler, steps)
         grid: Tensor = scheduler.sigmas  # type: ignore[attr-defined]
         if not (grid.diff() < 0).all():
-            raise ValueError(f"sampler.steps: {steps} given; the pipeline's own grid needs more, or set sampler.shift")
+            raise ValueError(
+                f"sampler.steps: {steps} given; too few for the pipeline's own grid; give more, or set sampler.shift"
+            )
         return grid
 
     # What a family says otherwise.
@@ -373,7 +375,7 @@ class FlowModel:
         if not least <= given <= most:
             raise ValueError(
                 f"model.sources: {given} given; a {self.pipeline_class.__name__} takes {least} to {most} source "
-                "pictures a prompt"
+                "images per prompt"
             )
 
     def _check_guidance(self) -> None:
@@ -383,12 +385,12 @@ class FlowModel:
         if not self._guides():
             raise ValueError(
                 f"model.negative_prompt: {negative!r} given, but this {kind} is distilled and has no classifier-free "
-                "guidance; leave it out"
+                "guidance; remove it"
             )
         if self.guidance_scale <= self.least_scale:
             raise ValueError(
                 f"model.guidance_scale: {self.guidance_scale:g} given; with model.negative_prompt a {kind} needs more "
-                f"than {self.least_scale:g}; without guidance leave model.negative_prompt out"
+                f"than {self.least_scale:g}; to disable guidance, remove model.negative_prompt"
             )
 
 
@@ -400,7 +402,7 @@ def describe_model(config: ModelConfig) -> tuple[type[FlowModel], Description]:
     """
     own = imported(config.family) if config.family else None
     if own is not None and not (isinstance(own, type) and issubclass(own, FlowModel)):
-        raise ValueError(f"model.family: {config.family} given, which is no subclass of g2rpo_ray.models.FlowModel")
+        raise ValueError(f"model.family: {config.family} given, which is not a subclass of g2rpo_ray.models.FlowModel")
     description = describe_pipeline(config, (own.pipeline_class.__name__,) if own else tuple(FAMILIES))
     family = own or importlib.import_module(f"{__package__}.{FAMILIES[description.kind]}").Model
     FlowModel._by_transformer[family.transformer_class] = family  # others may have the same transformer

@@ -58,8 +58,8 @@ def _target_modules(transformer: nn.Module, config: LoraConfig) -> list[str]:
     for target in config.targets:
         if not any(_ends_with(name, target) for name in linear):
             raise ValueError(
-                f"lora.targets: {target!r} is not the ending of any linear layer of this transformer; "
-                f"use `all-linear` or endings of names such as {linear[-2]}"
+                f"lora.targets: {target!r} is not the suffix of a linear layer's name in this transformer; "
+                f"give `all-linear` or suffixes of names such as {linear[-2]}"
             )
     return [name for name in linear if any(_ends_with(name, target) for target in config.targets)]
 

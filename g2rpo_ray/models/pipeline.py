@@ -46,11 +46,11 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
     path, revision = resolve(config.path), config.revision
     with loading(config):
         if Path(path).is_absolute() and not Path(path).is_dir():  # diffusers would speak of the hub
-            raise ValueError("there is no such directory")
+            raise ValueError("no such directory")
         index = DiffusionPipeline.load_config(path, revision=revision)
         kind = index.get("_class_name")
         if kind not in kinds:
-            raise ValueError(f"it holds a {kind}; known are {', '.join(kinds)}")
+            raise ValueError(f"it is a {kind}; supported are {', '.join(kinds)}")
         parts = tuple(name for name, value in index.items() if is_part(value) and value[0] is not None)
         encoders = [part for part in parts if (Path(path) / part / "config.json").is_file() and part not in NOT_TEXT]
         settings = {  # any class of models reads config.json
@@ -61,7 +61,7 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
         if quantized := given.get("quantization_config"):
             raise ValueError(
                 f"model.path: {config.path} is saved with quantized weights ({_quantization(quantized)}) in {part}; "
-                "give the pipeline as it was before, such as in bfloat16"
+                "give the original pipeline, such as in bfloat16"
             )
     network, autoencoder = settings["transformer"], settings["vae"]
     return Description(kind, parts, network, autoencoder)
@@ -127,7 +127,7 @@ def loading(config: ModelConfig) -> Iterator[None]:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         raise ValueError(
             f"model.path: cannot load {given}; expected a diffusers pipeline, a directory with model_index.json "
-            "and a folder for each part, or the id of one on the Hugging Face hub: check the path, or download it "
+            "and a folder for each part, or its id on the Hugging Face hub; check the path, or download it "
             f"where the hub can be reached and give that directory ({reason})"
         ) from None
 
@@ -158,4 +158,4 @@ def set_attention_backend(transformer: Any, backend: str) -> None:
         transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
         reason = textwrap.shorten(str(error), 300)
-        raise ValueError(f"model.attention_backend: {backend!r} given; not usable here: {reason}") from None
+        raise ValueError(f"model.attention_backend: {backend!r} given; not usable on this machine: {reason}") from None

@@ -26,7 +26,7 @@ def quantize(transformer: nn.Module, kind: str, device: str) -> None:
         from torchao import quantization
     except ImportError:
         raise ValueError(
-            f"rollout.completions.quantization: {kind} given, which needs torchao: pip install 'g2rpo_ray[completions]'"
+            f"rollout.completions.quantization: {kind} given, which needs torchao; pip install 'g2rpo_ray[completions]'"
         ) from None
     try:
         configuration = getattr(quantization, CONFIGURATIONS[kind])()

@@ -62,11 +62,11 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def write_report(run: Path, kept: Folder | None = None) -> None:
-    """Write report.html about a run in a folder here, `kept` elsewhere. What goes wrong is logged, and ends no run."""
+    """Writes report.html of a run from a local folder to `kept`. Errors are logged and never end a run."""
     try:
         replace_text(run / "report.html", render([replace(read_run(str(run)), place=str(kept or run))]))
     except Exception as error:
-        logger.warning("no report could be written: %s: %s", type(error).__name__, error)
+        logger.warning("report.html could not be written: %s: %s", type(error).__name__, error)
 
 
 def _curves(runs: Sequence[Run], trained: Sequence[str], unseen: Sequence[str]) -> dict[str, list[Figure]]:

@@ -290,7 +290,7 @@ def test_models_are_fetched_where_actors_will_need_them_with_their_environment(t
         assert [path.read_bytes() for path in home.rglob("HPS.pt")] == [b"weights"]
         assert said[-2] == "fetching tiny/hps:HPS.pt, where not in the cache, on 1 nodes"
         with pytest.raises(
-            ValueError, match=r"^rewards.preference.options.checkpoint: tiny/hps:none.pt can't be fetched"
+            ValueError, match=r"^rewards.preference.options.checkpoint: cannot download tiny/hps:none.pt"
         ):
             asyncio.run(fetch_models(rewards("tiny/hps:none.pt", {"CPU": 1}), said.append))
 

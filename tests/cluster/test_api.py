@@ -63,7 +63,7 @@ def test_runs_in_a_notebook_and_a_thread_of_one_process(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     *_, lora, refused = done.stdout.splitlines()
     assert lora == f"{tmp_path}/first/lora"
-    assert refused.startswith("data.prompts_per_iteration: 2 given, but there are 1 prompts")
+    assert refused.startswith("data.prompts_per_iteration: 2 given")
     assert "train(config, rewards={...})" in (tmp_path / "first" / "config.yaml").read_text()
 
 

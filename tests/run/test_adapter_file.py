@@ -242,11 +242,11 @@ REFUSED: dict[str, tuple[Any, dict[str, str] | None, list[str]]] = {
     "beyond float32": (damaged("lora_A.weight", lambda t: t.double() * 1e300), None, ["lora_A.weight", "not finite"]),
     "alpha beyond float32": (None, stored(lora_alpha=1e300), ["lora_B.weight times its alpha is not finite"]),
     "a convolution": (damaged("lora_A.weight", lambda t: t[..., None, None]), None, ["float32 [2, 4, 1, 1]"]),
-    "half a layer": (damaged("lora_A.weight", None), None, ["has no blocks.0.attn.to_q.lora_A.weight"]),
+    "half a layer": (damaged("lora_A.weight", None), None, ["lacks blocks.0.attn.to_q.lora_A.weight"]),
     "another rank": (damaged("lora_A.weight", lambda t: t[:1]), None, ["has rank 1", "to_q", "lora.rank is 2"]),
     "a text encoder": (lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(2, 4)}), None, ["text_encoder."]),
     "two namings": (lambda t: t.update({"diffusion_model.q.lora_A.weight": torch.ones(2, 4)}), None, ["two ways"]),
-    "nothing": (lambda t: t.clear(), None, ["holds nothing"]),
+    "nothing": (lambda t: t.clear(), None, ["is empty"]),
     "alpha is null": (None, stored(lora_alpha=None), ["lora_alpha is None; must be a positive number"]),
     "alpha is text": (None, stored(lora_alpha="2"), ["lora_alpha is '2'"]),
     "alpha is 0": (None, stored(lora_alpha=0), ["lora_alpha is 0;"]),
@@ -296,10 +296,10 @@ def test_a_format_that_diffusers_does_not_know_for_the_family_is_refused(
 ) -> None:
     file = tmp_path / "adapter.safetensors"
     save_file(kohya(matrices(QWEN)), file)
-    assert "diffusers converts no such names for a StableDiffusion3Pipeline" in refused(
+    assert "diffusers does not convert such names for a StableDiffusion3Pipeline" in refused(
         file, diffusers.StableDiffusion3Pipeline
     )
-    assert "holds lora_unet_transformer_blocks" in refused(file)  # of a model that is not here
+    assert "contains lora_unet_transformer_blocks" in refused(file)  # of a model that is not here
     save_file(kohya(matrices({"single_blocks.0.linear1": 4})), file)  # of another size than FLUX.1
     assert "diffusers cannot convert it for a FluxPipeline (AssertionError" in refused(file, diffusers.FluxPipeline)
     save_file(kohya(matrices(FLUX2_ROWS | {"double_stream_modulation_img_lin": 4})), file)  # which diffusers leaves out

@@ -244,7 +244,7 @@ def test_a_model_family_of_ones_own_is_one_file(own):
         "attn.to_q"
     }
     assert fingerprint(config.model) != fingerprint(load_config().model)
-    with pytest.raises(ValueError, match=r"^model\.family: mine:group given, which is no subclass of"):
+    with pytest.raises(ValueError, match=r"^model\.family: mine:group given, which is not a subclass of"):
         describe_model(load_config(**{"model.family": "mine:group"}).model)
 
 

@@ -47,7 +47,7 @@ CASES = {
     "missing file": (["--config", "FILES/none.yaml"], ["--config: cannot read", "none.yaml"]),
     "missing model": (["--set", "model.path=FILES/none"], ["model.path: ", "is not a directory", "hub id"]),
     "no pipeline": (["--set", "model.path=FILES/not-a-pipeline"], ["model.path: ", "has no model_index.json"]),
-    "granularity 0": (["--set", "sampler.strides=[0]"], ["sampler.strides: [0] given", "from 1 up"]),
+    "granularity 0": (["--set", "sampler.strides=[0]"], ["sampler.strides: [0] given", "at least 1"]),
     "step beyond T": (["--set", "sampler.branch_steps=[10]"], ["sampler.branch_steps: [10] given", "0..9"]),
     "no such method": (["--set", "method=grpo"], ["method: 'grpo' given", "allowed are awm, ", "g2rpo"]),
     "a group of one": (["--set", "sampler.group_size=1"], ["credit.group: siblings given", "alone in its group"]),
@@ -108,7 +108,7 @@ ONLY_CHECKED = {
         ["rollout.attention_backend=best"],
         ["rollout.attention_backend: 'best' given; allowed are flash"],
     ),
-    "no such layer": (["lora.targets=[attn.to_x]"], ["lora.targets: 'attn.to_x' is not the ending of any"]),
+    "no such layer": (["lora.targets=[attn.to_x]"], ["lora.targets: 'attn.to_x' is not the suffix of"]),
     "no such module": (
         ["rewards.preference.kind=nomod:fac"],
         ["rewards.preference: reward kind: nomod:fac cannot be imported (ModuleNotFoundError"],

@@ -145,7 +145,7 @@ def test_what_a_device_or_an_installation_lacks_is_one_line(monkeypatch):
         quantize(transformer(), "float8", "cpu")
     assert "\n" not in str(told.value)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ValueError, match=r"needs torchao: pip install 'g2rpo_ray\[completions\]'"):
+    with pytest.raises(ValueError, match=r"needs torchao; pip install 'g2rpo_ray\[completions\]'"):
         quantize(transformer(), "int8", "cpu")
 
 

@@ -252,7 +252,7 @@ def test_sources_that_a_pipeline_cannot_take_are_refused() -> None:
         FlowModel.load(settings("qwen_image_edit_plus", sources=0), "cpu")
     with pytest.raises(ValueError, match=r"^model\.sources: 1 given; a FluxPipeline takes 0 to 0 source"):
         FlowModel.load(load_config(None, ["model.sources=1"]).model, "cpu")
-    with pytest.raises(ValueError, match=r"^model\.sources: the prompt 'make it red' has 0 source pictures; a Qwen"):
+    with pytest.raises(ValueError, match=r"^model\.sources: the prompt 'make it red' has 0 source images; a Qwen"):
         loaded("qwen_image_edit_plus").encode(["make it red"])
     with pytest.raises(ValueError, match=r"Image too small: 48×64"):
         encoded(loaded("flux2_klein"), "make it red", [picture(48, 64, 0)], None)

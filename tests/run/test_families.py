@@ -370,7 +370,7 @@ def assert_refused(family: str, words: list[str], **changes: Any) -> None:
 
 
 def test_a_grid_that_needs_more_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^sampler\.steps: 1 given; the pipeline's own grid needs more"):
+    with pytest.raises(ValueError, match=r"^sampler\.steps: 1 given; too few for the pipeline's own grid"):
         loaded("qwen_image").sigmas(1)
 
 

@@ -108,6 +108,6 @@ def test_what_cannot_be_fetched_is_one_line(repos, tmp_path):
     with serve_hub(repos) as hub:
         done = call(tmp_path, hub, "-m", "g2rpo_ray.fetch", "--set", "model.path=tiny/none")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: model.path: tiny/none can't be fetched (")
+    assert done.stderr.splitlines()[-1].startswith("error: model.path: cannot download tiny/none (")
     assert "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr

@@ -251,7 +251,7 @@ def test_a_pipeline_saved_in_4_bits_is_refused(part: str, tiny: Path, tmp_path: 
     file = path / part / "config.json"
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantized}))
-    words = rf"^model\.path: .* quantized weights \(bitsandbytes, load_in_4bit\) in {part}; give the pipeline as it was"
+    words = rf"^model\.path: .* quantized weights \(bitsandbytes, load_in_4bit\) in {part}; give the original pipeline"
     with pytest.raises(ValueError, match=words) as error:
         FlowModel.load(settings(path), "cpu")
     assert "\n" not in str(error.value)

@@ -112,7 +112,7 @@ def test_all_that_is_wrong_with_a_configuration_is_named_and_not_the_first_thing
     ]  # fmt: skip
     assert "the prompt 'a cat' has no quoted text" in problems[3]
     assert printed.count("\nstand-in:") == 2
-    assert "\nrehearsed:     failed: lora.targets: 'nothing' is not the ending of any linear layer" in printed
+    assert "\nrehearsed:     failed: lora.targets: 'nothing' is not the suffix of" in printed
 
 
 def test_a_model_that_is_unknown_here_has_no_twin(tmp_path, capsys):

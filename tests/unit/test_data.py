@@ -344,7 +344,7 @@ def test_the_order_is_the_same_in_another_process() -> None:
 
 
 def test_more_prompts_an_iteration_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^data\.prompts_per_iteration: 3 given, but there are 2 prompts"):
+    with pytest.raises(ValueError, match=r"^data\.prompts_per_iteration: 3 given, but data\.train_prompts has 2"):
         iteration_prompts(["a", "b"], 3, 0, 0)
 
 

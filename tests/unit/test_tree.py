@@ -326,11 +326,11 @@ def test_batches_stay_full_until_the_longest_path_is_alone():
         ({"branch_steps": (9,)}, ["branch_steps: [9] given", "0..7", "2 stochastic edges of length 4"]),
         ({"branch_steps": (1, 0)}, ["branch_steps: [1, 0]", "ascending"]),
         ({"branch_steps": ()}, ["branch_steps: []"]),
-        ({"strides": (0, 1)}, ["strides: [0, 1] given", "from 1 up"]),
+        ({"strides": (0, 1)}, ["strides: [0, 1] given", "at least 1"]),
         ({"roots": 0}, ["roots"]),
         ({"edge_length": 0}, ["edge_length"]),
-        ({"roots": 1000, "children": 1000}, ["1000000 images a prompt", "at most 13333"]),
-        ({"splits": tuple(range(1, 15)), "width": 64}, ["images a prompt", "at most 13333"]),
+        ({"roots": 1000, "children": 1000}, ["1000000 images per prompt", "at most 13333"]),
+        ({"splits": tuple(range(1, 15)), "width": 64}, ["images per prompt", "at most 13333"]),
     ],
 )
 def test_a_shape_that_leads_nowhere_is_refused(change, words):
