@@ -1,14 +1,14 @@
-"""Granularity: the index paths along which a branch is completed, and what stands in the place of `auto`. No torch."""
+"""Granularity: the index paths of completions, and the ladder and choices of `auto`. No torch."""
 
 from dataclasses import dataclass
 
 
 def completion_path(branch_step: int, steps: int, stride: int, layout: str) -> list[int]:
-    """Schedule indices from branch_step + 1 to `steps` that a branch visits at granularity `stride`.
+    """Schedule indices from branch_step + 1 to `steps` of a branch at granularity `stride`.
 
-    `paper`: the remaining-step counts 1, 1 + λ, 1 + 2λ … below the start, walked downwards, then the image.
-    `authors` (their released code): one fine step, then every λ-th index; the last listed index is never evaluated
-    unless it is the image: the step before it jumps there.
+    `paper`: the remaining-step counts 1, 1 + λ, 1 + 2λ … below the start in descending order, then the image.
+    `authors` (their released code): one fine step, then every λ-th index. If the last of these is not the image, it is
+    replaced by the image.
     """
     start = branch_step + 1
     if layout == "paper":
@@ -21,10 +21,13 @@ def completion_path(branch_step: int, steps: int, stride: int, layout: str) -> l
 
 
 def ladder(branch_step: int, steps: int, largest: int, layout: str) -> tuple[int, ...]:
-    """Strides from 1 to `largest`, each of half of the evaluations of the one before, or less: 1, 2, 4, 8 of 10 steps.
+    """Strides from 1 to `largest`, each with at most half of the evaluations of the one before: 1, 2, 4, 8 of 10 steps.
 
     Args:
-        branch_step: the index before the one where the longest completion starts.
+        branch_step: the index before the start of the longest completion.
+        steps: T, sampling steps.
+        largest: bound of the strides.
+        layout: see `completion_path`.
     """
 
     def evaluations(stride: int) -> int:
@@ -39,7 +42,7 @@ def ladder(branch_step: int, steps: int, largest: int, layout: str) -> tuple[int
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What stands in the place of `auto`, for an iteration."""
+    """The values of `auto` for an iteration."""
 
     strides: tuple[int, ...]
     branch_steps: tuple[int, ...]

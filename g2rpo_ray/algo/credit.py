@@ -1,4 +1,4 @@
-"""Credit: from the scores of leaves to the advantage of each trained edge. Numpy alone: the driver counts by it, too.
+"""Credit: from the scores of leaves to the advantage of each trained edge. Numpy only, because the driver imports it.
 
 value of an edge: mean score of the leaves below it ─► minus its group's mean, over the spread
 ─► summed over rewards and granularities with their weights ─► clamped
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from g2rpo_ray.algo.tree import ANCHOR, Tree, groups
 
-GROUP_EPSILON, BATCH_EPSILON = 1e-8, 1e-4  # added to a standard deviation, as the papers have them
+GROUP_EPSILON, BATCH_EPSILON = 1e-8, 1e-4  # added to a standard deviation, as in the papers
 Floats = NDArray[np.floating[Any]]
 
 
@@ -31,13 +31,15 @@ def edge_advantages(
     """A[e] = Σ_r w_r Σ_j w_j (value[r, j, e] − mean of its group) / spread, clamped to ±clip.
 
     Args:
-        scores: [R, Q], NaN where one is missing: it is in no mean, and an edge that has a value missing gets 0.
+        tree: of one prompt.
+        scores: [R, Q], NaN if missing. Means omit missing scores, and an edge with a missing value gets 0.
         group: `siblings`, the edges of one parent (G²RPO, section 3.3), or `step`, the edges that start at one index
-            (Flow-GRPO, DanceGRPO, MixGRPO). An edge that is not trained is compared with, too: where the trained steps
-            are drawn, DanceGRPO normalises over all members.
+            (Flow-GRPO, DanceGRPO, MixGRPO). Groups include untrained edges: if trained steps are drawn, DanceGRPO
+            normalises over all members.
         spread: `group`, the unbiased std of the group's values + 1e-8, or `batch`, `batch_std` + 1e-4 (Flow-GRPO).
         batch_std: [R], see `batch_std`.
         reward_weights, granularity_weights: R and J numbers, all 1 by default.
+        clip: maximum absolute advantage.
         least_spread: see `without_spread`.
 
     Returns:
@@ -57,7 +59,7 @@ def edge_advantages(
 
 
 def edge_values(tree: Tree, scores: Floats) -> Floats:
-    """[R, J, E] in float64: the mean of the scores [R, Q] that are there below each edge, by granularity; else NaN."""
+    """Values [R, J, E] float64: the mean of the present scores [R, Q] below each edge, by granularity; NaN if none."""
     tags = sorted(set(tree.tag.tolist()) - {ANCHOR})
     below = np.zeros((len(tags), len(tree.source), len(tree.leaf)))
     for edge in range(len(tree.source)):
@@ -70,7 +72,7 @@ def edge_values(tree: Tree, scores: Floats) -> Floats:
 
 
 def scored_edges(tree: Tree, scores: Floats) -> NDArray[np.bool_]:
-    """Bool [E]: edges that have a value under every reward and granularity. The others take no part in the loss."""
+    """Bool [E]: edges with a value under every reward and granularity. The others are not in the loss."""
     return np.asarray(np.isfinite(edge_values(tree, scores)).all((0, 1)))
 
 
@@ -78,7 +80,7 @@ def normalise(
     tree: Tree, values: Floats, *, group: str, spread: str, batch_std: Sequence[float] | Floats | None = None,
     least_spread: float = 0.0,
 ) -> Floats:  # fmt: skip
-    """Values [R, J, E] minus the mean of their group, over the spread; 0 where a group has none, or a value is NaN."""
+    """Values [R, J, E] minus the mean of their group, over the spread; 0 for a group without spread or a NaN value."""
     if spread not in ("group", "batch"):
         raise ValueError(f"spread: {spread!r} given; allowed are 'group' and 'batch'")
     member = groups(tree, group)
@@ -98,10 +100,10 @@ def normalise(
 
 
 def without_spread(tree: Tree, values: Floats, group: str, least: float = 0.0) -> NDArray[np.bool_]:
-    """Bool [R, J, groups]: groups whose values [R, J, E] that are there are all one number, or fewer than two.
+    """Bool [R, J, groups]: groups with fewer than two present values [R, J, E], or a range of at most `least`.
 
-    Told from the largest and smallest: the rounding of a mean would turn equal scores into noise of size one.
-    `least`: groups in which these differ by no more than that count, too (Edit-R1, arXiv 2510.16888).
+    It uses the largest and smallest value, since the rounding of a mean would turn equal scores into noise. A `least`
+    above 0 is from Edit-R1 (arXiv 2510.16888).
     """
     member, there = groups(tree, group), np.isfinite(values)
     highest = _by_group(np.maximum, np.where(there, values, -np.inf), member, -np.inf)
@@ -110,16 +112,16 @@ def without_spread(tree: Tree, values: Floats, group: str, least: float = 0.0) -
 
 
 def _by_group(combine: np.ufunc, values: Floats, member: NDArray[Any], start: float) -> Floats:
-    """[R, J, groups]: the values [R, J, E] of each group, combined one after the other."""
+    """The values [R, J, E] of each group combined, [R, J, groups]."""
     found = np.full((*values.shape[:2], int(member.max()) + 1), start, np.float64)
     combine.at(found, (..., member), values)  # type: ignore[arg-type]  # numpy's stubs know no tuples here
     return found
 
 
 def batch_std(trees: Sequence[Tree], scores: Sequence[Floats]) -> Floats:
-    """[R] float64: the population std of each reward over all leaves but anchors' of an iteration, [R, Q] a prompt.
+    """Population std [R] float64 of each reward over all leaves of an iteration except anchors, [R, Q] per prompt.
 
-    Flow-GRPO's spread: it belongs to the iteration, whatever the number of ranks. A missing score is in none of them.
+    It is Flow-GRPO's spread, independent of the number of ranks. Missing scores are omitted.
     """
     parts = [part[:, tree.tag != ANCHOR] for tree, part in zip(trees, scores, strict=True)]
     present = [row[np.isfinite(row)] for row in np.concatenate(parts, axis=1).astype(np.float64)]

@@ -1,4 +1,4 @@
-"""Growing a tree, or a part of it, over any velocity: each node is evaluated once, in batches that the plan decides."""
+"""Grows a tree, or a part of it, with any velocity: each node is evaluated once, in batches fixed by the plan."""
 
 import heapq
 import itertools
@@ -12,27 +12,27 @@ from g2rpo_ray.algo.kernels import ode_step, transition
 from g2rpo_ray.algo.tree import Tree
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [N, ...], sigma [N]) -> velocity [N, ...]; every call costs N evaluations."""
+"""(x [N, ...], sigma [N]) -> velocity [N, ...]; a call costs N evaluations."""
 
 Noise = Callable[[Sequence[int]], Tensor]
 """(edges) -> standard normal [len(edges), ...]."""
 
 Ended = Callable[[Iterable[int], Tensor], None]
-"""(rows, latents [I, ...]): these rows of the latents are at the image, and will not change."""
+"""(rows, latents [I, ...]): called when these rows of the latents are images, and final."""
 
 
 def _no_noise(edges: Sequence[int]) -> Tensor:
-    raise ValueError(f"noise: none given, but {len(edges)} stochastic edges are in the part")
+    raise ValueError(f"noise: none given, but the part has {len(edges)} stochastic edges")
 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """What was asked for of the part that has grown."""
+    """The requested results of a part."""
 
     latents: Tensor  # [K, ...] of the nodes in `keep`
-    velocities: Tensor  # [K, ...] of those of them that were evaluated; none where the part began with given ones
-    log_prob: Tensor  # [E'] of the part's stochastic edges, ascending; NaN where a step has no noise
-    ends: Tensor  # [I, ...] latents where the part ends, ascending by node: the images', but for a trunk
+    velocities: Tensor  # [K, ...] of the nodes in `keep`; empty if the part starts at given velocities
+    log_prob: Tensor  # [E'] of the part's stochastic edges, ascending; NaN if a step has no noise
+    ends: Tensor  # [I, ...] latents where the part ends, ascending by node: images, except for a trunk
 
 
 def grow(
@@ -51,18 +51,20 @@ def grow(
     keep: Sequence[int] = (),
     ended: Ended = lambda rows, latents: None,
 ) -> Grown:
-    """Grow the nodes of a part of a tree from the latents of given ones.
+    """Grows the nodes of a part of a tree from the latents of given nodes.
 
     Args:
-        nodes: the part, ascending; with each of them its parent, unless that one is given with its velocity.
-        given: where the part starts: nodes of it, or, where `v` is given, nodes outside whose children are in it.
-        x, v: [len(given), ...] their latents, and velocities that are known already.
+        velocity: evaluated once for each inner node.
+        tree: of one prompt.
+        nodes: the part, ascending. It contains the parent of each node, except parents given with a velocity.
+        given: the start: nodes of the part, or, with `v`, nodes outside whose children are in it.
+        x, v: [len(given), ...] their latents, and their velocities if known.
         sigmas: the grid, [T + 1], on the CPU.
-        noise: of stochastic edges, for `kernel` at `eta`.
-        micro_batch: most nodes in one call of `velocity`, whatever their sigma.
-        keep: nodes of the part whose latents and velocities the answer has.
-        ended: told of each image as soon as it is there, while others have steps to go; row r is the r-th image of the
-            part.
+        kernel, eta: of stochastic edges: see `transition`.
+        noise: of stochastic edges.
+        micro_batch: maximum nodes per call of `velocity`, of any sigma.
+        keep: nodes of the part whose latents and velocities are returned.
+        ended: called when images are final, while others continue; row r is the r-th image of the part.
     """
     steps, rows = _plan(tree, nodes, given, v is not None, micro_batch, keep)
     grid = sigmas.to(x)
@@ -83,7 +85,7 @@ def grow(
             x0, v0 = here[at["ode"]], speed[at["ode"]]
             state[at["ode row"]] = ode_step(x0, v0, grid[at["now"]], grid[at["then"]])
         for (start, end), members in step.stochastic.items():
-            assert speed is not None  # nothing follows from given roots before they are evaluated
+            assert speed is not None  # given roots are evaluated first
             source, row, place = (at[f"{start} {end} {column}"] for column in range(3))
             epsilon = noise([edge for *_, edge in members])
             taken = transition(kernel, here[source], speed[source], sigmas, start, eta, next_index=end, noise=epsilon)
@@ -97,8 +99,8 @@ def grow(
 
 
 def integrate(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The ODE from x [N, ...] at the first of the sigmas to the last, an evaluation of N for each interval."""
-    grid = sigmas.to(x)  # one copy to the device: each would wait for the steps before it
+    """Integrates the ODE from x [N, ...] at the first sigma to the last, with N evaluations for each interval."""
+    grid = sigmas.to(x)  # one copy to the device, since each would wait for earlier steps
     for place, (now, then) in enumerate(itertools.pairwise(sigmas)):
         x = ode_step(x, velocity(x, grid[place].expand(len(x))), now, then)
     return x
@@ -106,9 +108,9 @@ def integrate(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Step:
-    """One batch: the nodes that are evaluated, and their children. Rows are those of the state, a latent each."""
+    """One batch: its evaluated nodes, and their children. Rows are those of the state, one latent each."""
 
-    rows: list[int] = field(default_factory=list)  # where the batch's latents are
+    rows: list[int] = field(default_factory=list)  # rows of the batch's latents
     index: list[int] = field(default_factory=list)  # their schedule indices
     # place in the batch, child's row, schedule index, child's
     ode: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -134,7 +136,7 @@ class _Step:
 
 
 def _on_device(steps: Sequence[_Step], device: torch.device) -> list[dict[str, Tensor]]:
-    """The columns of all steps, in one copy to the device."""
+    """The columns of all steps, copied to the device at once."""
     columns = [step.columns() for step in steps]
     flat = torch.tensor([i for named in columns for column in named.values() for i in column], device=device)
     parts = iter(flat.split([len(column) for named in columns for column in named.values()]))
@@ -144,9 +146,9 @@ def _on_device(steps: Sequence[_Step], device: torch.device) -> list[dict[str, T
 def _plan(
     tree: Tree, nodes: Sequence[int], given: Sequence[int], known: bool, micro_batch: int, keep: Sequence[int]
 ) -> tuple[list[_Step], int]:
-    """The steps, the first of which is what is given; and the number of rows.
+    """The steps, beginning with the given nodes, and the number of rows.
 
-    A node's row is that of the first node below it where the part ends: its first child takes its place.
+    A node has the row of the first end of the part below it, so that its first child replaces it.
     """
     part, places = set(nodes), {node: place for place, node in enumerate(keep)}
     children = _children(tree, nodes)
@@ -169,7 +171,7 @@ def _plan(
                 new.images.append(row[child])
             if child in places:
                 new.kept.append((row[child], places[child]))
-            if source is None:  # it is given
+            if source is None:  # a given node
                 continue
             start, end = int(tree.index[batch[source]]), int(tree.index[child])
             if edge < 0:
@@ -187,7 +189,7 @@ def _plan(
 
 
 def batch_sizes(tree: Tree, nodes: Sequence[int], micro_batch: int) -> list[int]:
-    """Nodes in each call of `velocity` that `grow` makes for a part; it starts at roots, or at known velocities."""
+    """Sizes of the calls of `velocity` by `grow` for a part that starts at roots or at known velocities."""
     part = set(nodes)
     ready = [node for node in nodes if int(tree.parent[node]) not in part]
     return [len(batch) for batch in _batches(tree, part, _children(tree, nodes), ready, micro_batch)]
@@ -203,9 +205,9 @@ def _children(tree: Tree, nodes: Sequence[int]) -> dict[int, list[int]]:
 def _batches(
     tree: Tree, part: set[int], children: dict[int, list[int]], ready: Iterable[int], micro_batch: int
 ) -> Iterator[list[int]]:
-    """In which batches the inner nodes of a part are evaluated: of the ready ones those with the most to go.
+    """The batches of a part's inner nodes: of the ready nodes, those with the most remaining steps.
 
-    Which nodes meet follows from the tree, the part and the size alone; batches stay full until the last paths end.
+    They depend only on the tree, the part and the size, and are full until the last paths end.
     """
     heap = [(-int(tree.height[node]), node) for node in ready if tree.inner[node]]
     heapq.heapify(heap)

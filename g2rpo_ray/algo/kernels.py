@@ -1,4 +1,4 @@
-"""One step of the sampler: the deterministic one and the stochastic ones, sampled and rescored by the same function."""
+"""Steps of the sampler, deterministic and stochastic. The same function samples and rescores a step."""
 
 import math
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Transition:
     next_x: Tensor  # [N, ...]
     mean: Tensor  # [N, ...]
     std: float  # of every element
-    log_prob: Tensor | None  # [N], nats, mean over the non-batch dimensions; None where the step has no noise
+    log_prob: Tensor | None  # [N], nats, mean over the non-batch dimensions; None if the step has no noise
 
 
 def ode_step(x: Tensor, velocity: Tensor, sigma: Tensor | float, next_sigma: Tensor | float) -> Tensor:
-    """Euler step x + (σ' − σ) v of the probability-flow ODE; sigmas may be one number or one a row [N]."""
+    """Euler step x + (σ' − σ) v of the probability-flow ODE; sigmas are numbers or one per row [N]."""
     if isinstance(sigma, Tensor) and sigma.ndim:
         delta = (torch.as_tensor(next_sigma, device=sigma.device) - sigma).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return x + delta * velocity
@@ -43,7 +43,7 @@ def transition(
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> Transition:
-    """Take (given `noise`) or rescore (given `next_x`) the step from `index` to `next_index`.
+    """Samples (with `noise`) or rescores (with `next_x`) the step from `index` to `next_index`.
 
     Args:
         kernel: `ode`; `flow` (Flow-GRPO, g = η√(σ/(1−σ)), at σ = 1 with σ_1 below the root); `dance` (DanceGRPO,
@@ -51,12 +51,14 @@ def transition(
             the ODE step.
         x, velocity: [N, ...], float32 or float64; a dimension of 1 broadcasts against `noise` or `next_x`.
         sigmas: the grid, [T + 1].
-        next_index: default `index + 1`; a later one makes one long step of several (E-GRPO).
+        index: of the start.
+        eta: noise level η.
+        next_index: default `index + 1`; a later one makes one long step (E-GRPO).
         noise: standard normal ε, [N, ...].
-        next_x: the state that was reached, [N, ...].
+        next_x: the state after the step, [N, ...].
 
     Raises:
-        ValueError: an unknown kernel, or a stochastic step that is given neither or both of noise and next_x.
+        ValueError: an unknown kernel, or a stochastic step with neither or both of noise and next_x.
     """
     sigma, next_sigma = float(sigmas[index]), float(sigmas[index + 1 if next_index is None else next_index])
     return step_between(kernel, x, velocity, sigma, next_sigma, eta, first=float(sigmas[1]), noise=noise, next_x=next_x)
@@ -103,7 +105,7 @@ def time_weight(sigma: float, next_sigma: float, first: float) -> float:
 
 
 def ends_without_noise(kernel: str, eta: float) -> bool:
-    """Whether a stochastic step that ends at the image has no noise."""
+    """True if a stochastic step that ends at the image has no noise."""
     zero = torch.zeros(1, 1)
     return named("kernel", kernel, KERNELS)(zero, zero, 0.5, 0.0, eta, 0.9)[1] == 0.0
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from g2rpo_ray.imports import named
 
 OBJECTIVES = ("clip", "guard", "dppo", "reinforce")
-MOST_DRIFT = 1e-5  # of `dppo`
+MAX_DRIFT = 1e-5  # of `dppo`
 
 
 def edge_losses(
@@ -45,6 +45,9 @@ def edge_losses(
         drift: [E], d above, for `guard` and `dppo`.
         delta: [E], σ_b − σ_a, for `guard`.
 
+    Returns:
+        [E].
+
     Raises:
         ValueError: an unknown objective.
     """
@@ -65,13 +68,13 @@ def edge_losses(
 
 
 def needs_drift(objective: str) -> bool:
-    """Whether the objective reads the drift of edges."""
+    """True if the objective uses the drift of edges."""
     own = _own(objective)
     return "drift" in signature(own).parameters if own else objective in ("guard", "dppo")
 
 
 def _own(objective: str) -> Callable[..., Tensor] | None:
-    """The function of an objective that is the user's own."""
+    """The user's own function of an objective, or None."""
     known: dict[str, Callable[..., Tensor] | None] = dict.fromkeys(OBJECTIVES)
     return named("objective", objective, known)
 
@@ -79,7 +82,7 @@ def _own(objective: str) -> Callable[..., Tensor] | None:
 def cut_off(
     objective: str, ratio: Tensor, advantage: Tensor, *, clip_range: float, drift: Tensor | None = None
 ) -> Tensor:
-    """Edges, bool [E], whose loss has no gradient: they have moved as far as the objective lets them.
+    """Bool [E]: edges whose loss has no gradient, because they are at the limit of the objective.
 
     Args:
         ratio, advantage: [E].
@@ -90,7 +93,7 @@ def cut_off(
         return torch.zeros_like(ratio, dtype=torch.bool)
     if objective == "dppo":
         assert drift is not None, "dppo needs the drift"
-        return (drift.detach() >= MOST_DRIFT) & ((ratio - 1) * advantage > 0)
+        return (drift.detach() >= MAX_DRIFT) & ((ratio - 1) * advantage > 0)
     return (ratio - 1) * advantage > clip_range * advantage.abs()
 
 
@@ -102,7 +105,7 @@ def edge_ratios(
     std: Tensor | None = None,
     drift: Tensor | None = None,
 ) -> Tensor:
-    """ρ of each edge, [E], as the objective has it."""
+    """The ratio ρ [E] of each edge, as defined by the objective."""
     _own(objective)  # raises for one that is not known
     if objective == "guard":
         assert std is not None, "guard needs the std of the steps"
@@ -128,13 +131,13 @@ def policy_loss(
     """Σ weight · `edge_losses` / denominator, over the valid edges.
 
     Args:
-        valid: bool [E], edges that count; default all.
-        denominator: edges of the whole batch that this call is a part of; default: the valid ones given here.
-        weight: [E], default 1.
+        valid: bool [E], edges that count. Default: all.
+        denominator: number of edges of the whole batch. Default: the valid ones of this call.
+        weight: [E]. Default: 1.
 
     Returns:
-        The loss, and `ratio_mean` and `clip_fraction` over the same denominator (so that parts of a batch add up),
-        and `ratio_max_dev`, the largest |ρ − 1| (the parts' maximum).
+        The loss, and the metrics `ratio_mean` and `clip_fraction` over the same denominator, to be summed over parts
+        of a batch, and `ratio_max_dev`, the largest |ρ − 1|.
     """
     valid = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid
     total = max(float(valid.sum()) if denominator is None else denominator, 1.0)
@@ -154,8 +157,8 @@ def policy_loss(
 
 
 def mean_shift(mean: Tensor, other: Tensor, std: float) -> Tensor:
-    """(μ − μ')² / (2 std²) averaged over all dimensions but the first, [N]: the KL of two Gaussian steps of one std.
+    """(μ − μ')² / (2 std²) averaged over all dimensions but the first, [N]: the KL of two Gaussian steps of equal std.
 
-    Against the reference's mean it is the KL penalty, against the old policy's an edge's drift.
+    With the reference's mean it is the KL penalty, with the old policy's mean an edge's drift.
     """
     return ((mean - other) ** 2).flatten(1).mean(1) / (2 * std**2)

@@ -1,4 +1,4 @@
-"""What a tree's scores tell of its cost: which granularities and which branch steps are worth their evaluations."""
+"""Signals of a tree's scores: agreement of granularities, and spread at branch steps."""
 
 from collections.abc import Collection, Sequence
 
@@ -17,15 +17,18 @@ def agreement(
     reward_weights: Sequence[float] | None = None,
     steps: Collection[int] | None = None,
 ) -> Floats:
-    """[J, groups]: correlation, within each comparison group, of the advantages under each granularity with `finest`'s.
+    """Correlations [J, groups] of the advantages under each granularity and the finest, within comparison groups.
 
-    NaN where either has no spread. Where it is near 1, the coarse completions say what the fine ones do, for less. An
-    edge that has a value missing is left out.
+    NaN if either has no spread. Near 1, coarse completions give the same advantages as fine ones. Edges with a missing
+    value are omitted.
 
     Args:
+        tree: of one prompt.
         scores: [R, Q].
-        finest: place of the finest granularity in `strides`.
-        steps: schedule indices of the groups that count; None: all.
+        group: see `edge_advantages`.
+        finest: index of the finest granularity in `strides`.
+        reward_weights: R numbers. Default: 1.
+        steps: schedule indices of the groups that count. Default: all.
     """
     advantage = _advantages(tree, scores, group, reward_weights)
     counted = [members for members in _compared(tree, group) if steps is None or tree.start[members[0]] in steps]
@@ -36,7 +39,7 @@ def agreement(
 def likeness(
     tree: Tree, scores: Floats, others: Floats, *, group: str, reward_weights: Sequence[float] | None = None
 ) -> Floats:
-    """[groups]: correlation, within each comparison group, of the advantages under scores and under others, [R, Q]."""
+    """Correlations [groups] of the advantages under two sets of scores [R, Q], within comparison groups."""
     both = [
         _advantages(tree, one, group, reward_weights).mean(0) for one in (scores, others)
     ]  # [E], over granularities
@@ -45,11 +48,13 @@ def likeness(
 
 
 def spreads(tree: Tree, scores: Floats, *, group: str, place: int | None = None) -> dict[int, list[float]]:
-    """By schedule index, the unbiased std of each comparison group that starts there.
+    """Unbiased std of each comparison group, by the schedule index at which it starts.
 
     Args:
-        scores: [Q] of one reward. Values that are missing are left out; a group of fewer than two is none.
-        place: of the granularity, in `strides`; None: the mean over all of them.
+        tree: of one prompt.
+        scores: [Q] of one reward. Missing values, and groups with fewer than two values, are omitted.
+        group: see `edge_advantages`.
+        place: index of the granularity in `strides`. Default: the mean over all of them.
     """
     values = edge_values(tree, scores[None])[0]  # [J, E]
     values = values.mean(0) if place is None else values[place]
@@ -62,7 +67,7 @@ def spreads(tree: Tree, scores: Floats, *, group: str, place: int | None = None)
 
 
 def _advantages(tree: Tree, scores: Floats, group: str, reward_weights: Sequence[float] | None) -> Floats:
-    """[J, E], of scores [R, Q], by granularity; NaN where one is missing."""
+    """Advantages [J, E] of scores [R, Q], by granularity; NaN if a score is missing."""
     values = np.where(scored_edges(tree, scores), edge_values(tree, scores), np.nan)
     normal = normalise(tree, values, group=group, spread="group")
     if reward_weights is not None:
@@ -71,13 +76,13 @@ def _advantages(tree: Tree, scores: Floats, group: str, reward_weights: Sequence
 
 
 def _compared(tree: Tree, group: str) -> list[list[int]]:
-    """The edges of each comparison group that has trained ones."""
+    """The edges of each comparison group with trained edges."""
     number = groups(tree, group)
     return [np.flatnonzero(number == one).tolist() for one in np.unique(number[tree.trained])]
 
 
 def _correlations(advantage: Floats, finest: int) -> Floats:
-    """[J] of advantages [J, e]."""
+    """Correlations [J] of advantages [J, e] with those of `finest`."""
     deviation = advantage - advantage.mean(1, keepdims=True)
     norm = np.linalg.norm(deviation, axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN

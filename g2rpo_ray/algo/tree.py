@@ -1,10 +1,10 @@
-"""The sampling tree: what a method evaluates, where it is stochastic, and which images each stochastic step leads to.
+"""The sampling tree: evaluations of a method, its stochastic steps, and the images below each stochastic step.
 
-    shape ─► nodes (latents at a schedule index), edges (stochastic steps), leaves (images), in an order of their own
+    shape ─► nodes (latents at a schedule index), edges (stochastic steps), leaves (images), in a fixed order
 
-A node's velocity is evaluated once, if it has children, whatever their number: the evaluations of a rollout are its
-inner nodes. What is reached by ODE from one node at one index is one node, so granularities whose paths begin alike
-share those states, and an image that several of them share is one leaf node with an entry for each.
+A node's velocity is evaluated once, if it has children, for all of them: the evaluations of a rollout are its inner
+nodes. ODE steps from one node to one index lead to one node, so granularities share the states that their paths have
+in common. An image that several granularities share is one node with a leaf for each.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from g2rpo_ray.imports import named
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-MAX_STATES = 200_000  # images × steps of a prompt: a larger tree would take minutes to plan, and days to grow
+MAX_STATES = 200_000  # images × steps of a prompt; a larger tree would take minutes to plan
 
 ANCHOR = -1
-"""The tag of an anchor's image: it is scored, and in no advantage."""
+"""The tag of an anchor's image, which is scored but in no advantage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A prompt's forest, by few numbers. Indices are those of the schedule, 0 (noise) to `steps` (image).
+    """The parameters of a prompt's forest. Indices are those of the schedule, 0 (noise) to `steps` (image).
 
-    R roots are initial noises, each with a trunk of ODE steps. At each branch step `children` leave the trunk by a
-    stochastic edge; each goes on for `stochastic_edges` of them in all, `edge_length` steps long; from there to the
-    image by ODE, at every granularity.
+    Roots are initial noises, each with a trunk of ODE steps. At each branch step, `children` leave the trunk. Each has
+    `stochastic_edges` consecutive stochastic edges of `edge_length` steps, then ODE steps to the image at every
+    granularity.
     """
 
     steps: int
@@ -42,17 +42,17 @@ class Shape:
     children: int = 1
     stochastic_edges: int = 1
     edge_length: int = 1
-    splits: tuple[int, ...] = ()  # indices at which a node among stochastic edges has `width` children in place of one
+    splits: tuple[int, ...] = ()  # indices at which a node among stochastic edges has `width` children instead of one
     width: int = 2
     strides: tuple[int, ...] = (1,)
     layout: str = "paper"
-    untrained: tuple[int, ...] = ()  # indices from which no edge is trained
-    anchors: bool = False  # the trunks go on to the image, which is scored
+    untrained: tuple[int, ...] = ()  # indices at which no trained edge starts
+    anchors: bool = False  # trunks continue to the image, which is scored
 
 
 @dataclass(frozen=True, slots=True)
 class Subtree:
-    """One child of one branch point with all below it: ranges, as nodes, edges and leaves are in depth-first order."""
+    """One child of a branch point with everything below it, as ranges of nodes, edges and leaves (depth first)."""
 
     root: int
     branch_step: int
@@ -64,40 +64,39 @@ class Subtree:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A forest as plain arrays. N nodes, E stochastic edges, Q leaves: (image, granularity) pairs.
+    """A forest as arrays of N nodes, E stochastic edges, Q leaves (pairs of image and granularity).
 
-    Order of nodes: roots; trunks root by root; then root by root, branch step by branch step, child by child, depth
-    first.
+    Order of nodes: roots; trunks by root; then subtrees by root, branch step and child, depth first.
     """
 
     index: Ints  # [N] schedule index
-    parent: Ints  # [N], −1: a root
-    edge: Ints  # [N], the stochastic edge that leads here; −1: reached by ODE
+    parent: Ints  # [N], −1 for a root
+    edge: Ints  # [N], the stochastic edge to the node, −1 for an ODE step
     source: Ints  # [E] node
     target: Ints  # [E] node
     start: Ints  # [E] schedule index of the source
     end: Ints  # [E] schedule index of the target
     trained: Bools  # [E]
     leaf: Ints  # [Q] node
-    tag: Ints  # [Q] granularity: place in `strides`; ANCHOR: an anchor's image
-    subtrees: tuple[Subtree, ...]  # what a branch unit may hold
-    strides: tuple[int, ...] = (1,)  # [J], what the tags stand for
-    probe: bool = False  # the learner gets all edges, trained or not, to compare their gradients
+    tag: Ints  # [Q] granularity: index in `strides`; ANCHOR for an anchor's image
+    subtrees: tuple[Subtree, ...]  # of branch units
+    strides: tuple[int, ...] = (1,)  # [J]
+    probe: bool = False  # the learner gets all edges, also untrained ones, to compare their gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is worked out from the fields: a tree travels to every rank of the learner."""
+        """Only the fields, without cached properties, since trees are sent to every rank of the learner."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def inner(self) -> Bools:
-        """[N]: whether a node has children, and so is evaluated."""
+        """Bool [N]: nodes with children, which are evaluated."""
         inner = np.zeros(len(self.index), bool)
         inner[self.parent[self.parent >= 0]] = True
         return inner
 
     @cached_property
     def height(self) -> Ints:
-        """[N]: evaluations from a node to the furthest of its leaves, its own included."""
+        """Evaluations [N] from a node to its furthest leaf, including its own."""
         height = np.zeros(len(self.index), np.int64)
         for node in range(len(self.index) - 1, -1, -1):  # a parent's number is below its children's
             if (parent := self.parent[node]) >= 0:
@@ -111,17 +110,17 @@ class Tree:
 
     @cached_property
     def images(self) -> Ints:
-        """The nodes that are images, each once, ascending: what is decoded and scored."""
+        """The image nodes, each once, ascending. They are decoded and scored."""
         return np.unique(self.leaf)
 
     @cached_property
     def states(self) -> Ints:
-        """The parents of trained edges, each once, ascending: what the learner evaluates, forward and backward."""
+        """The parents of trained edges, each once, ascending. The learner evaluates them forward and backward."""
         return np.unique(self.source[self.trained])
 
     @cached_property
     def last_edge(self) -> Ints:
-        """[N]: the last edge on the way from its root to each node; −1: there is none."""
+        """The last stochastic edge [N] between root and node; −1 if there is none."""
         last = self.edge.copy()
         for node in np.flatnonzero((last < 0) & (self.parent >= 0)):  # a parent's number is below its children's
             last[node] = last[self.parent[node]]
@@ -129,7 +128,7 @@ class Tree:
 
     @cached_property
     def trained_images(self) -> Ints:
-        """The images whose last edge is trained, ascending: what the forward process makes noisy again."""
+        """The image nodes whose last edge is trained, ascending: the images of the forward process."""
         last = self.last_edge[self.images]
         return self.images[(last >= 0) & self.trained[last]]
 
@@ -145,17 +144,17 @@ class Tree:
 
     @cached_property
     def branch_points(self) -> Ints:
-        """The trunks' nodes that subtrees leave from, ascending."""
+        """The trunk nodes with subtrees, ascending."""
         return np.unique([self.source[subtree.edges.start] for subtree in self.subtrees])
 
     def below(self, edge: int) -> range:
-        """The leaves [Q] below an edge."""
+        """The indices of the leaves below an edge."""
         first, last = self._leaves_below[edge]
         return range(first, last)
 
     @cached_property
     def _leaves_below(self) -> list[tuple[int, int]]:
-        """Leaves are in depth-first order, so those below an edge are a range."""
+        """The range of leaves below each edge, since leaves are in depth-first order."""
         found: dict[int, tuple[int, int]] = {}
         for place, node in enumerate(self.leaf):
             at = int(node)
@@ -166,17 +165,17 @@ class Tree:
         return [found[edge] for edge in range(len(self.source))]
 
     def members(self, branch_step: int, first: int, count: int) -> list[Subtree]:
-        """Subtrees [first, first + count) of those that branch off at a step: root by root, child by child."""
+        """Subtrees [first, first + count) of a branch step, ordered by root and child."""
         there = [subtree for subtree in self.subtrees if subtree.branch_step == branch_step]
         return there[first : first + count]
 
 
 @lru_cache(maxsize=256)
 def plan_tree(shape: Shape) -> Tree:
-    """The forest of one prompt. It depends on the shape alone; nothing is evaluated.
+    """The forest of one prompt. It depends only on the shape; nothing is evaluated.
 
     Raises:
-        ValueError: a shape that leads nowhere: the message says which number, and what is allowed.
+        ValueError: an impossible shape; the message has the parameter and the allowed values.
     """
     _check(shape)
     return _Planner(shape).tree()
@@ -208,14 +207,14 @@ def _check(shape: Shape) -> None:
 
 
 class _Planner:
-    """Grows the lists of a tree in its order of nodes."""
+    """Builds the lists of a tree in the order of nodes."""
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._nodes: list[tuple[int, int, int]] = []  # index, parent, edge
         self._edges: list[tuple[int, int]] = []  # source, target
         self._leaves: list[tuple[int, int]] = []  # node, tag
-        self._by_ode: dict[tuple[int, int], int] = {}  # (node, index) -> what an ODE edge from it to there leads to
+        self._by_ode: dict[tuple[int, int], int] = {}  # (node, index) -> node after the ODE step
 
     def tree(self) -> Tree:
         shape = self._shape
@@ -245,7 +244,7 @@ class _Planner:
         return Subtree(root, branch_step, child, *(range(a, b) for a, b in zip(before, after, strict=True)))
 
     def _stochastic(self, source: int, to_go: int) -> None:
-        """One stochastic edge from a node, and all below it; `to_go` edges in a row, this one included."""
+        """Adds a stochastic edge from a node, and everything below it; `to_go` consecutive edges with this one."""
         shape = self._shape
         end = self._nodes[source][0] + shape.edge_length
         node = self._node(end, source, edge=len(self._edges))
@@ -257,7 +256,7 @@ class _Planner:
             self._stochastic(node, to_go - 1)
 
     def _complete(self, node: int) -> None:
-        """From a node to the image, by ODE at every granularity."""
+        """Adds the ODE steps from a node to the image at every granularity."""
         index = self._nodes[node][0]
         for tag, stride in enumerate(self._shape.strides):
             at = node
@@ -276,19 +275,19 @@ class _Planner:
 
 
 GROUPS: dict[str, Callable[[Tree], Ints]] = {"siblings": lambda tree: tree.source, "step": lambda tree: tree.start}
-"""By name, what is the same number for edges that are compared with each other, [E]."""
+"""By name, a function of a tree to a number per edge, [E]; edges with equal numbers are compared."""
 
 
 def groups(tree: Tree, group: str) -> Ints:
-    """[E]: the number of each edge's comparison group, from 0 up."""
+    """The number [E] of each edge's comparison group, from 0."""
     return np.unique(named("group", group, GROUPS)(tree), return_inverse=True)[1]
 
 
 def compared_leaves(tree: Tree, group: str) -> list[Ints]:
-    """Which leaves [Q] are compared with each other: a part of them a group and granularity, parts that overlap joined.
+    """Disjoint sets of leaves that are compared with each other, for each granularity, without anchors.
 
-    The edges of a chain have the same leaves below them, those of siblings lie inside their parents': what is left is
-    the widest group of each leaf. Anchors are in none.
+    Overlapping groups are joined: edges of a chain have the same leaves below them, and siblings' leaves are inside
+    their parents'.
     """
     number, part = groups(tree, group), np.arange(len(tree.leaf))
     for of_group in range(int(number.max()) + 1):

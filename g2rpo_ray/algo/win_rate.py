@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 
 def shares(won: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Float32 [N]: the mean over its comparisons of won [..., N, N], by row; NaN where an image was in none."""
+    """Win rates float32 [N]: row means of the comparisons won [..., N, N]; NaN for an image without comparisons."""
     there = np.isfinite(won)
     axes = (*range(won.ndim - 2), won.ndim - 1)
     count = there.sum(axis=axes)
@@ -14,9 +14,9 @@ def shares(won: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def win_rates(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Float32 [N]: the share of the others that each of scores [N] beats, ties half.
+    """Win rates float32 [N]: the share of the others that each of scores [N] beats; a tie counts half.
 
-    A missing score stays missing, and is in no comparison; so is one that none is left to be compared with.
+    A missing score stays missing and is not compared. A score without any comparison is NaN.
     """
     won = (np.sign(np.subtract.outer(scores, scores).astype(np.float64)) + 1) / 2
     np.fill_diagonal(won, np.nan)
