@@ -1,4 +1,4 @@
-"""Prompts, the order in which they are used, and their embeddings in Parquet. No Ray here."""
+"""Prompts, their order, and their embeddings in Parquet. No Ray."""
 
 from g2rpo_ray.data.embeddings import EmbeddingStore, encode_missing, fingerprint, negative_prompts
 from g2rpo_ray.data.prompts import (

@@ -1,10 +1,9 @@
 """Prompts' embeddings in Parquet, encoded once and shared between runs of the same model.
 
-Layout: `<directory>/<fingerprint>/part-<unique>.parquet`. A row is one prompt in one role, and a row group of its own,
-so that reading one prompt (4 MB for FLUX) reads nothing else. Its tensors have the names of the pipeline's arguments.
-Every row has a digest, which is compared whenever it is read; a part that is damaged is deleted, and its prompts are
-encoded again. Parquet's own checksums are of pages alone, not of where a column's pages are. Rows that were written
-before there were digests are read without.
+Layout: `<directory>/<fingerprint>/part-<unique>.parquet`. A row is one prompt in one role. It is also a row group, so
+that reading one prompt (4 MB for FLUX) reads nothing else. Its tensors have the names of the pipeline's arguments.
+Every row has a digest, which is checked at each read. A damaged part is deleted, and its prompts are encoded again.
+Parquet's own checksums cover only pages, not their positions. Rows of older versions without digests are not checked.
 """
 
 import hashlib
@@ -62,10 +61,10 @@ T = TypeVar("T")
 
 
 def fingerprint(config: ModelConfig) -> str:
-    """SHA-256 of all that decides an embedding: encoders, tokenizers, pipeline, dtype, length, templates in diffusers.
+    """SHA-256 of everything that affects an embedding: encoders, tokenizers, pipeline, dtype, length, diffusers.
 
-    A local pipeline counts by the content of its files, so that it may move and may not change; one on the hub by its
-    id and revision.
+    A local pipeline is identified by the content of its files, so that it can be moved but not changed. One on the hub
+    is identified by id and revision.
     """
     version = metadata.version("diffusers").rpartition(".")[0]  # importing it takes seconds
     digest = hashlib.sha256(f"{LAYOUT}\0{version}\0{config.dtype}\0{config.max_sequence_length}\0".encode())
@@ -87,23 +86,23 @@ def fingerprint(config: ModelConfig) -> str:
 
 
 class DamagedPart(ValueError):
-    """A part was damaged and is deleted; its prompts are missing from now on."""
+    """A part was damaged and is deleted; its prompts are now missing."""
 
 
 class EmbeddingStore:
-    """The embeddings under one fingerprint. Sees what was there when it was opened, and what it adds itself.
+    """The embeddings with one fingerprint. It knows those that existed when it was opened, and those it adds.
 
-    Any number of processes may add at once: parts have unique names, and of a prompt in two of them either will do.
+    Any number of processes may add concurrently: parts have unique names, and duplicates of a prompt are equivalent.
     """
 
     def __init__(self, directory: str | Path, fingerprint: str, read_only: bool = False) -> None:
-        """`read_only`: a part that is damaged stays, and is as good as none."""
+        """With `read_only`, damaged parts are not deleted, but their prompts are missing."""
         self._directory, self._key, self._read_only = Folder(directory), fingerprint, read_only
         self._folder = self._directory / fingerprint
         self._places: dict[tuple[str, str], tuple[str, int]] = {}  # prompt, role -> file, row
         self._verified: set[str] = set()
         self.damaged: list[str] = []
-        """Parts that it found damaged, and deleted."""
+        """Names of damaged parts that were deleted."""
         for file in self._parts(self._folder):
             with suppress(DamagedPart):
                 self._note(file, self._read_part(file, _keys))
@@ -111,7 +110,7 @@ class EmbeddingStore:
     def missing(self, prompts: Sequence[str], role: Role = "prompt") -> list[str]:
         """The `prompts` that are not stored, in order, without repetitions.
 
-        The parts of the others are read whole, for at most `VERIFY_S` seconds; those of damaged parts are missing, too.
+        The parts of stored ones are verified for at most `VERIFY_S` seconds; prompts of damaged parts are missing.
         """
         wanted, deadline = list(dict.fromkeys(prompts)), time.monotonic() + VERIFY_S
         for file in dict.fromkeys(self._places[prompt, role][0] for prompt in wanted if (prompt, role) in self._places):
@@ -120,24 +119,23 @@ class EmbeddingStore:
         return [prompt for prompt in wanted if (prompt, role) not in self._places]
 
     def outdated(self) -> list[str]:
-        """Folders beside this one, where it has nothing, whose embeddings an earlier version of the program wrote."""
+        """If the store is empty, other folders with embeddings of an earlier version of the program."""
         names = [] if self._places else [name for name in self._directory.names() if FINGERPRINT.fullmatch(name)]
         parts = [(name, next(self._parts(self._directory / name), None)) for name in names if name != self._key]
         return [name for name, part in parts if part and _is_outdated(self._directory / name, part)]
 
     def add(self, embeddings: list[PromptEmbedding], role: Role = "prompt") -> None:
-        """Store embeddings in a part of their own, which is there whole or, after a kill, not at all."""
+        """Stores embeddings in a new part. After a kill, a part is complete or does not exist."""
         file = f"part-{uuid.uuid4().hex}.parquet"
         table = pa.Table.from_pylist([_to_row(embedding, role) for embedding in embeddings], schema=SCHEMA)
         content = pa.BufferOutputStream()
-        # neither compression nor a dictionary: the bits of a network's output repeat too little
+        # no compression or dictionary, because the bits of a network's output hardly repeat
         pq.write_table(table, content, row_group_size=1, compression="none", use_dictionary=False)
         self._folder.write(file, content.getvalue())
         self._note(file, [(embedding.prompt, role) for embedding in embeddings])
 
     def get(self, prompts: Sequence[str], negative: str | None = None) -> list[PromptEmbedding]:
-        """The embeddings of prompts that are stored, bit for bit as they were added, each with that of the negative
-        prompt.
+        """The embeddings of stored prompts, bit for bit as added, each with that of the negative prompt.
 
         Raises:
             DamagedPart: one line; encode its prompts again.
@@ -150,7 +148,7 @@ class EmbeddingStore:
         return self._read_part(file, lambda part: _from_row(part.read_row_group(row), prompt, role))
 
     def _read_part(self, file: str, read: Callable[[pq.ParquetFile], T]) -> T:
-        """What `read` makes of a part; where it fails, the part is read whole: is it the part, or the storage?"""
+        """The result of `read` on a part. If it fails, the part is verified, to tell damage from storage errors."""
         try:
             with self._folder.open(file) as content:
                 return read(pq.ParquetFile(content))
@@ -164,7 +162,7 @@ class EmbeddingStore:
             ) from None
 
     def _is_sound(self, file: str) -> bool:
-        """Whether every row of a part can be read. OSError where its bytes cannot be had."""
+        """True if every row of a part can be read. OSError if its bytes cannot be read."""
         content = self._folder.read(file)
         try:
             part = pq.ParquetFile(pa.BufferReader(content))
@@ -194,7 +192,7 @@ class EmbeddingStore:
 
 
 def negative_prompts(negative: str | None, prompts: Sequence[str]) -> list[str]:
-    """What prompts guide away from, each once: the negative prompt, if there is one, with the sources of the prompt."""
+    """The negative prompts of prompts, each once: the negative prompt, if any, with the sources of the prompt."""
     return [] if negative is None else list(dict.fromkeys(f"{negative}{sources_of(prompt)}" for prompt in prompts))
 
 
@@ -204,7 +202,7 @@ def encode_missing(
     encode: Callable[[Sequence[str]], list[PromptEmbedding]],
     role: Role = "prompt",
 ) -> Iterator[tuple[int, float]]:
-    """Encode and store prompts part by part; after each part (prompts done, seconds since the start).
+    """Encodes and stores prompts part by part; yields (prompts done, seconds since the start) after each part.
 
     Each part is saved when it is complete, so that a killed process resumes with the missing prompts.
     """
@@ -252,7 +250,7 @@ def _digest(row: Mapping[str, Any]) -> bytes:
 
 
 def _from_row(table: pa.Table, prompt: str, role: str) -> PromptEmbedding:
-    """The embedding in a row of that prompt and role. ValueError where it is not what was written."""
+    """The embedding in a row of this prompt and role. ValueError if the row has changed."""
     (row,) = table.to_pylist()
     if (row["prompt"], row["role"]) != (prompt, role) or row.get("sha256") not in (None, _digest(row)):
         raise ValueError("a row has another checksum than when it was written")

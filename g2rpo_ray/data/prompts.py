@@ -1,4 +1,4 @@
-"""The prompts of a run, drawn in an order that the seed and the iteration decide."""
+"""The prompts of a run, and their order by seed and iteration."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ class Prompts:
 
     train: tuple[str, ...]
     heldout: tuple[str, ...]
-    dropped: int  # training prompts that are held out too, and not trained on
-    metadata: Mapping[str, Metadata] = field(default_factory=dict)  # by prompt, of those that have any
+    dropped: int  # number of training prompts that were dropped because they are held out
+    metadata: Mapping[str, Metadata] = field(default_factory=dict)  # by prompt, if not empty
 
     @property
     def records(self) -> dict[str, Metadata]:
@@ -23,10 +23,9 @@ class Prompts:
 
 
 def without_heldout(train: Sequence[str], heldout: Sequence[str]) -> tuple[str, ...]:
-    """The training prompts that are no held-out ones, whatever their capitals and spaces.
+    """The training prompts that are not held out, ignoring case and spaces.
 
-    They are dropped from training, and not from what is held out: a comparison must mean the same for every run, and a
-    prompt that was trained on would flatter this one.
+    Duplicates are dropped from training, so that the held-out set is the same for all runs.
     """
     held = {_alike(prompt) for prompt in heldout}
     return tuple(prompt for prompt in train if _alike(prompt) not in held)
@@ -37,10 +36,10 @@ def _alike(prompt: str) -> str:
 
 
 def iteration_prompts(prompts: Sequence[str], per_iteration: int, seed: int, iteration: int) -> tuple[str, ...]:
-    """The prompts of one iteration, counted from 0: no two the same.
+    """The different prompts of one iteration, counted from 0.
 
-    Each epoch has an order of its own and len(prompts) // per_iteration whole iterations; the prompts left over wait
-    for another epoch, as with a data loader that drops its last batch. `prompts` holds none twice.
+    Each epoch has another order and len(prompts) // per_iteration iterations. Like a data loader with drop_last, it
+    does not use the remaining prompts. `prompts` must not have duplicates.
 
     Raises:
         ValueError: there are fewer prompts than an iteration needs.
@@ -55,9 +54,9 @@ def iteration_prompts(prompts: Sequence[str], per_iteration: int, seed: int, ite
 
 
 def drawn_prompts(prompts: Sequence[str], per_iteration: int, seed: int, iterations: int) -> tuple[str, ...]:
-    """The prompts that `iterations` iterations from the first draw, each once, in the order of their first use.
+    """The prompts of the first `iterations` iterations, each once, in the order of first use.
 
-    A run over a big file uses few of its prompts, and an embedding takes megabytes: these alone need encoding.
+    Only these need embeddings, which take megabytes each.
     """
     an_epoch = len(prompts) // per_iteration
     drawn: dict[str, None] = {}
@@ -71,5 +70,5 @@ def drawn_prompts(prompts: Sequence[str], per_iteration: int, seed: int, iterati
 
 def _epoch_order(prompts: Sequence[str], seed: int, epoch: int) -> tuple[str, ...]:
     order = list(prompts)
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a string: the same on every platform
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # a string seed gives the same order on every platform
     return tuple(order)

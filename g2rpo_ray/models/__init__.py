@@ -1,4 +1,4 @@
-"""Diffusers pipelines as flow models, and the LoRA that is trained on them. No Ray here."""
+"""Diffusers pipelines as flow models, and their LoRA. No Ray."""
 
 from g2rpo_ray.models.adapter_file import check_adapter_file, export_lora, read_lora
 from g2rpo_ray.models.base import Conditioning, FlowModel, describe_model

@@ -1,4 +1,4 @@
-"""An adapter's file: written as diffusers reads it, and read in the formats of diffusers, PEFT, kohya and ai-toolkit.
+"""Files of adapters: writes diffusers' format, and reads those of diffusers, PEFT, kohya and ai-toolkit.
 
 A file's effect is alpha / rank · B A. Programs disagree about where alpha is stored, so exports have alpha = rank, with
 the rest of the factor in B.
@@ -37,15 +37,15 @@ OTHER_ARITHMETIC = (
     "alpha_pattern", "use_rslora", "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
     "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-"""Settings of PEFT with which a layer adds something else than alpha / rank · B A, with one alpha."""
+"""Settings of PEFT with which a layer does not add alpha / rank · B A with one alpha."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of PEFT's `init_lora_weights` that leave the base's weights as they are."""
+"""Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
 
 def export_lora(directory: str | Path, state: Mapping[str, FloatArray], config: LoraConfig, pipeline: Any) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which has the same effect wherever it is loaded: alpha is the rank.
+    """Writes `pytorch_lora_weights.safetensors` with alpha = rank, so that its effect is the same in all programs.
 
-    Equal states are equal files.
+    Equal states give equal files.
     """
     layers = sorted({name.split(".lora_")[0] for name in state})
     scaled = scale_lora(state, config.alpha / config.rank)
@@ -67,7 +67,7 @@ def scale_lora(state: Mapping[str, FloatArray], factor: float) -> dict[str, Floa
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the header's metadata in order: safetensors writes them in another one every time."""
+    """Sorts the header's metadata, which safetensors writes in a random order."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -79,7 +79,7 @@ def _sort_metadata(file: Path) -> None:
 
 
 def check_adapter_file(path: str | Path) -> None:
-    """`read_lora` without what the model must be known for.
+    """Checks a file like `read_lora`, as far as possible without the model.
 
     Raises:
         ValueError: one line; there is no adapter, or no LoRA has its effect.
@@ -112,7 +112,7 @@ def read_lora(path: str | Path, config: LoraConfig, pipeline: Any = None) -> dic
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """The tensors, what the names of layers start with, and PEFT's settings, as far as they are stored; all checked."""
+    """The checked tensors, the prefix of layers' names, and PEFT's settings as far as they are stored."""
     tensors, metadata, file = _load(path)
     prefix, settings = _settings(file, metadata)
     _check_settings(settings)
@@ -121,7 +121,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
-    """Tensors and metadata of the file, and which it is."""
+    """Tensors and metadata of the file, and its path."""
     file = path
     if path.is_dir():
         file = path / (PEFT_FILE if (path / PEFT_FILE).exists() and not (path / FILE).exists() else FILE)
@@ -136,7 +136,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
 
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """What the names of layers start with, and PEFT's settings, as far as they are stored."""
+    """The prefix of layers' names, and PEFT's settings as far as they are stored."""
     if file.name == PEFT_FILE:
         try:
             return PEFT_PREFIX, _object((file.parent / PEFT_SETTINGS).read_text("utf-8", "replace"), PEFT_SETTINGS)
@@ -188,7 +188,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
         elif not tensor.float().isfinite().all():
             raise ValueError(f"{name} has values that are not finite in float32")
     examples = {_prefix(name): name for name in tensors}
-    if len(examples) > 1:  # some converters leave out what is not named as they expect
+    if len(examples) > 1:  # some converters drop tensors with other names
         raise ValueError(f"contains tensors named in two ways, {' and '.join(examples.values())}; {expected}")
 
 
@@ -207,11 +207,11 @@ def _positive(value: Any, where: str) -> float:
 
 
 def _convert(tensors: Mapping[str, Tensor], pipeline: Any) -> dict[str, Tensor]:
-    """The tensors by diffusers' names, all of them: some converters leave out what they don't know."""
+    """All tensors with diffusers' names; raises if a converter drops one."""
     example, known = min(tensors), "known are diffusers' files and PEFT's folders"
     if pipeline is None:
         raise ValueError(f"contains {example}; {known}; other formats need the model's files on this machine")
-    # diffusers' converter for FLUX.1 knows the names of the layers beside kohya's names of A and B alone
+    # diffusers' converter for FLUX.1 knows these layer names only with kohya's names of A and B
     renamed = {name.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): name for name in tensors}
     for given in (tensors, {new: tensors[name] for new, name in renamed.items()}):
         converted = _by_diffusers(given, pipeline)
@@ -227,7 +227,7 @@ def _by_diffusers(tensors: Mapping[str, Tensor], pipeline: Any) -> dict[str, Ten
     diffusers_logging.disable_default_handler()
     try:
         converted: dict[str, Tensor] = pipeline.lora_state_dict(exact)
-    except Exception as error:  # each converter raises what its own code meets: KeyError, AssertionError ...
+    except Exception as error:  # converters raise KeyError, AssertionError ...
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"diffusers cannot convert it for a {pipeline.__name__} ({reason})") from None
     finally:
@@ -239,7 +239,7 @@ def _by_diffusers(tensors: Mapping[str, Tensor], pipeline: Any) -> dict[str, Ten
 
 
 def _state(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], config: LoraConfig) -> dict[str, FloatArray]:
-    """{name: float32 array}, with the effect that the tensors have by their alpha, or by that of the settings."""
+    """The state {name: float32 array}, scaled so that it has the effect of the tensors' or the settings' alpha."""
     state: dict[str, FloatArray] = {}
     for layer in sorted({name.rpartition(".lora_")[0] for name in tensors} - {""}):
         pair = {f"{layer}.lora_{part}.weight": tensors.get(f"{layer}.lora_{part}.weight") for part in "AB"}

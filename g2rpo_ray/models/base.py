@@ -47,11 +47,11 @@ FAMILIES = {
     "Lumina2Pipeline": "lumina2",
     "WanPipeline": "wan",
 }
-"""Module of each pipeline class, in this package; its `Model` is the adapter."""
+"""By pipeline class, the module of this package with the family's `Model`."""
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-UNCUT_TOKENS = 512  # that estimates take a prompt to have where a pipeline reads all of it
+UNCUT_TOKENS = 512  # assumed length of a prompt in estimates, for pipelines without a limit
 
 
 class FlowModel:
@@ -61,32 +61,32 @@ class FlowModel:
     transformer_class: ClassVar[Any] = ()
     vae_class: ClassVar[Any]
     arguments: ClassVar[tuple[tuple[str, str], ...]]
-    """Tensors of an embedding, by the names of the pipeline's own arguments, and what the transformer calls them."""
+    """Tensors of an embedding: name of the pipeline's argument, name of the transformer's argument."""
     optional_parts: ClassVar[tuple[str, ...]] = ()
-    """Parts without which the pipeline works, too: null in its `model_index.json`."""
+    """Parts that may be null in the pipeline's `model_index.json`."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION + TEXT_ATTENTION
-    """Name endings of the linear layers that get an adapter where `lora.targets` is unset."""
+    """Suffixes of the linear layers that get an adapter if `lora.targets` is unset."""
     lora_idle: ClassVar[tuple[str, ...]] = ()
-    """Those of them that have no effect, so no gradient, in the last of `transformer_blocks`."""
+    """Suffixes of the layers in the last of `transformer_blocks` without effect, and so without gradient."""
     once: ClassVar[tuple[str, ...]] = ()
-    """Modules whose input is the same in every call while one prompt is sampled without guidance."""
+    """Modules whose input is equal in every call while one prompt is sampled without guidance."""
     once_a_row: ClassVar[tuple[str, ...]] = ()
-    """The same, of modules whose input has a row a latent."""
+    """Like `once`, for modules whose input has one row per latent."""
     scale_name: ClassVar[str] = "guidance_scale"
-    """What the pipeline calls the scale of its guidance."""
+    """Name of the pipeline's argument for the guidance scale."""
     template_tokens: ClassVar[int] = 0
     """Tokens around a prompt that are not in its embedding."""
     least_scale: ClassVar[float] = 1.0
-    """Above it the pipeline guides by a negative prompt."""
+    """The pipeline uses the negative prompt if the guidance scale is above this value."""
     sources: ClassVar[tuple[int, int]] = (0, 0)
     """Least and most source pictures of a prompt: see `editing.EditingModel`."""
 
     _by_transformer: ClassVar[dict[Any, "type[FlowModel]"]] = {}
 
     collective = False
-    """Whether a call of the transformer is a collective, as under ZeRO 3: all ranks make as many for as many rows."""
+    """True if a call of the transformer is a collective, as with ZeRO 3: all ranks need equal calls of equal rows."""
     transformer: Any
-    """The velocity network; a wrapper with the same call may take its place. None where `load` was not asked for it."""
+    """The velocity network, or a wrapper of it. None if `load` did not load it."""
     latent_shape: tuple[int, ...]
 
     def __init__(self, config: ModelConfig, device: str, pipeline: Any, description: Description) -> None:
@@ -120,13 +120,16 @@ class FlowModel:
         text_encoders: bool = False,
         weights_on: str | None = None,
     ) -> "FlowModel":
-        """Load the parts asked for, frozen, in `config.dtype`, onto `device`; none: only check the settings.
+        """Loads parts of a pipeline, frozen, in `config.dtype`. Without any part it only checks the settings.
 
         Args:
+            config: section `model`.
+            device: of the weights.
+            vae, transformer, text_encoders: parts to load.
             weights_on: another device, from which the caller moves the weights to `device`.
 
         Raises:
-            ValueError: one line that names the key (`model.path`, `model.height` ...), what was given and what to do.
+            ValueError: one line with the key (`model.path`, `model.height` ...), the given value and what to do.
         """
         family, description = describe_model(config)
         check_size(config, 2 * family.vae_scale(description.autoencoder))
@@ -141,9 +144,9 @@ class FlowModel:
 
     @classmethod
     def skeleton(cls, config: ModelConfig, device: str = "meta") -> "FlowModel":
-        """The model from its configuration files alone: on the meta device shapes, on another one random weights."""
+        """The model from its configuration files only: shapes on the meta device, random weights on another one."""
         model, default = cls.load(config, device), torch.get_default_dtype()
-        torch.set_default_dtype(model._dtype)  # large models have no room for float32 on their way
+        torch.set_default_dtype(model._dtype)  # large models may not fit in float32
         try:
             with torch.device(device):
                 model.transformer = model.transformer_class.from_config(model.network)
@@ -160,13 +163,13 @@ class FlowModel:
 
     @property
     def decoder(self) -> torch.nn.Module:
-        """What `decode` needs the weights of."""
+        """The VAE's decoder, whose weights `decode` needs."""
         decoder: torch.nn.Module = self._pipeline.vae.decoder
         return decoder
 
     @staticmethod
     def vae_scale(autoencoder: Mapping[str, Any]) -> int:
-        """Pixels to one VAE latent, along an edge."""
+        """Pixels per VAE latent along a side."""
         return 2 ** (len(autoencoder["block_out_channels"]) - 1)
 
     @staticmethod
@@ -184,10 +187,12 @@ class FlowModel:
         self, prompts: Sequence[str], sources: Mapping[str, Sequence[Image]] = MappingProxyType({}), *,
         negative: bool = False,
     ) -> list[PromptEmbedding]:  # fmt: skip
-        """The prompts' embeddings, one forward pass each: a result must not depend on what else is encoded.
+        """The prompts' embeddings, one forward pass each, so that a result does not depend on other prompts.
 
         Args:
-            sources: RGB pictures of the prompts, by `types.sources_of` them.
+            prompts: names of prompts.
+            sources: RGB images of the prompts, by `types.sources_of`.
+            negative: encode them as negative prompts.
 
         Raises:
             ValueError: one line; the pipeline cannot take so many sources, or of such a size.
@@ -195,7 +200,7 @@ class FlowModel:
         return [self._embedding(prompt, negative, sources.get(sources_of(prompt), ())) for prompt in prompts]
 
     def take_cut_message(self) -> str:
-        """One line about the prompts that `encode` has cut since the last call, with their lengths; "" if none."""
+        """One line about the prompts that `encode` truncated since the last call, with their lengths; "" if none."""
         cut, self._cut = self._cut, {}
         return cut_message(cut)
 
@@ -221,11 +226,11 @@ class FlowModel:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the blocks' activations in the backward pass."""
+        """Recomputes the blocks' activations in the backward pass."""
         self.transformer.enable_gradient_checkpointing()
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
-        """Standard normal [...], float32, drawn on the CPU: the same bits for a model on any device."""
+        """Standard normal [...], float32, drawn on the CPU, so that the bits do not depend on the device."""
         return self._pack(torch.randn(self._noise_shape(), generator=generator))[0]
 
     def condition(
@@ -233,14 +238,14 @@ class FlowModel:
         embeddings: Sequence[PromptEmbedding],
         negative: PromptEmbedding | Sequence[PromptEmbedding] | None = None,
     ) -> Conditioning:
-        """K embeddings as the transformer takes them; `negative`: what to guide away from, if at all, one or K."""
+        """The transformer's inputs of K embeddings; `negative`, one or K embeddings, enables guidance."""
         if negative is None:
             return Conditioning(self._arguments_of(embeddings))
         away = [negative] if isinstance(negative, PromptEmbedding) else negative
         return Conditioning(self._arguments_of(embeddings), self._arguments_of(away))
 
     def random_embedding(self, prompt: str, generator: torch.Generator) -> PromptEmbedding:
-        """Noise of the shape and dtype of the longest prompt's embedding: to measure with."""
+        """Noise of the shape and dtype of the longest prompt's embedding, for measurements."""
         shapes = self.stored_shapes().items()
         drawn = {name: torch.randn(shape, generator=generator, device="cpu").to(self._dtype) for name, shape in shapes}
         return PromptEmbedding(prompt, {name: StoredTensor.of(tensor) for name, tensor in drawn.items()})
@@ -264,7 +269,7 @@ class FlowModel:
     def decode(self, x: Tensor) -> Tensor:
         """Images [N, H, W, 3], of videos [N, F, H, W, 3], uint8 on the model's device, of latents [N, ...] float32.
 
-        In one pass of the VAE. At 720 px that takes gigabytes an image: the caller decides how many go together.
+        It is one pass of the VAE, which takes gigabytes per image at 720 px; the caller decides the batch.
         """
         latent = self._to_vae(x).to(self._device, self._dtype)
         image = self._pipeline.vae.decode(latent, return_dict=False)[0]
@@ -278,7 +283,7 @@ class FlowModel:
         """The pipeline's own noise levels [steps + 1], float32, from 1 to 0.
 
         Raises:
-            ValueError: its scheduler is of another kind, or has no grid of so few steps.
+            ValueError: the scheduler is of another kind, or the steps are too few for its grid.
         """
         scheduler: Any = self._pipeline.scheduler
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -297,19 +302,19 @@ class FlowModel:
     # What a family says otherwise.
 
     def _rgb(self, unit: Tensor) -> Tensor:
-        """The VAE's pictures [N, C, H, W] in 0..1 as RGB."""
+        """The VAE's output [N, C, H, W] in 0..1 as RGB."""
         return unit
 
     def _noise_shape(self) -> tuple[int, ...]:
-        """Of the noise that the pipeline draws for one image."""
+        """Shape of the pipeline's noise for one image."""
         return (1, self.network["in_channels"], self.rows, self.columns)
 
     def _pack(self, noise: Tensor) -> Tensor:
-        """The latent that the pipeline's loop makes of it."""
+        """The latent in the form of the pipeline's loop."""
         return noise
 
     def _to_vae(self, x: Tensor) -> Tensor:
-        """Latents [N, ...] as the VAE decodes them."""
+        """Latents [N, ...] in the form that the VAE decodes."""
         vae = self._pipeline.vae.config
         return x / vae.scaling_factor + vae.shift_factor
 
@@ -322,27 +327,27 @@ class FlowModel:
         raise NotImplementedError
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same, and those of the sources."""
+        """Shapes of an embedding's tensors, with those of the sources."""
         return self.embedding_shapes()
 
     def _options(self, sources: Sequence[Image]) -> dict[str, Any]:
-        """Of the pipeline's `encode_prompt`."""
+        """Options of the pipeline's `encode_prompt`."""
         return {"device": self._device, "max_sequence_length": self.text_tokens}
 
     def _source_tensors(self, sources: Sequence[Image]) -> dict[str, Tensor]:
-        """Tensors of an embedding by its sources, of which there is one at least."""
+        """Tensors of an embedding for one or more sources."""
         raise NotImplementedError
 
     def _collate(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-        """The transformer's arguments, of K embeddings by name."""
+        """The transformer's arguments for K embeddings' tensors by name."""
         return {argument: torch.stack(list(columns[name])) for name, argument in self.arguments}
 
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the transformer beside latents, time and prompt."""
+        """Arguments of the transformer other than latents, time and prompt."""
         return {}
 
     def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
-        """One evaluation of the transformer, as dx/dσ in float32. It casts the time itself: sigma is not rounded."""
+        """One evaluation of the transformer, as dx/dσ in float32. Sigma is not rounded; the transformer casts it."""
         others = self._others(len(x), text)
         named = {name: value for name, value in text.items() if not name.startswith("source_")}
         output: Tensor = self.transformer(
@@ -351,21 +356,21 @@ class FlowModel:
         return output.float()
 
     def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
-        """Classifier-free guidance, by the velocities of prompt and negative prompt."""
+        """Classifier-free guidance from the velocities of prompt and negative prompt."""
         return unguided + self.guidance_scale * (v - unguided)
 
     def _read_no_data(self) -> None:
-        """Give the transformer what it would read of its arguments' data, which is not there on the meta device."""
+        """Replaces code that reads data of arguments, which the meta device does not have."""
 
     def _guides(self) -> bool:
-        """Whether the pipeline has classifier-free guidance."""
+        """True if the pipeline has classifier-free guidance."""
         return True
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._mu(steps))
 
     def _mu(self, steps: int) -> float:
-        """Of the scheduler's dynamic shift, if it has one."""
+        """μ of the scheduler's dynamic shift, or None."""
         given = self._pipeline.scheduler.config
         ends = given.base_image_seq_len, given.max_image_seq_len, given.base_shift, given.max_shift
         return float(calculate_shift(self.image_tokens, *ends))
@@ -395,7 +400,7 @@ class FlowModel:
 
 
 def describe_model(config: ModelConfig) -> tuple[type[FlowModel], Description]:
-    """The family of a pipeline, and what its configuration files say.
+    """The family of a pipeline, and the content of its configuration files.
 
     Raises:
         ValueError: one line; there is no pipeline of a known family.
@@ -410,5 +415,5 @@ def describe_model(config: ModelConfig) -> tuple[type[FlowModel], Description]:
 
 
 def family_of(transformer: Any) -> type[FlowModel]:
-    """The family that a transformer belongs to, which was loaded as one."""
+    """The family of a loaded transformer."""
     return FlowModel._by_transformer[type(transformer)]

@@ -1,4 +1,4 @@
-"""How far a LoRA has moved the weights it is added to."""
+"""The relative change of the weights by a LoRA."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LoraDistance:
-    """‖s·(BA − B₀A₀)‖ / ‖W‖: the Frobenius norm of what was learned, of that of the layers' own weights, over all."""
+    """‖s·(BA − B₀A₀)‖ / ‖W‖ over all layers: Frobenius norm of the learned change over that of the layers' weights."""
 
     def __init__(self, transformer: nn.Module, scale: float, start: Mapping[str, Tensor] | None = None):
         """
@@ -39,6 +39,6 @@ def _factors(lora: Mapping[str, Tensor], layer: str) -> list[Tensor]:
 
 
 def _inner(one: list[Tensor], other: list[Tensor]) -> float:
-    """⟨B₁A₁, B₂A₂⟩, by way of matrices [rank, rank]."""
+    """⟨B₁A₁, B₂A₂⟩, computed with matrices [rank, rank]."""
     (a, b), (c, d) = ((factor.double() for factor in pair) for pair in (one, other))
     return float(((b.T @ d) * (a @ c.T)).sum())

@@ -1,4 +1,4 @@
-"""Models that edit: the tokens of source pictures stand beside those of the latent, and are cut off its velocity."""
+"""Editing models: tokens of source images are appended to those of the latent, and removed from its velocity."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from g2rpo_ray.models.base import FlowModel
 from g2rpo_ray.types import PromptEmbedding, StoredTensor
 
 Layout = Sequence[tuple[int, int]]
-"""Rows and columns of tokens, of each source."""
+"""Rows and columns of each source's tokens."""
 
 
 class EditingModel(FlowModel):
@@ -24,15 +24,15 @@ class EditingModel(FlowModel):
     sources = (0, 10)
 
     def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens [S, D] of an RGB picture, encoded at the size that the pipeline gives it; their rows, columns."""
+        """The tokens [S, D] of an RGB image, encoded at the pipeline's size for it, and their rows and columns."""
         raise NotImplementedError
 
     def _source_places(self, layout: Layout) -> Tensor:
-        """Where the tokens are, of integers."""
+        """Positions of the tokens, as integers."""
         raise NotImplementedError
 
     def _token_grid(self) -> tuple[int, int]:
-        """Rows and columns of the result's tokens, for sources of its size."""
+        """Rows and columns of a source's tokens, for sources of the result's size."""
         return self.rows // 2, self.columns // 2
 
     def _source_tensors(self, sources: Sequence[Image]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class EditingModel(FlowModel):
 
     @staticmethod
     def _with_places(ids: Tensor, text: Mapping[str, Any]) -> Tensor:
-        """The positions [..., L, P] of the latent's tokens, with those of the sources' behind them."""
+        """The positions [..., L, P] of the latent's tokens, followed by those of the sources' tokens."""
         places = text.get("source_places")
         if places is None:
             return ids

@@ -1,4 +1,4 @@
-"""What rollout and learner need of their devices, by the model's configuration files alone: no weights, no device."""
+"""Estimates of memory and operations of rollout and learner, from the model's configuration files only."""
 
 import json
 import weakref
@@ -22,16 +22,16 @@ from g2rpo_ray.models.fold import fold_lora
 from g2rpo_ray.models.lora import add_lora
 from g2rpo_ray.models.quantized import quantized_bytes
 
-LIBRARIES = 2**30  # bytes that a GPU's context and the workspaces of its libraries take, about
+LIBRARIES = 2**30  # approximate bytes of a GPU's context and of libraries' workspaces
 
 
 DEVICES = (24, 48, 80)  # GB
-GATHERED = 2 * 10**9  # bytes of weights that a rank under ZeRO 3 has gathered at once, about: DeepSpeed's default
-TRAINED = 28  # bytes of a parameter that is trained, all float32: in the module, ZeRO's flat copy, gradient, its mean
-# over the ranks, two moments, and the update that AdamW makes of them
-BACKWARD_PASS = 1.2  # forward passes, in operations: only activations and the LoRA have gradients. Counted for FLUX.1,
-# FLUX.2 klein and Qwen-Image with a LoRA of rank 64 it is 1.12 to 1.18
-COPY = 4  # bytes of a parameter for each other policy that the loss evaluates
+GATHERED = 2 * 10**9  # approximate bytes of weights that a rank with ZeRO 3 gathers at once: DeepSpeed's default
+TRAINED = 28  # bytes of a trained parameter, all float32: in the module, ZeRO's flat copy, gradient, its mean over the
+# ranks, two moments, and AdamW's update
+BACKWARD_PASS = 1.2  # operations of a backward pass in forward passes: only activations and the LoRA have gradients.
+# Counted for FLUX.1, FLUX.2 klein and Qwen-Image with a LoRA of rank 64 it is 1.12 to 1.18
+COPY = 4  # bytes of a parameter per other policy that the loss evaluates
 
 
 def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str, int]:
@@ -51,7 +51,7 @@ def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str,
 
 
 def _copies(config: Config) -> int:
-    """Copies of the LoRA on the learner's device: the policy that sampled, if it is another one, and an average."""
+    """Copies of the LoRA on the learner's device: the sampling policy, if it differs, and an average."""
     learner, stale = config.learner, config.rollout.max_staleness > 0
     another = learner.forward or (stale and learner.evaluates_old)
     return int(another) + (learner.old_kl > 0)
@@ -76,7 +76,7 @@ def rollout_memory(config: Config) -> dict[str, int]:
 
 
 def _completing_bytes(config: Config, model: FlowModel) -> int:
-    """Of the transformer that completes branches, where it is another one."""
+    """Bytes of the weights of a separate transformer for completions, or 0."""
     completions = config.rollout.completions
     if not completions.differ:
         return 0
@@ -84,7 +84,7 @@ def _completing_bytes(config: Config, model: FlowModel) -> int:
 
 
 def fitting_micro_batch(config: Config, memory: int) -> int:
-    """The largest micro-batch up to `rollout.micro_batch` that this memory, in bytes, holds; 0 if none does."""
+    """The largest micro-batch up to `rollout.micro_batch` that fits this memory in bytes; 0 if none does."""
     asked = config.rollout.micro_batch
     sizes = [rollout_memory(with_micro_batch(config, n)) for n in (1, asked)]
     needed, wanted = (sum(size.values()) + LIBRARIES for size in sizes)
@@ -96,17 +96,17 @@ def fitting_micro_batch(config: Config, memory: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a device of so many GB (10^9 bytes) holds, by estimate; 0: not even one."""
+    """The largest batches on a device of this many GB (10^9 bytes), by estimate; 0 if none fits."""
 
     gigabytes: int
     latents: int  # of a rollout actor's largest micro-batch
     states: int  # of a learner rank's
-    checkpointed: bool  # whether the learner needs gradient checkpointing for them
-    zero_stage: int  # the least that is needed, with the configuration's ranks
+    checkpointed: bool  # True if the learner needs gradient checkpointing
+    zero_stage: int  # the lowest one that fits, with the configuration's ranks
 
 
 def fits(config: Config) -> list[Fit]:
-    """For devices of the usual sizes; a rank without gradient checkpointing, else with it, else under ZeRO 3, too."""
+    """Fits on devices of common sizes; a rank without gradient checkpointing, else with it, else also with ZeRO 3."""
     one, two = (sum(rollout_memory(with_micro_batch(config, n)).values()) for n in (1, 2))
     passes = {checkpointed: learner_memory(config, 1, checkpointed) for checkpointed in (False, True)}
     weights, adapter = passes[True]["weights"], passes[True]["adapter"]
@@ -146,7 +146,7 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
 
 
 def text_encoders_bytes(config: Config) -> int:
-    """Of the text encoders' weights; 0 where their configurations are not on this machine."""
+    """Bytes of the text encoders' weights; 0 if their configurations are not on this machine."""
     source = Path(config.model.location)
     index = json.loads((source / "model_index.json").read_text())
     found = 0
@@ -165,7 +165,7 @@ def with_micro_batch(config: Config, n: int) -> Config:
 
 
 def one_velocity(model: FlowModel, n: int, guided: bool = False) -> Callable[[], torch.Tensor]:
-    """An evaluation of n latents of one prompt, the longest, on the default device."""
+    """Runs an evaluation of n latents of the longest prompt, on the default device."""
     x, sigma = torch.empty(n, *model.latent_shape), torch.empty(n)
     embedding = model.random_embedding("", torch.Generator())
     conditioning = model.condition([embedding], embedding if guided else None)
@@ -174,18 +174,18 @@ def one_velocity(model: FlowModel, n: int, guided: bool = False) -> Callable[[],
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Floating-point operations, 10^12, as PyTorch counts them; without guidance, which takes two evaluations."""
+    """Floating-point operations in units of 10^12, by PyTorch's count; guidance would double the evaluation."""
 
     evaluation: float  # of one velocity of a latent
     decoding: float  # of one image
 
     def state(self, checkpointed: bool) -> float:
-        """Of a state of the learner, forward and backward through frozen weights, with what is computed again."""
+        """Operations of a learner state, forward and backward through frozen weights, with recomputation."""
         return self.evaluation * (1 + checkpointed + BACKWARD_PASS)
 
 
 def count_operations(config: Config) -> Operations:
-    """Counted at the configuration's size, without weights or a device."""
+    """The operations at the configuration's size, counted without weights or a device."""
     with torch.device("meta"), torch.inference_mode():
         model = FlowModel.skeleton(config.model)
         latents = torch.empty(1, *model.latent_shape)
@@ -193,21 +193,21 @@ def count_operations(config: Config) -> Operations:
 
 
 def operations(run: Callable[[], Any]) -> float:
-    """What `run` computes on the meta device, 10^12 floating-point operations."""
+    """Operations of `run` on the meta device, in units of 10^12."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e12
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes alive at once of what `run` allocates."""
+    """Peak of the bytes that `run` allocates."""
     with patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention), _Allocations() as allocations:
         run()
     return allocations.peak
 
 
 def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Attention as a GPU's fused kernel has it, which keeps no scores: without a device torch would pick another."""
+    """Attention with the memory of a GPU's fused kernel, which keeps no scores; on meta torch would use another."""
     result: torch.Tensor = _Attention.apply(query, key, value)
     return result
 

@@ -19,7 +19,7 @@ from g2rpo_ray.models.lora import ADAPTER
 
 
 def fold_lora(transformer: nn.Module) -> None:
-    """Have each LoRA layer compute in its base's dtype; the LoRA's gradients keep its own."""
+    """Makes each LoRA layer compute in its base's dtype; the LoRA's gradients keep the LoRA's dtype."""
     for module in _layers(transformer).values():
         module.replacement = None  # (A, B) of another policy; as an attribute, an input of compiled graphs
         module.forward = partial(_folded, module)
@@ -30,9 +30,9 @@ def fold_lora(transformer: nn.Module) -> None:
 
 @contextmanager
 def lora_replaced(transformer: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Another policy: inside, the folded LoRA layers use these tensors for their parameters. For inference only.
+    """A context in which the folded LoRA layers use these tensors instead of their parameters. For inference only.
 
-    The parameters stay where they are: ZeRO may hold a piece of each, and an adapter of PEFT's would be its, too.
+    The parameters are not changed, since ZeRO may partition them.
     """
     layers = _layers(transformer)
     before = {name: layer.replacement for name, layer in layers.items()}
@@ -56,7 +56,7 @@ def _folded(layer: Any, x: Tensor) -> Tensor:
         return _added(result, F.linear(x, down.to(x.dtype)), up, layer.scaling[ADAPTER])
     if layer.disable_adapters:
         return result
-    for adapter in layer.active_adapters:  # called as modules: under ZeRO-3 the call is what brings a weight together
+    for adapter in layer.active_adapters:  # called as modules, because ZeRO-3 gathers weights in the call
         result = layer.lora_B[adapter](layer.lora_A[adapter](x), result, layer.scaling[adapter])
     return result
 
@@ -70,7 +70,7 @@ def _up(linear: nn.Linear, low: Tensor, result: Tensor, scaling: float) -> Tenso
 
 
 def _added(result: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """result + scaling · low upᵀ, with one rounding; in the memory of `result` where there is no gradient."""
+    """result + scaling · low upᵀ, with one rounding; in place if gradients are disabled."""
     flat = result.view(-1, result.shape[-1])
     add = flat.addmm if torch.is_grad_enabled() else flat.addmm_
     return add(low.flatten(0, -2), up.to(low.dtype).T, alpha=scaling).view(result.shape)

@@ -1,4 +1,4 @@
-"""Evaluates once a unit what the prompt or the resolution alone decides. For inference only."""
+"""Caches tensors that depend only on the prompt or the resolution during a unit. For inference only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from g2rpo_ray.models.base import family_of
 
 @contextmanager
 def one_prompt(transformer: nn.Module) -> Iterator[None]:
-    """Inside, all calls are for one prompt, guidance and resolution: what depends on these alone is evaluated once."""
+    """A context for calls of one prompt, guidance and resolution; modules that depend only on these run once."""
     family, names = family_of(transformer), {name for name, _ in transformer.named_modules()}
     stands_in: dict[str, nn.Module] = {name: _Once(transformer.get_submodule(name)) for name in family.once}
     stands_in |= {name: _OneRow(transformer.get_submodule(name)) for name in family.once_a_row if name in names}
@@ -26,7 +26,7 @@ def one_prompt(transformer: nn.Module) -> Iterator[None]:
 
 
 class _Once(nn.Module):
-    """Evaluates a module at the first call, and gives that result at every call."""
+    """Evaluates a module at the first call, and returns its result at every call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Once(nn.Module):
 
 
 class _OneRow(_Once):
-    """The same for an input whose rows are all alike: evaluates one of them, whatever their number."""
+    """Like `_Once`, for an input with equal rows: evaluates one row for any number of rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         row: Tensor = super().forward(x[:1])

@@ -22,13 +22,13 @@ ADAPTER = "default"
 
 
 class WeightsMismatch(RuntimeError):
-    """Weights that are not those of their manifest."""
+    """Weights differ from their manifest."""
 
 
 def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
-    """Add a LoRA with A ~ N(0, 1/rank²) and B = 0: the model is unchanged until B is trained.
+    """Adds a LoRA with A ~ N(0, 1/rank²) and B = 0, which does not change the model until B is trained.
 
-    The LoRA is float32 on a base of any dtype, and alone requires a gradient. `seed` decides A; the global random
+    The LoRA is float32 on a base of any dtype, and only it requires a gradient. `seed` decides A; the global random
     state is left as it was.
     """
     targets = _target_modules(transformer, config)
@@ -65,7 +65,7 @@ def _target_modules(transformer: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def idle_modules(transformer: nn.Module) -> set[str]:
-    """Linear layers whose output the family's last block does not use: a LoRA there has no gradient."""
+    """Linear layers whose output the family's last block does not use, so that a LoRA there has no gradient."""
     blocks = getattr(transformer, "transformer_blocks", ())
     return {f"transformer_blocks.{len(blocks) - 1}.{name}" for name in family_of(transformer).lora_idle}
 
@@ -85,7 +85,7 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_state(transformer: nn.Module) -> dict[str, FloatArray]:
-    """Copies of the LoRA's parameters. Not for ZeRO-3, where a rank holds a piece of each."""
+    """Copies of the LoRA's parameters. Not for ZeRO-3, which partitions each parameter."""
     return {
         name: parameter.detach().float().cpu().numpy().copy()
         for name, parameter in lora_parameters(transformer).items()
@@ -94,7 +94,7 @@ def lora_state(transformer: nn.Module) -> dict[str, FloatArray]:
 
 @torch.no_grad()
 def load_lora(transformer: nn.Module, state: Mapping[str, FloatArray]) -> None:
-    """Put a state into the LoRA that the transformer has, in place; all of it or nothing.
+    """Copies a state into the transformer's LoRA, in place; all of it or nothing.
 
     Raises:
         ValueError: it is not the state of a LoRA of the same layers and rank.
@@ -106,14 +106,14 @@ def load_lora(transformer: nn.Module, state: Mapping[str, FloatArray]) -> None:
 
 
 def lora_shapes(model: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the LoRA's tensors on this model, from its configuration file alone: no weights are read."""
+    """Shapes of the LoRA's tensors on this model, from its configuration file; no weights are read."""
     transformer = FlowModel.skeleton(model).transformer
     add_lora(transformer, config, seed=0)
     return {name: tuple(parameter.shape) for name, parameter in lora_parameters(transformer).items()}
 
 
 def check_lora(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, FloatArray]) -> None:
-    """Raise ValueError, in one line, if `state` is not that of a LoRA of these shapes."""
+    """Raises ValueError, in one line, if `state` is not of a LoRA with these shapes."""
     if missing := shapes.keys() - state.keys():
         raise ValueError(_another_model(f"{len(missing)} tensors are missing, such as {min(missing)}"))
     if unexpected := state.keys() - shapes.keys():
@@ -129,7 +129,7 @@ def _another_model(difference: str) -> str:
 
 @contextmanager
 def lora_disabled(transformer: Any) -> Iterator[None]:
-    """The reference policy: inside, the transformer is the base model."""
+    """A context in which the transformer is the base model, the reference policy."""
     transformer.disable_lora()
     try:
         yield
@@ -138,7 +138,7 @@ def lora_disabled(transformer: Any) -> Iterator[None]:
 
 
 def manifest_of(state: Mapping[str, FloatArray], version: int) -> WeightsManifest:
-    """What a receiver of `state` must find."""
+    """The manifest of a state: version, number of tensors, checksum."""
     digest = hashlib.sha256()
     for name in sorted(state):
         array = state[name]
@@ -148,7 +148,7 @@ def manifest_of(state: Mapping[str, FloatArray], version: int) -> WeightsManifes
 
 
 def verify(state: Mapping[str, FloatArray], manifest: WeightsManifest) -> None:
-    """Check that `state` is, bit for bit, what the manifest describes.
+    """Checks that `state` equals its manifest, bit for bit.
 
     Raises:
         WeightsMismatch: it is not.

@@ -10,7 +10,7 @@ from g2rpo_ray.models.base import FlowModel
 
 
 class PackedModel(FlowModel):
-    """FLUX.1 and what came of it."""
+    """FLUX.1 and models derived from it."""
 
     def _noise_shape(self) -> tuple[int, ...]:
         return (1, self.network["in_channels"] // 4, self.rows, self.columns)
@@ -29,7 +29,7 @@ class PackedModel(FlowModel):
 
     @cached_property
     def image_ids(self) -> Tensor:
-        """Positions of the tokens, float32 whatever the model's dtype: bfloat16 has no whole numbers above 256."""
+        """Positions of the tokens, always float32, since bfloat16 does not represent all integers above 256."""
         make: Any = self.pipeline_class._prepare_latent_image_ids
         ids: Tensor = make(1, self.rows // 2, self.columns // 2, self._device, torch.float32)
         return ids

@@ -1,4 +1,4 @@
-"""A diffusers pipeline on disk or on the hub: what its configuration files say, and those parts that are asked for."""
+"""A diffusers pipeline on disk or on the hub: its configuration files, and loading of its parts."""
 
 import re
 import textwrap
@@ -24,28 +24,28 @@ WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.-]+))?(?:-\d+-o
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the configuration files of a pipeline say; no weights are read."""
+    """The content of a pipeline's configuration files."""
 
     kind: str  # the pipeline's class
-    parts: tuple[str, ...]  # those that it has
+    parts: tuple[str, ...]  # names of its parts
     network: Mapping[str, Any]  # the transformer's configuration
     autoencoder: Mapping[str, Any]
 
     @property
     def text_parts(self) -> list[str]:
-        """Text encoders, tokenizers and what else makes embeddings."""
+        """Text encoders, tokenizers and other parts that make embeddings."""
         return [part for part in self.parts if part not in NOT_TEXT]
 
 
 def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
-    """Read the configuration files of a pipeline of one of these kinds.
+    """Reads the configuration files of a pipeline of one of these kinds.
 
     Raises:
-        ValueError: one line; there is none, or of another kind.
+        ValueError: one line; there is no pipeline, or it is of another kind.
     """
     path, revision = resolve(config.path), config.revision
     with loading(config):
-        if Path(path).is_absolute() and not Path(path).is_dir():  # diffusers would speak of the hub
+        if Path(path).is_absolute() and not Path(path).is_dir():  # diffusers' message would mention the hub
             raise ValueError("no such directory")
         index = DiffusionPipeline.load_config(path, revision=revision)
         kind = index.get("_class_name")
@@ -68,7 +68,7 @@ def describe_pipeline(config: ModelConfig, kinds: Sequence[str]) -> Description:
 
 
 def is_part(value: Any) -> bool:
-    """Whether an entry of model_index.json is a part, [library, class] or nulls, and no setting of the pipeline."""
+    """True if an entry of model_index.json is a part, [library, class] or nulls, and not a setting."""
     return isinstance(value, list) and all(name is None or isinstance(name, str) for name in value)
 
 
@@ -80,7 +80,7 @@ def _quantization(settings: Any) -> str:
 
 
 def _only_variant(path: Path, parts: Sequence[str]) -> str | None:
-    """The variant, such as fp16, of a local pipeline of which a part has its weights in no other."""
+    """The variant, such as fp16, of a local pipeline if a part has weights in this variant only."""
     for part in parts:
         files = (path / part).iterdir() if (path / part).is_dir() else ()
         variants = {found[1] for file in files if (found := WEIGHTS.fullmatch(file.name))}
@@ -92,7 +92,7 @@ def _only_variant(path: Path, parts: Sequence[str]) -> str | None:
 def load_parts(
     kind: Any, config: ModelConfig, description: Description, parts: Sequence[str], optional: Sequence[str]
 ) -> Any:
-    """A pipeline of this class with these parts, frozen, and its scheduler; None for the others.
+    """A pipeline of this class with these parts, frozen, and its scheduler; other parts are None.
 
     Args:
         optional: parts that the pipeline may lack.
@@ -119,7 +119,7 @@ def load_parts(
 
 @contextmanager
 def loading(config: ModelConfig) -> Iterator[None]:
-    """Turns what diffusers, transformers and the hub raise into one line for the user."""
+    """Converts errors of diffusers, transformers and the hub to ValueError with one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:

@@ -1,4 +1,4 @@
-"""Quantised weights, through torchao: for velocities that no likelihood rests on."""
+"""Quantized weights, through torchao, for velocities that no likelihood depends on."""
 
 import re
 from typing import Any
@@ -13,11 +13,11 @@ CONFIGURATIONS = {
     "float8_weights": "Float8WeightOnlyConfig",
 }
 """torchao's, by `rollout.completions.quantization`."""
-MULTIPLE = 16  # of both sizes of a layer, which kernels of eight bits need
+MULTIPLE = 16  # of both sizes of a layer, as 8-bit kernels require
 
 
 def quantize(transformer: nn.Module, kind: str, device: str) -> None:
-    """Quantise the linear layers of the blocks, one after the other on `device`; their LoRA stays as it is.
+    """Quantizes the linear layers of the blocks, one by one on `device`; their LoRA does not change.
 
     Raises:
         ValueError: one line; torchao is not installed, or does not know how on this device.
@@ -37,9 +37,9 @@ def quantize(transformer: nn.Module, kind: str, device: str) -> None:
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether a layer, by its full name, is a linear one of a block, and none of a LoRA.
+    """True if a layer, by its full name, is a linear layer of a block, and not of a LoRA.
 
-    Blocks are what the transformer has in lists; layers before and after them are few, and rounding hurts most there.
+    Blocks are the transformer's lists. Layers before and after them are few, and most sensitive to rounding.
     """
     if not isinstance(module, nn.Linear) or ".lora_" in name or not re.match(r"\w+\.\d+\.", name):
         return False
@@ -47,7 +47,7 @@ def is_quantized(module: nn.Module, name: str) -> bool:
 
 
 def quantized_bytes(transformer: nn.Module) -> int:
-    """Bytes of the weights with a byte for each one that is quantised, scales left out."""
+    """Bytes of the weights, with one byte per quantized weight, without scales."""
     sizes: dict[Any, int] = {p: p.numel() * p.element_size() for p in transformer.parameters()}
     for name, module in transformer.named_modules():
         if is_quantized(module, name):

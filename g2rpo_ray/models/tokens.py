@@ -1,4 +1,4 @@
-"""Counts the tokens of prompts, so that a prompt that a model does not read to its end can be reported."""
+"""Counts the tokens of prompts, to report truncated ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ SHOWN = 60  # characters of a prompt in a message
 
 
 class CountingTokenizer:
-    """A tokenizer or processor, as a pipeline calls it, that notes how long each text is that it may cut."""
+    """A tokenizer or processor of a pipeline that records the length of each text that it may truncate."""
 
     def __init__(self, tokenizer: Any, counts: Counts) -> None:
         self._tokenizer, self._counts = tokenizer, counts
@@ -32,7 +32,7 @@ class CountingTokenizer:
 
 
 def count_tokens(pipeline: Any) -> Counts:
-    """Make the tokenizers of a pipeline count from now on; they add to the list that is returned."""
+    """Makes the tokenizers of a pipeline count; returns the list to which they append."""
     counts: Counts = []
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
@@ -41,6 +41,6 @@ def count_tokens(pipeline: Any) -> Counts:
 
 
 def cut_message(cut: Mapping[str, tuple[int, int]]) -> str:
-    """One line about prompts that were cut: the tokens of each, and how many of them are read; "" if there is none."""
+    """One line about truncated prompts, with their tokens and the number that is read; "" if there are none."""
     named = (f"{prompt[:SHOWN]!r} has {tokens} tokens, {kept} are read" for prompt, (tokens, kept) in cut.items())
-    return f"prompts longer than the model reads are cut: {'; '.join(named)}" if cut else ""
+    return f"prompts longer than the model's limit are truncated: {'; '.join(named)}" if cut else ""

@@ -1,4 +1,4 @@
-"""The figures of a report. One run: its parts in colours of their own; several: a colour a run."""
+"""The figures of a report. Colours distinguish the parts of one run, or several runs."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def _heldout(axes: "Axes", run: Run, reward: str, colour: str, label: str) -> No
 
 
 def curve(runs: Sequence[Run], metrics: dict[str, str], label: str, log: bool = False) -> str:
-    """Metrics by iteration; `metrics` says by which word each is called."""
+    """Metrics by iteration; `metrics` has the label of each."""
     with drawing() as made:
         axes = made.axes
         for number, (run, (metric, word)) in enumerate((run, item) for run in runs for item in metrics.items()):
@@ -65,7 +65,7 @@ def curve(runs: Sequence[Run], metrics: dict[str, str], label: str, log: bool = 
 
 
 def spread_bars(runs: Sequence[Run]) -> str:
-    """Spread of the first trained reward by branch step: early and late in the run, or a bar a run."""
+    """Spread of the first trained reward by branch step: early and late in the run, or one bar per run."""
     steps = sorted({int(name.rsplit("/", 1)[1]) for run in runs for name in run.names if "signal/spread/" in name})
     groups: list[tuple[str, list[float]]] = []
     for run in runs:
@@ -91,7 +91,7 @@ def spread_bars(runs: Sequence[Run]) -> str:
 
 
 def time_areas(run: Run) -> str:
-    """Seconds of an iteration by phase, the phases on top of each other."""
+    """Seconds of each iteration by phase, stacked."""
     iterations = np.array([line["iteration"] for line in run.lines if line["iteration"] > 0], dtype=int)
     lines = [line for line in run.lines if line["iteration"] > 0]
     with drawing() as made:
@@ -103,7 +103,7 @@ def time_areas(run: Run) -> str:
 
 
 def _smoothed(iterations: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A running mean over a twentieth of the run, as wide as the ends allow."""
+    """A running mean over a twentieth of the run, with shorter windows at the ends."""
     half = len(values) // 40
     return iterations, np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
@@ -113,7 +113,7 @@ def _mean(values: NDArray[Any]) -> float:
 
 
 def _legend(axes: "Axes") -> None:
-    """Above the picture, where it hides nothing."""
+    """Puts the legend above the figure."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4)

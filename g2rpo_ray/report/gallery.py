@@ -1,4 +1,4 @@
-"""The pictures of a report: held-out prompts after every evaluation, as data that the page's slider shows."""
+"""The images of a report: held-out prompts after every evaluation, as data for the page's slider."""
 
 import base64
 import io
@@ -17,8 +17,7 @@ MAX_EVALUATIONS = 12  # shown, including the first and the last
 
 
 def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Prompts, iterations, and for each column (the sources, if there are any, the base, then a run each) its pictures
-    [iteration][prompt]."""
+    """Prompts, iterations, and the images [iteration][prompt] of each column: sources, if any, base, runs."""
     shown = [run for run in runs if any(evaluation.pictures for evaluation in run.evaluations.values())]
     if not shown:
         return None
@@ -32,8 +31,8 @@ def gallery(runs: Sequence[Run]) -> dict[str, Any] | None:
     base = [_shown(first, prompt, shown[0].frames) for prompt in prompts]
     columns = [{"name": "before", "pictures": [base] * len(iterations)}]
     if sources := dict(zip(of_run[0], shown[0].sources, strict=False)):
-        told = [{"source": data_uri(sources[prompt]), "scores": ""} for prompt in prompts]
-        columns.insert(0, {"name": "source", "pictures": [told] * len(iterations)})
+        source_column = [{"source": data_uri(sources[prompt]), "scores": ""} for prompt in prompts]
+        columns.insert(0, {"name": "source", "pictures": [source_column] * len(iterations)})
     for run in shown:
         made: dict[int, list[dict[str, str]]] = {}
         for done in iterations:
@@ -57,7 +56,7 @@ def _shown(evaluation: Evaluation, prompt: str, frames: int) -> dict[str, str]:
 
 
 def data_uri(picture: Images, frames: int = 1) -> str:
-    """The picture [H, W, 3] as a page holds it: small ones exactly, others smaller and as WebP; a video moves."""
+    """The data URI of an image [H, W, 3]: small ones unchanged, others reduced and as WebP; videos are animated."""
     images, stream = [Image.fromarray(each) for each in unstrip(picture, frames)], io.BytesIO()
     image = images[0]
     if frames > 1:

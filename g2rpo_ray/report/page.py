@@ -1,4 +1,4 @@
-"""The values of the report's template; no HTML here."""
+"""The report of runs: values for its HTML template."""
 
 import base64
 import logging
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 FAULTS = {
     "pool/restarts": "actors replaced",
-    "rollout/units_retried": "units sent again",
-    "pool/hung": "calls that hung",
-    "rollout/copies": "units of slow actors copied",
-    "learner/restarts": "learner started again",
+    "rollout/units_retried": "units retried",
+    "pool/hung": "hung calls",
+    "rollout/copies": "copied units of slow actors",
+    "learner/restarts": "learner restarts",
 }
 
 
 class Figure(NamedTuple):
-    """A picture with its caption, and the text for who does not see it."""
+    """A figure with its caption and its alternative text."""
 
     caption: str
     words: str
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page about the runs, in the order given."""
+    """The HTML page about the runs, in the given order."""
     loader = jinja2.PackageLoader("g2rpo_ray", "report")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"figure": _data_uri, "number": _number, "signed": lambda value: _number(value, "+")}

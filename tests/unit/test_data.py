@@ -435,7 +435,7 @@ def test_prompts_that_are_cut_are_told_once_while_they_are_encoded(tmp_path: Pat
     long = "a red circle " * 10
     found = [part.cut for part in encode_prompts(load_config(), str(tmp_path), ["a red circle", long])]
     assert [len(line) > 0 for line in found] == [False, True, False]
-    assert re.search(rf"are cut: '{long[:60]}' has 3[0-9] tokens, 16 are read$", found[1])
+    assert re.search(rf"are truncated: '{long[:60]}' has 3[0-9] tokens, 16 are read$", found[1])
     assert [part.cut for part in encode_prompts(load_config(), str(tmp_path), [long])] == [""]
 
 

@@ -32,7 +32,7 @@ def test_a_report_tells_the_result_with_its_interval(runs):
     assert "On 2 held-out prompts preference , which was trained on, rose from 0.225 to 0.325: +0.100" in seen
     assert "colour stayed (0.500 → 0.500); shape fell (0.775 → 0.675)" in seen
     assert "actors replaced: 1 . Lost: 2.0 s" in seen
-    assert "who did what when in iteration 1" in seen
+    assert "timeline of all actors in iteration 1" in seen
     assert "λ = 2" not in seen  # one curve needs no legend
     assert "learner.micro_batch" in seen
 
@@ -73,7 +73,7 @@ def test_a_damaged_line_is_left_out_and_told_and_another_damaged_file_is_named(t
 
 
 def test_a_run_before_its_first_iteration_has_a_report(tmp_path):
-    assert "nothing to compare with" in text(render([read_run(str(a_run(tmp_path, "new", 3, 0)))]))
+    assert "there is no comparison with the scores" in text(render([read_run(str(a_run(tmp_path, "new", 3, 0)))]))
 
 
 def test_runs_are_compared_pair_by_pair(runs):
