@@ -52,7 +52,9 @@ class Bench:
         self.found: dict[str, Any] = {"memory_gib": {}, "same_bits": {}}
         for section, device in (("rollout", config.rollout.device), ("learner", config.learner.device)):
             if device == "cuda" and not torch.cuda.is_available():
-                raise ValueError(f"{section}.device: cuda, and there is none here; --set {section}.device=cpu")
+                raise ValueError(
+                    f"{section}.device: cuda given, but this machine has no GPU; give --set {section}.device=cpu"
+                )
 
     def run(self) -> Times:
         """All of them; `found` has what is no time."""

@@ -37,7 +37,7 @@ def read(file: Path, config: Config) -> Times:
     """The times in a file, for this configuration.
 
     Raises:
-        ValueError: one line; it is no such file, or other settings were measured.
+        ValueError: one line; the file is not of `g2rpo bench`, or other settings were measured.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -48,11 +48,11 @@ def read(file: Path, config: Config) -> Times:
         seconds, measured = content["seconds"], content["settings"]
         times = Times(**{field.name: _table(seconds[field.name]) for field in fields(Times)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--calibration: {file} is not a file that `g2rpo bench` wrote ({error})") from None
+        raise ValueError(f"--calibration: {file} is not a file of `g2rpo bench` ({error})") from None
     for key, value in settings(config).items():
         if measured.get(key) != value:
             raise ValueError(
-                f"--calibration: {file} was measured with {key}={measured.get(key)}; the configuration has {value}: "
+                f"--calibration: {file} was measured with {key}={measured.get(key)}; the configuration has {value}; "
                 "run `g2rpo bench` again with these settings"
             )
     return times

@@ -1,4 +1,4 @@
-"""Kinds of accelerators, and what their makers say of one."""
+"""Kinds of accelerators, with their makers' specifications."""
 
 import argparse
 import re
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from g2rpo_ray.messages import shown
 
-MOST_DEVICES, MOST_PRICE, MOST_TFLOPS = 100_000, 10_000.0, 1e6
+MAX_DEVICES, MAX_PRICE, MAX_TFLOPS = 100_000, 10_000.0, 1e6
 GIVEN = re.compile(r"(?P<kind>[a-z0-9.]+):(?P<number>\d{1,6})(?:@(?P<price>\d{1,6}(?:\.\d{1,6})?))?")
 OWN_RATE = re.compile(r"(\d{1,7}(?:\.\d{1,3})?)tflops")
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The dense rate of matrix products in bfloat16, 10^12 operations a second, and memory in GB."""
+    """Dense rate of matrix products in bfloat16, in 10^12 operations per second, and memory in GB."""
 
     tflops: float
     gigabytes: float | None = None
@@ -36,7 +36,7 @@ DEVICES = {  # data sheets of NVIDIA and AMD, of the SXM or OAM form where there
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Devices of one kind; the price of one for an hour, if it is known."""
+    """Devices of one kind, with the price of one per hour, if known."""
 
     kind: str
     device: Device
@@ -53,11 +53,11 @@ class Fleet:
         found = GIVEN.fullmatch(text.lower())
         device = _device(found["kind"]) if found else None
         number, price = (int(found["number"]), found["price"]) if found else (0, None)
-        if found is None or device is None or not 1 <= number <= MOST_DEVICES or float(price or 0) > MOST_PRICE:
+        if found is None or device is None or not 1 <= number <= MAX_DEVICES or float(price or 0) > MAX_PRICE:
             raise ValueError(
-                f"{shown(text)} given; must look like h100:8 or h100:8@2.50: a kind, how many (at most "
-                f"{MOST_DEVICES:,}), and what one costs an hour; kinds are {', '.join(DEVICES)}, or a dense bfloat16 "
-                "rate such as 350tflops"
+                f"{shown(text)} given; expected KIND:NUMBER or KIND:NUMBER@PRICE, such as h100:8@2.50, with at most "
+                f"{MAX_DEVICES:,} devices and the price of one per hour; kinds are {', '.join(DEVICES)}, or a dense "
+                "bfloat16 rate such as 350tflops"
             )
         return cls(found["kind"], device, number, None if price is None else float(price))
 
@@ -72,6 +72,6 @@ def fleet(text: str) -> Fleet:
 
 def _device(kind: str) -> Device | None:
     rate = OWN_RATE.fullmatch(kind)
-    if rate and 0 < float(rate[1]) <= MOST_TFLOPS:
+    if rate and 0 < float(rate[1]) <= MAX_TFLOPS:
         return Device(float(rate[1]))
     return DEVICES.get(kind)

@@ -26,20 +26,20 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Findings:
-    """A line each."""
+    """The findings of a rehearsal's checks, as lines."""
 
     problems: list[str] = field(default_factory=list)
-    """Would end the run before it starts, or keep an actor from starting."""
+    """Errors that would end the run before it starts, or prevent the start of an actor."""
     unchecked: list[str] = field(default_factory=list)
-    """Is not on this machine, where the run may be."""
+    """Items that are not on this machine and could not be checked."""
     untried: dict[str, str] = field(default_factory=dict)
-    """The rewards, by key, that cannot score here, and why."""
+    """By key, the reasons why rewards cannot score on this machine."""
     prompts: Prompts | None = None
     shaped: Config | None = None
-    """The configuration, with the model's configuration files on this machine, if they are known."""
+    """The configuration with the model's configuration files on this machine, if they are known."""
 
     def attempt(self, check: Callable[[], T]) -> T | None:
-        """What `check` returns; None, with a line among the problems, where it raises ValueError."""
+        """The result of `check`; None if it raises ValueError, whose text is added to the problems."""
         try:
             return check()
         except ValueError as error:
@@ -48,7 +48,7 @@ class Findings:
 
 
 def look(config: Config) -> Findings:
-    """Check storage, prompts, packages, model and rewards, each whatever is found of the others."""
+    """Checks storage, prompts, packages, model and rewards, each independently of the others."""
     found = Findings()
     found.attempt(lambda: check_lasting(config))
     found.attempt(lambda: check_writable(config, open_run(config)))
@@ -66,18 +66,18 @@ def look(config: Config) -> Findings:
 
 
 def look_at_memory(found: Findings, fleet: Fleet) -> list[str]:
-    """What each kind of actor takes of its device at full size, a line each; a problem where there is less."""
+    """Lines about the memory of each kind of actor at full size; adds a problem if the device has less."""
     from g2rpo_ray.models.estimate import LIBRARIES, full_size
 
     shaped, lines = found.shaped, []
     sizes = None if shaped is None else found.attempt(lambda: full_size(shaped))
     for actor, parts in (sizes or {}).items():
         total = (sum(parts.values()) + LIBRARIES) / 1e9
-        told = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
-        lines.append(f"{actor}: {total:.3g} GB: {told}, libraries {LIBRARIES / 1e9:.3g}")
+        listed = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
+        lines.append(f"{actor}: {total:.3g} GB: {listed}, libraries {LIBRARIES / 1e9:.3g}")
         if fleet.device.gigabytes and total > fleet.device.gigabytes:
             found.problems.append(
-                f"a {actor} takes {total:.3g} GB, and a {fleet.kind} has {fleet.device.gigabytes:g}: `--check` tells "
+                f"a {actor} needs {total:.3g} GB, but a {fleet.kind} has {fleet.device.gigabytes:g}; `--check` prints "
                 "the largest micro-batches"
             )
     return lines
@@ -93,4 +93,4 @@ def _look_at_reward(config: Config, key: str, found: Findings) -> None:
     if reasons:
         found.untried[key] = reasons[0].removeprefix(f"{key}.").removeprefix(f"{key}: ")
     elif reward.runtime_env:
-        found.untried[key] = "it has a runtime_env of its own"
+        found.untried[key] = "it has a runtime_env"

@@ -81,8 +81,8 @@ class Estimate:
             actors = min(config.rollout.max_actors, int((fleet.number - ranks - others) / each))
             if actors < config.rollout.min_actors:
                 raise ValueError(
-                    f"--devices: {fleet.number} given; the run asks for {ranks:g} for the learner, {others:g} for "
-                    f"rewards and {config.rollout.min_actors * each:g} for rollout actors at least: give more, or "
+                    f"--devices: {fleet.number} given; the run needs {ranks:g} for the learner, {others:g} for "
+                    f"rewards and at least {config.rollout.min_actors * each:g} for rollout actors; give more, or "
                     "lower the resources"
                 )
             config, devices = _split(config, actors, config.learner.ranks), actors * each + ranks + others
@@ -166,35 +166,35 @@ def evaluations(config: Config) -> int:
 
 
 def describe_hours(config: Config, heldout: int, fleet: Fleet) -> str:
-    """The answer in words, a line a fact.
+    """The estimate as lines of text.
 
     Args:
-        config: its pipeline's configuration files are on this machine: see `rehearsal.published`.
-        heldout: held-out prompts.
+        config: its pipeline's configuration files must be on this machine: see `rehearsal.published`.
+        heldout: number of held-out prompts.
+        fleet: devices to estimate for.
 
     Raises:
-        ValueError: see `Estimate.hours`; or the model computes in float32, whose rate the fleet does not say.
+        ValueError: see `Estimate.hours`; or the model computes in float32, for which devices have no rate.
     """
     if config.model.dtype == "float32":
-        raise ValueError("--devices: rates are of bfloat16 and float16, and model.dtype is float32; give another dtype")
+        raise ValueError("--devices: rates are of bfloat16 and float16, but model.dtype is float32; set another dtype")
     estimate, (low, high) = Estimate.of(config, fleet, heldout), EFFICIENCY
     each = of_batch(estimate.times.evaluations, 1) * fleet.device.tflops
     rests = (
         f"{each:.3g}e12 operations an evaluation, by PyTorch's count, and {low:.0%} to {high:.0%} of the "
-        f"{fleet.device.tflops:g}e12 a second that a {fleet.kind} has; rewards take no time; starting and checkpoints "
-        "are not in it"
+        f"{fleet.device.tflops:g}e12 per second of a {fleet.kind}; without rewards, starting and checkpoints"
     )
     return "\n".join([*_lines(estimate, estimate.hours(config, fleet), fleet), f"rests on:      {rests}"])
 
 
 def describe_calibrated(config: Config, heldout: int, fleet: Fleet | None, times: Times) -> str:
-    """The same by measured times: on a fleet of such devices, or with all actors of the settings."""
+    """The estimate by measured times, for a fleet of the measured devices, or with all actors of the settings."""
     estimate = Estimate(times, (1.0, 1.0), heldout)
     unmeasured = sorted(set(serving(config.all_rewards).values()) - set(times.scores))
-    where = "on devices of their own" if times.cores == math.inf else f"on {times.cores:g} cores that all share"
-    rests = f"times that `g2rpo bench` measured, {where}; starting and checkpoints are not in it"
+    where = "on separate devices" if times.cores == math.inf else f"on {times.cores:g} shared cores"
+    rests = f"times measured by `g2rpo bench`, {where}; without starting and checkpoints"
     if unmeasured:
-        rests += f"; not measured, and taken for no time: {', '.join(unmeasured)}"
+        rests += f"; without {', '.join(unmeasured)}, not measured"
     return "\n".join([*_lines(estimate, estimate.hours(config, fleet), fleet), f"rests on:      {rests}"])
 
 
@@ -232,7 +232,7 @@ def _money(found: Hours, fleet: Fleet | None) -> list[str]:
 
 
 def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
-    """The fastest and the cheapest split, where it is not the one that the configuration has."""
+    """The fastest and the cheapest split, or `as configured`."""
     goals: dict[str, Callable[[Hours], float]] = {
         "fastest": lambda hours: hours.run_h[0] * hours.devices**TIE,
         "cheapest": lambda hours: hours.run_h[0] * hours.devices,
@@ -262,7 +262,7 @@ def _gpus(config: Config) -> tuple[float, float, float]:
     ranks = taken.pop("learner.resources")
     if not each or not ranks:
         raise ValueError(
-            "--devices: the run's rollout.resources or learner.resources have no GPU; hours are told of accelerators"
+            "--devices: given, but rollout.resources or learner.resources have no GPU; estimates are for GPUs, add GPU"
         )
     return each, ranks, sum(taken.values())
 
@@ -273,5 +273,5 @@ def _duration(given: Interval) -> str:
 
 
 def interval_in_words(given: Sequence[float]) -> str:
-    """Two digits of each end, or of both where they are the same."""
+    """Two digits of each end, or one number if they are equal."""
     return " to ".join(dict.fromkeys(f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in given))

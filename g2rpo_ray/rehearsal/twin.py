@@ -122,5 +122,5 @@ def _text_parts(source: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
 
 def _known(table: Mapping[str, Any], kind: str) -> Any:
     if kind not in table:
-        raise ValueError(f"model.path: it has a {kind}, of which no small one is known; known are {', '.join(table)}")
+        raise ValueError(f"model.path: it has a {kind}, which has no small version; supported are {', '.join(table)}")
     return table[kind]

@@ -135,7 +135,7 @@ def test_memory_at_full_size_is_compared_with_a_device_and_each_kind_of_actor_to
     assert [line.split(":")[0] for line in lines] == ["rollout actor", "learner rank", "encoder"]
     assert lines[2].endswith(f"weights {weights:.3g}, libraries 1.07")
     assert [problem.split(",")[0] for problem in found.problems] == [
-        "a rollout actor takes 1.09 GB", "a learner rank takes 1.09 GB",
+        "a rollout actor needs 1.09 GB", "a learner rank needs 1.09 GB",
     ]  # fmt: skip
 
 

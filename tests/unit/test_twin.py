@@ -66,7 +66,7 @@ def test_the_twin_has_the_tokenizer_that_is_here_and_refuses_a_part_that_it_does
     assert made["model"]["vocab"] == tokenizer["model"]["vocab"]
     index = given / "model_index.json"
     index.write_text(index.read_text().replace("T5EncoderModel", "BertModel"))
-    with pytest.raises(ValueError, match=r"^model.path: it has a BertModel, of which no small one is known; known are"):
+    with pytest.raises(ValueError, match=r"^model.path: it has a BertModel, which has no small version; supported are"):
         write_twin(ModelConfig(path=str(given)), tmp_path / "other")
 
 
