@@ -1,6 +1,6 @@
-"""The common entry of all commands: each error becomes one line and an exit status, not a traceback.
+"""The common entry of all commands: an error becomes one line and an exit status, without a traceback.
 
-This module loads nothing heavy, since Ctrl-C must be handled while a command's modules load.
+It imports no slow modules, because Ctrl-C must be handled while a command's modules are imported.
 """
 
 import argparse
@@ -28,22 +28,22 @@ SignalHandler = Callable[[int, FrameType | None], Any]
 
 
 class RunFailed(RuntimeError):
-    """A run or an evaluation ended early: one line, with the file that has the trace."""
+    """A run or an evaluation failed; the message is one line, with the file that has the traceback."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run or an evaluation; its finished work is saved."""
+    """Ctrl-C or SIGTERM stopped a run or an evaluation; its finished work is saved."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's options; wrong ones raise ValueError, which `command` prints."""
+    """A command's options; invalid ones raise ValueError, which `command` prints."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the options")
 
 
 def path_option(text: str) -> Path:
-    """The type of an option that is a path on this machine."""
+    """The argparse type of an option that is a path on this machine."""
     try:
         return local_path(text)
     except ValueError as error:
@@ -53,10 +53,10 @@ def path_option(text: str) -> Path:
 def command(
     make_parser: Callable[[], argparse.ArgumentParser], stopped: str = "stopped"
 ) -> Callable[[Callable[[argparse.Namespace], int]], Main]:
-    """Decorates a function from options to an exit status, which becomes the `main` of a command.
+    """Decorate a function from options to an exit status as the `main` of a command.
 
-    The exit status of an invalid option, a ValueError or an OSError is 2, of RunFailed 1, of Ctrl-C 130. Each prints
-    one line, after Ctrl-C `stopped`; a run that was interrupted has said so itself.
+    Exit status: 2 for an invalid option, a ValueError or an OSError; 1 for RunFailed; 130 for Ctrl-C. Each prints one
+    line, Ctrl-C the text `stopped`. RunInterrupted prints nothing, because the run has printed its own line.
     """
 
     def decorate(work: Callable[[argparse.Namespace], int]) -> Main:
@@ -84,25 +84,25 @@ def command(
 
 
 def _last_line(line: str) -> None:
-    """On the error output, below what waits in the other's buffer."""
+    """Print a line to stderr, after the buffered lines of stdout."""
     sys.stdout.flush()
     print(line, file=sys.stderr)
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
-    """Raise ValueError for an option that a shell variable without a value left empty."""
+    """Raise ValueError for an option with an empty value, as an unset shell variable gives it."""
     for name, value in vars(options).items():
         if "" in (value if isinstance(value, list) else [value]):
             raise ValueError(f"{name}: '' given; give a value, or omit the option")
 
 
 def start(module: str) -> NoReturn:
-    """Run a command's `main` as this process; at the head of its module, before the imports, which take seconds."""
+    """Run a command's `main`, and exit. A module calls it before its imports, which take seconds."""
     sys.exit(load(module)(None))
 
 
 def load(module: str) -> Main:
-    """The `main` of a command's module."""
+    """Import a command's module, and return its `main`."""
     with loading():
         main: Main = importlib.import_module(module).main
     return main
@@ -110,7 +110,7 @@ def load(module: str) -> Main:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Ctrl-C ends the process with a line; as an exception, what is being imported could swallow it."""
+    """Ctrl-C ends the process with one line. A KeyboardInterrupt could be caught by a module that is being imported."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
@@ -122,8 +122,8 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def children_ignore_interrupts() -> Iterator[None]:
-    """Processes started in this context never see SIGINT, which a terminal sends to all; their parent ends them."""
-    ensure_running()  # multiprocessing's helper, whose start would unblock the signal
+    """Processes started in this context ignore SIGINT, which a terminal sends to all; their parent ends them."""
+    ensure_running()  # start multiprocessing's resource tracker first: its start unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -138,9 +138,9 @@ def _stop(*_: object) -> NoReturn:
 
 @contextmanager
 def sigterm_as_interrupt(handler: SignalHandler = signal.default_int_handler) -> Iterator[None]:
-    """SIGTERM is Ctrl-C; so is SIGINT, which a shell has ignored in what it starts with &.
+    """Handle SIGTERM as Ctrl-C, and SIGINT also where it is ignored: a shell does so for a process started with &.
 
-    Only the main thread can handle signals: in another thread this context changes nothing.
+    Only the main thread can handle signals; in another thread this context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Rewards that are given as Python objects: in settings, and by a digest in files, which cannot hold them."""
+"""Rewards that are Python objects: their settings, and their digests for files, which cannot hold objects."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from types import CodeType
 from typing import Any
 
 PYTHON = "python"
-"""Kind of a reward that is a function or an object of the caller's, in its option `function`."""
+"""The `kind` of a reward that is a Python function or object; its option `function` holds it."""
 
 
 def as_settings(reward: Any) -> Any:
-    """The settings of a reward that was given as a function, or as an object that has `score`; others as they are.
+    """The settings of a reward that is a function or an object with a method `score`; other values are unchanged.
 
-    It takes no resources of Ray's: give {"kind": function, "resources": {"GPU": 1}} for one that does.
+    Such a reward reserves no resources; for a GPU give {"kind": function, "resources": {"GPU": 1}}.
     """
     if not isinstance(reward, Mapping):
         return {"kind": PYTHON, "options": {"function": reward}, "resources": {}} if _is_reward(reward) else reward
@@ -26,7 +26,7 @@ def _is_reward(given: Any) -> bool:
 
 
 def value_in_words(value: Any) -> Any:
-    """An option as it is written to a file: a function as its name and a digest of its code, others unchanged."""
+    """An option's value for a file: for a function its name and a digest of its code; other values are unchanged."""
     if not _is_reward(value):
         return value
     name = getattr(value, "__qualname__", type(value).__qualname__)
@@ -36,6 +36,6 @@ def value_in_words(value: Any) -> Any:
 
 
 def _content(code: CodeType) -> tuple[Any, ...]:
-    """The code of a function, without its place in a file."""
+    """The parts of a function's code that do not depend on its file and line."""
     constants = [_content(part) if isinstance(part, CodeType) else part for part in code.co_consts]
     return code.co_code, code.co_names, code.co_varnames, constants

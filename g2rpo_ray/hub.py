@@ -1,4 +1,4 @@
-"""Files that a configuration names on the Hugging Face hub: fetched into the cache before anything waits for them."""
+"""Downloads the Hugging Face hub's files that a configuration names into the cache, before the actors start."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations, tokenizers
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """Something on the hub, by the setting that names it."""
+    """Files of one hub repository, with the setting that names it."""
 
     key: str
     name: str  # org/name, or org/name:file
@@ -25,10 +25,10 @@ class HubFiles:
     weights: bool = True
 
     def fetch(self) -> Path:
-        """Where it is in the cache, once all of it is there. What is there already is not fetched again.
+        """Download what the cache lacks, and return the path in the cache.
 
         Raises:
-            ValueError: one line; the hub cannot be reached, has no such files, or does not give them to this user.
+            ValueError: the hub cannot be reached, has no such files, or denies access; one line.
         """
         try:
             return self._fetch()
@@ -46,7 +46,7 @@ class HubFiles:
         if self.is_pipeline:
             from diffusers import DiffusionPipeline
 
-            return Path(DiffusionPipeline.download(self.name, revision=self.revision))  # its parts, and one format
+            return Path(DiffusionPipeline.download(self.name, revision=self.revision))  # its components, in one format
         patterns = [*SMALL_FILES, *(["*.safetensors"] if self.weights else [])]
         found = Path(snapshot_download(self.name, allow_patterns=patterns))
         if self.weights and not any(found.glob("*.safetensors")):
@@ -55,7 +55,7 @@ class HubFiles:
 
 
 def model_files(config: Config) -> list[HubFiles]:
-    """The pipeline, unless it is on this machine."""
+    """The pipeline's files; empty for a local pipeline."""
     path = config.model.path
     if config.model.is_local or not is_hub_id(path):
         return []
@@ -63,13 +63,13 @@ def model_files(config: Config) -> list[HubFiles]:
 
 
 def reward_files(key: str, reward: RewardConfig) -> list[HubFiles]:
-    """What a reward of this package loads from the hub; one of your own fetches its files when it starts."""
+    """The files that a reward of this package loads from the hub; a user's own reward downloads its files itself."""
     return list(_reward_files(key, reward)) if reward.kind in KINDS else []
 
 
 def _reward_files(key: str, reward: RewardConfig) -> Iterator[HubFiles]:
     options = option_defaults(reward.kind) | reward.options
-    if any(option in SERVER_OPTIONS for option in options):  # its model is that of a server
+    if any(option in SERVER_OPTIONS for option in options):  # a server has its model
         return
     for option, given in options.items():
         names_files = is_hub_file if option in FILE_OPTIONS else is_hub_id if option in FOLDER_OPTIONS else None
@@ -79,7 +79,7 @@ def _reward_files(key: str, reward: RewardConfig) -> Iterator[HubFiles]:
 
 
 def all_files(config: Config) -> list[HubFiles]:
-    """All that a run of this configuration loads from the hub, each once."""
+    """All files that a run of this configuration loads from the hub, without duplicates."""
     found = model_files(config)
     for key, reward in config.rewards_by_key.items():
         found += reward_files(key, reward)

@@ -1,4 +1,4 @@
-"""Imports a user's own parts by their import path."""
+"""Imports objects of the user by import path."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,10 +11,10 @@ FORM = "package.module:name"
 
 
 def imported(path: str) -> Any:
-    """The object that `package.module:name` names.
+    """Import the object with the import path `package.module:name`.
 
     Raises:
-        ValueError: a reason in one line, without the setting's name: it cannot be imported.
+        ValueError: it cannot be imported; one line with the reason, without the setting's name.
     """
     module, separator, name = path.partition(":")
     if not separator or not module or not name.isidentifier():
@@ -29,10 +29,10 @@ def imported(path: str) -> Any:
 
 
 def named(key: str, name: str, known: Mapping[str, T]) -> T:
-    """One of those that are known, or the user's own by its import path.
+    """The entry `name` of `known`, or the object with that import path.
 
     Raises:
-        ValueError: one line that begins with `key`.
+        ValueError: there is neither; one line that begins with `key`.
     """
     if name in known:
         return known[name]

@@ -1,4 +1,4 @@
-"""Formats values and errors for messages: one short line, whatever they contain."""
+"""Formats values and errors for messages, on one short line."""
 
 import math
 import reprlib
@@ -9,21 +9,21 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
 
 
 def shown(value: object) -> str:
-    """`repr`, cut short where the value is long or nested."""
+    """`repr` of a value, shortened where it is long or nested."""
     try:
         return _REPR.repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
         return f"a {type(value).__name__} too long to show"
 
 
-def one_line(text: object, most: int = 300) -> str:
-    """A text on one line, cut at `most` characters: a state dict's error lists hundreds of keys."""
+def one_line(text: object, max_length: int = 300) -> str:
+    """A text on one line, at most `max_length` characters; a state dict's error lists hundreds of keys."""
     line = " ".join(str(text).split())
-    return line if len(line) <= most else f"{line[:most]} …"
+    return line if len(line) <= max_length else f"{line[:max_length]} …"
 
 
 def number(value: float, spec: str = ".4f") -> str:
-    """A number, or a dash where there is none (NaN)."""
+    """A formatted number, or a dash for NaN."""
     return "–" if math.isnan(value) else format(value, spec)
 
 

@@ -1,4 +1,4 @@
-"""Sets up torch in a process: threads, and arithmetic that gives the same bits on the same kind of device."""
+"""Sets up torch in a process: threads, float32 precision and deterministic kernels."""
 
 import os
 
@@ -6,15 +6,13 @@ from g2rpo_ray.messages import one_line
 
 
 def set_up_torch(deterministic: bool, threads: int | None = None, backward: bool = False) -> None:
-    """Called by each actor before it loads a model.
-
-    float32 is float32 in any case: cuDNN would round the inputs of convolutions to TF32.
+    """Set up torch; each actor calls it before it loads a model. TF32 is always off.
 
     Args:
-        deterministic: have cuBLAS, cuDNN and torch's kernels, as far as they can, give the same bits each time.
-        threads: of the CPU; None: as many as torch takes.
-        backward: raise for an operation that cannot. Without a backward pass torch warns of it only: there attention is
-            deterministic anyway, and a reward of a user's own must not fail.
+        deterministic: use deterministic kernels of cuBLAS, cuDNN and torch where there are any.
+        threads: number of CPU threads; None: torch's default.
+        backward: the process runs backward passes: raise for an operation without a deterministic kernel. Otherwise
+            torch only warns: attention's forward pass is deterministic, and a user's own reward must not fail.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
@@ -24,14 +22,14 @@ def set_up_torch(deterministic: bool, threads: int | None = None, backward: bool
         torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
-    # attention's backward pass looks for the strict mode alone
+    # attention's backward pass is deterministic in strict mode only
     torch.use_deterministic_algorithms(deterministic, warn_only=deterministic and not backward)
-    # a debugging aid that costs a pass over memory; torch declares no type of it
+    # a debugging aid that costs a pass over memory; torch's stubs omit it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def cuda_fault() -> str:
-    """Why torch cannot use the GPUs that this machine is said to have, in one line; "" if it can."""
+    """Why torch cannot use the GPUs that Ray reports on this machine, in one line; "" if it can."""
     import torch
 
     if not torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""Names of files in settings and options, made into paths on the machine that uses them."""
+"""Converts names of files in settings and options to paths on this machine."""
 
 import os
 import re
@@ -7,16 +7,16 @@ from pathlib import Path
 from g2rpo_ray.messages import shown
 
 EMBEDDED = "embedded:"
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux's file systems
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux
 URI_WITH_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def resolve(name: str) -> str:
-    """The path or hub id that `name` stands for, on this machine.
+    """The path or hub id of `name` on this machine.
 
-    `embedded:X` is a file that ships with the package, wherever it is installed: `embedded:scenes/X` one of that world,
-    `embedded:prompts/X` one of the configurations, any other X one of the quickstart. A name that starts with `~` is
-    expanded if there is such a user; anything else is kept as it is.
+    `embedded:X` is a file of the installed package: `embedded:scenes/X` is in worlds/scenes, `embedded:prompts/X` in
+    configs/prompts, any other X in worlds/quickstart. A leading `~` or `~user` is expanded if there is such a user.
+    Other names are unchanged.
     """
     if name.startswith(EMBEDDED):
         file, package = name.removeprefix(EMBEDDED), Path(__file__).parent
@@ -26,10 +26,10 @@ def resolve(name: str) -> str:
 
 
 def local_path(name: str) -> Path:
-    """The path that `name` stands for, on this machine.
+    """The path of `name` on this machine.
 
     Raises:
-        ValueError: one line with the name and the reason; no file can be called so. The caller adds the option.
+        ValueError: no file can have this name; one line with the name and the reason. The caller adds the option.
     """
     if fault := path_fault(name):
         raise ValueError(f"{shown(name)} given; {fault}")

@@ -1,8 +1,8 @@
-"""The records that cross a boundary between processes.
+"""The records that processes exchange.
 
-Legend of shapes: P prompts, R rewards; N nodes, E stochastic edges and Q leaves of a prompt's tree; B branch points of
-its trunks; L latent tokens and D channels of a packed latent; S text tokens; H, W pixels. Arrays are numpy, so that
-Ray's object store hands them out without a copy; latents and log-probabilities are always float32, images uint8.
+Dimensions: P prompts, R rewards; N nodes, E stochastic edges and Q leaves of a prompt's tree; B branch points of its
+trunks; L latent tokens and D channels of a packed latent; S text tokens; H, W pixels. Arrays are numpy arrays, which
+Ray's object store shares without a copy. Latents and log-probabilities are float32, images uint8.
 """
 
 import re
@@ -23,27 +23,27 @@ FloatArray = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]
 Metadata = Mapping[str, Any]
-"""Metadata of a prompt from its file, which rewards receive; empty for most prompts."""
+"""Metadata of a prompt from the prompt file; rewards receive it. Empty for most prompts."""
 
-# A prompt is known everywhere by one string: its text, and after it the size and digest of each source picture, as in
-# "make it red [source 64x48 9f86d081884c7d659a2feaa0c55ad015]". Keys, noise and files need nothing else.
+# One string identifies a prompt everywhere: its text, then the size and digest of each source picture, as in
+# "make it red [source 64x48 9f86d081884c7d659a2feaa0c55ad015]". Random keys and files use this string alone.
 SOURCES = re.compile(r" \[source((?: \d+x\d+ [0-9a-f]{32})+)\]\Z")
 
 
 def text_of(prompt: str) -> str:
-    """What a prompt says, without its sources."""
+    """The text of a prompt, without its sources."""
     return SOURCES.sub("", prompt)
 
 
 def sources_of(prompt: str) -> str:
-    """The end of a prompt that stands for its source pictures; "" without any. Of another text it makes the prompt
-    with the same sources."""
+    """The suffix of a prompt that identifies its source pictures; "" without any. Appended to another text, it gives
+    a prompt with the same sources."""
     found = SOURCES.search(prompt)
     return found[0] if found else ""
 
 
 def sources_in(metadata: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The source pictures in what is known of a prompt. A field `source` that is no tuple is the user's own."""
+    """The source pictures in a prompt's metadata. A field `source` that is not a tuple belongs to the user."""
     found = metadata.get("source", ())
     return found if isinstance(found, tuple) else ()
 
@@ -56,9 +56,9 @@ def source_sizes(prompt: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as numpy holds it; bfloat16, which numpy does not know, as its int16 bits."""
+    """A tensor as a numpy array; bfloat16, which numpy does not have, is stored as int16 bits."""
 
-    dtype: str  # torch's name of it: what the bits mean
+    dtype: str  # torch's name of the dtype, such as "bfloat16"
     data: NDArray[Any]
 
     @classmethod
@@ -82,17 +82,17 @@ class PromptEmbedding:
     prompt: str
     tensors: Mapping[str, StoredTensor]
     negative: "PromptEmbedding | None" = None
-    """What the run guides away from; on what is read for a run with `model.negative_prompt`."""
+    """The embedding of the negative prompt, in a run with `model.negative_prompt`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrunkUnit:
-    """The roots of one prompt's tree and their trunks, as far as its branches need them, or to the image."""
+    """The roots of one prompt's tree and their trunks, up to the last branch point or to the image."""
 
     iteration: int
-    slot: int  # place of the prompt in its iteration, 0..P-1
+    slot: int  # index of the prompt in its iteration, 0..P-1
     prompt: str
-    choice: "Choice | None" = None  # in the place of `auto`; None: that of the start
+    choice: "Choice | None" = None  # replaces `auto`; None: the choice at the start of the run
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ class TrunkUnit:
 class BranchUnit:
     """Children [first_member, first_member + members) of all roots at one branch step, with everything below them.
 
-    They are counted root by root: child c of root r is number r · G + c.
+    Child c of root r has number r · G + c.
     """
 
     iteration: int
@@ -113,7 +113,7 @@ class BranchUnit:
     first_member: int
     members: int
     choice: "Choice | None" = None
-    exact: bool = False  # completed as all else, beside the same unit that is completed by `rollout.completions`
+    exact: bool = False  # an exact completion, in addition to the same unit by `rollout.completions`
 
     @property
     def name(self) -> str:
@@ -124,12 +124,12 @@ class BranchUnit:
 
 @dataclass(frozen=True, slots=True)
 class SampleUnit:
-    """Deterministic samples of one prompt, one for each seed: what held-out evaluation looks at."""
+    """Deterministic samples of one prompt, one for each seed, for held-out evaluation."""
 
     prompt: str
     seeds: tuple[int, ...]
     steps: int | None = None  # sampling steps; None: those of the configuration
-    adapter_share: float = 1.0  # of the steps, from the first on, that the adapter makes; the base makes the rest
+    adapter_share: float = 1.0  # the share of steps, from the first on, with the adapter; the rest use the base
 
     @property
     def name(self) -> str:
@@ -141,7 +141,7 @@ Unit = TrunkUnit | BranchUnit | SampleUnit
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """The trunks at their branch points, in the order of `tree.branch_points`."""
+    """Latents and velocities of the trunks at their branch points, in the order of `tree.branch_points`."""
 
     latents: FloatArray  # [B, L, D]
     velocities: FloatArray  # [B, L, D]
@@ -149,11 +149,11 @@ class Trunk:
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """The stochastic edges of one branch unit, under the policy that sampled them."""
+    """The stochastic edges of one branch unit, with log-probabilities of the policy that sampled them."""
 
-    nodes: Ints  # [n], those of the unit that trained edges start or end at; of the forward process, images
+    nodes: Ints  # [n] nodes of the unit at which trained edges start or end; the images for forward-process objectives
     latents: FloatArray  # [n, L, D]
-    edges: Ints  # [e], all of the unit
+    edges: Ints  # [e] all stochastic edges of the unit
     log_prob: FloatArray  # [e], nats, mean over latent dimensions; NaN where a step has no noise
 
 
@@ -162,41 +162,44 @@ class Place:
     """Where an actor runs."""
 
     pid: int
-    node: str  # Ray's id
+    node: str  # Ray's node id
     address: str
-    takes_groups: bool = False  # of a reward's server: it needs all images at once that credit compares
-    waits: tuple[float, int] = (0.0, 1)  # the same: seconds that a question takes at most, and how many at a time
+    takes_groups: bool = False  # reward actors: it scores all images of a comparison group in one call
+    waits: tuple[float, int] = (
+        0.0,
+        1,
+    )  # reward actors: longest request, seconds; number of concurrent ones
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A bar in the timeline: actor, work, start and duration, by the clock of its machine."""
+    """A bar in the timeline: actor, work, start and duration, by its machine's clock."""
 
     who: str
     address: str
     what: str
-    started: float  # seconds of the epoch
+    started: float  # Unix time, seconds
     seconds: float
     weights_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """The report of a finished unit for the driver; it is small and has no tensors."""
+    """A finished unit's report to the driver; it holds no tensors."""
 
     unit: str
     actor: str
     place: Place
-    started: float  # seconds of the epoch, before fetching
+    started: float  # Unix time in seconds, before fetching weights
     weights_version: int
     evaluations: int
     images: int
     seconds: float
-    fetch_seconds: float  # before that, to fetch and verify new weights
-    digests: Mapping[str, str] = field(default_factory=dict)  # of its arrays: see runs/audit.py
+    fetch_seconds: float  # to fetch and verify new weights, before the unit
+    digests: Mapping[str, str] = field(default_factory=dict)  # digests of its arrays: see runs/audit.py
 
     def spans(self) -> list[Span]:
-        """The unit in the timeline."""
+        """The timeline's bars for the unit: fetching weights, and the work; none shorter than a millisecond."""
         fetched = self.started + self.fetch_seconds
         parts = (("weights", self.started, self.fetch_seconds), (self.unit, fetched, self.seconds))
         return [Span(self.actor, self.place.address, *part, self.weights_version) for part in parts if part[2] > 1e-3]
@@ -204,44 +207,44 @@ class UnitReport:
 
 @dataclass(frozen=True, slots=True)
 class WeightsManifest:
-    """Version, number of tensors and checksum of published weights; a receiver refuses anything else."""
+    """Version, number of tensors and checksum of published weights; a receiver refuses weights that differ."""
 
     version: int
     tensors: int
     bytes: int
-    checksum: str  # SHA-256 over names, shapes, dtypes and bytes
+    checksum: str  # SHA-256 of names, shapes, dtypes and bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRollout:
-    """Everything the learner needs of one prompt; the tree says what the arrays mean.
+    """The learner's data for one prompt; the tree gives the indices of the arrays.
 
-    On its way through the driver `embedding`, `trunk` and the entries of `branches` are object references; the learner
-    rank that receives the record fetches them.
+    In the driver `embedding`, `trunk` and the entries of `branches` are object references; the learner rank that
+    receives the record fetches them.
     """
 
     iteration: int
     slot: int
     prompt: str
     tree: "Tree"
-    scores: FloatArray  # [R, Q] by the trained rewards, NaN where one is missing
+    scores: FloatArray  # [R, Q] of the trained rewards, NaN where a score is missing
     embedding: Any  # PromptEmbedding
     trunk: Any  # Trunk
     branches: tuple[Any, ...]  # of Branches
-    exact_scores: FloatArray | None = None  # [R, Q] of exact completions, of a prompt that was completed both ways
+    exact_scores: FloatArray | None = None  # [R, Q] of exact completions, for a prompt that was completed both ways
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One iteration's rollouts, and what it took to make them."""
+    """One iteration's rollouts, with their reports and durations."""
 
     prompts: list[PromptRollout]
-    anchor_scores: dict[str, FloatArray]  # by reward, trained or not, of all trunks' images: the on-policy evaluation
+    anchor_scores: dict[str, FloatArray]  # for each reward, the scores of all trunks' images: on-policy evaluation
     reports: list[UnitReport]
     weights_version: int
     seconds: float  # from the first unit to the last score
     sampling_seconds: float  # from the first unit to the last image
-    weights: str = ""  # checksum of the LoRA that sampled
+    weights: str = ""  # checksum of the LoRA weights that sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,20 +252,20 @@ class Samples:
     """Deterministic samples of held-out prompts under one weights version."""
 
     prompts: list[str]
-    scores: dict[str, FloatArray]  # [prompts, seeds] by reward, NaN where missing
-    pictures: list[Images]  # [H, W, 3], the first seed of the first prompts: what a grid shows
+    scores: dict[str, FloatArray]  # [prompts, seeds] for each reward, NaN where missing
+    pictures: list[Images]  # [H, W, 3], the first seed of the first prompts, for a grid
     evaluations: int
-    traces: list[dict[str, float]] = field(default_factory=list)  # of each prompt's images: see runs/hacking.py
+    traces: list[dict[str, float]] = field(default_factory=list)  # one for each prompt: see runs/hacking.py
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One adapter (version 0: the base) on one prompt at one number of steps."""
+    """One adapter (version 0: the base), one prompt and one number of sampling steps."""
 
-    key: str  # digest of the adapter, of the prompt's metadata and of every setting that its scores depend on
+    key: str  # digest of the adapter, of the prompt's metadata and of all settings that affect its scores
     version: int
     unit: SampleUnit
-    shown: bool  # whether a picture of it goes into the grid
+    shown: bool  # whether the grid has its image
 
     @property
     def name(self) -> tuple[str, int | None, str]:

@@ -1,4 +1,4 @@
-"""The version of the code, which all processes of a run must share."""
+"""The version of the code; it must be the same in all processes of a run."""
 
 import hashlib
 import os
@@ -15,8 +15,8 @@ def code_version() -> str:
 
 
 def digest_of_sources(root: Path) -> str:
-    """12 hex digits of the SHA-256 over names and contents of all Python files below a folder."""
-    folders = os.walk(root, followlinks=True)  # in a repository, actors and learner are links
+    """12 hex digits of the SHA-256 of the names and contents of all Python files below a folder."""
+    folders = os.walk(root, followlinks=True)  # in the repository g2rpo_ray/actors and g2rpo_ray/learner are links
     digest = hashlib.sha256()
     for path in sorted(Path(folder) / name for folder, _, names in folders for name in names if name.endswith(".py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")

@@ -1,8 +1,8 @@
-"""The field's methods as presets: a tree, a credit rule and an objective. One file a method; adding one adds a file.
+"""Published methods as presets: a tree, a credit rule and an objective. One module for each method.
 
-A preset is a function from the number of sampling steps to the settings that differ from NEUTRAL. What belongs to the
-model (learning rate, resolution, schedule shift, batch) is in configs/ and not here. Each module's text names the
-source, and every number in which paper and code differ.
+A preset is a function from the number of sampling steps to the settings that differ from NEUTRAL. Settings of the model
+(learning rate, resolution, schedule shift, batch) are in configs/. Each module's docstring names the source, and lists
+the differences between paper and code.
 """
 
 import importlib
@@ -40,39 +40,39 @@ def method_names() -> list[str]:
 
 
 def preset(name: str, steps: int | None = None) -> Settings:
-    """All settings of a method at `steps` sampling steps; None: the number that its paper has, which is among them.
+    """All settings of a method at `steps` sampling steps (None: the paper's number), `sampler.steps` among them.
 
     Raises:
-        ValueError: there is no such method, or it gives what is not a method's to give.
+        ValueError: there is no such method, or its preset has a section that presets may not set.
     """
     module = _module(name)
     make: Callable[[int], Settings] = module.preset
     chosen = module.STEPS if steps is None else steps
     given = make(chosen)
     if unknown := sorted(set(given) - set(NEUTRAL)):
-        raise ValueError(f"method: {name} gives {unknown[0]}; a preset's sections are {', '.join(NEUTRAL)}")
+        raise ValueError(f"method: the preset {name} has a section {unknown[0]}; allowed are {', '.join(NEUTRAL)}")
     settings = {section: {**values, **given.get(section, {})} for section, values in NEUTRAL.items()}
     settings["sampler"]["steps"] = chosen
     return settings
 
 
 def _module(name: Any) -> Any:
-    """The module of a method: one here, or by its import path, for one's own."""
+    """The module of a method: one of this package, or the user's own by its import path."""
     known = method_names()
     parts = name.split(".") if isinstance(name, str) else []
     if name not in known and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
         raise ValueError(
-            f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path of your own module, "
-            "with a dot, that has STEPS and preset"
+            f"method: {shown(name)} given; allowed are {', '.join(known)}, or the import path (with a dot) of your own "
+            "module with STEPS and preset"
         )
     path = f"{__name__}.{name}" if name in known else name
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ValueError(f"method: {name} cannot be imported ({error}); is it on PYTHONPATH?") from None
+        raise ValueError(f"method: {name} cannot be imported ({error}); put its folder on PYTHONPATH") from None
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything, or end the process
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"method: {name} cannot be imported ({reason}); correct it") from error
     if not hasattr(module, "STEPS") or not hasattr(module, "preset"):
-        raise ValueError(f"method: {name} has no STEPS and preset, which a method's module needs; see docs/methods.md")
+        raise ValueError(f"method: the module {name} lacks STEPS or preset; see docs/methods.md")
     return module

@@ -1,12 +1,13 @@
-"""BranchGRPO (arXiv 2509.06040): stochastic chains that split on their way, so that members share what is before.
+"""BranchGRPO (arXiv 2509.06040): stochastic chains that split, so that members share their first steps.
 
 Two children of one noise, and two again at steps 3, 6 and 9 of 20: 16 images; g = η = .3 on all steps but the last, as
-DanceGRPO; the value of an edge is the mean of the images below it, its advantage the z-score among the edges of its
-depth; ε 1e-3.
+in DanceGRPO. The value of an edge is the mean score of the images below it, its advantage the z-score among the edges
+of its depth; ε 1e-3.
 
-Paper and code (Fredreic1849/BranchGRPO) differ: the paper weighs leaves by the probability of their paths, the released
-script takes the mean; the script multiplies the noise of splits by 4 and scores them as if it had not, and trains the
-last step, whose noise the image does not have: neither is done here. It steps after every 12 edges; four updates here.
+Paper and code (Fredreic1849/BranchGRPO) differ: the paper weights leaves by the probability of their paths, the script
+takes the mean. The script multiplies the noise of splits by 4 but not in their log-probability, and trains the last
+step, whose noise the image does not contain; this preset does neither. It makes an optimizer step after every 12 edges,
+this preset four updates.
 """
 
 from g2rpo_ray.methods import Settings

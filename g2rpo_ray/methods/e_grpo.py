@@ -1,11 +1,11 @@
-"""E-GRPO (arXiv 2601.00423): G²RPO whose stochastic edges span several steps, as one step's noise tells too little.
+"""E-GRPO (arXiv 2601.00423): G²RPO with stochastic edges of several steps, which carry more entropy than one step.
 
 Each of the first half of the steps branches off the anchor by one edge of two steps, 12 children, flow kernel, η .7;
-Λ = {1, 2}, walked as the released code does; credit and schedule as G²RPO's; ε 1e-4.
+Λ = {1, 2} in the layout of the released code; credit and schedule as in G²RPO; ε 1e-4.
 
 Paper and code (shengjun-zhang/VisualGRPO) differ: the paper chooses the length of each edge by its entropy (threshold
-2.2, in a unit that it does not state; HPSv2.1 .391), and has .382 for edges of two steps, which are what we have, .374
-for four; the code's lists are to be filled in by hand. Λ = {1, 2} and its layout (`authors`) are the code's: the paper
+2.2, in a unit that it does not state; HPSv2.1 .391); it reports .382 for edges of two steps, as here, and .374 for
+four. The code's lists of lengths are set by hand. Λ = {1, 2} and its layout (`authors`) are from the code: the paper
 has no granularities.
 """
 

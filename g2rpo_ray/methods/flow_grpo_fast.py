@@ -1,10 +1,10 @@
 """Flow-GRPO-Fast, as its authors recommend it without guidance: two stochastic steps in a window drawn for each prompt.
 
-24 initial noises, ODE to a step below T/2 that each prompt's key draws, two stochastic steps of Flow-CPS's kernel
-(arXiv 2509.05952; η .8), ODE to the image; credit as Flow-GRPO's; ε 1e-5; two updates a rollout.
+24 initial noises, ODE to a step below T/2 that is drawn for each prompt, two stochastic steps of Flow-CPS's kernel
+(arXiv 2509.05952; η .8), ODE to the image; credit as in Flow-GRPO; ε 1e-5; two updates a rollout.
 
-Text and code (yifan123/flow_grpo) differ: its README says two steps, its configurations have three, from a start in
-0..T/2 − 3; there the window is drawn for a batch of a process, so that members of one prompt have different ones.
+Text and code (yifan123/flow_grpo) differ: its README gives two steps, its configurations three, from a start in
+0..T/2 − 3. The code draws a window for each batch of a process, so that members of one prompt have different windows.
 """
 
 from g2rpo_ray.methods import Settings

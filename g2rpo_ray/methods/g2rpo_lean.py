@@ -1,10 +1,10 @@
-"""G²RPO where it costs least: two branch steps in a row, each branch completed by two evaluations.
+"""A cheaper G²RPO: two consecutive branch steps, and two evaluations to complete each branch.
 
-Branches at two steps from .3 of the schedule on (3 and 4 of 10, 5 and 6 of 16), 12 children each; one stride as long as
-.8 of the steps, so that a completion has an evaluation below its edge, and one at .8 of the steps; the rest as G²RPO's.
+Branches at two steps from .3 of the schedule on (3 and 4 of 10, 5 and 6 of 16), 12 children each. One stride of .8 of
+the steps, so that a completion has one evaluation below its edge and one at .8 of the steps. The rest as in G²RPO.
 
-Not of a paper. What a coarse completion gets wrong about one sample is noise, which averages out over prompts, and the
-policy's own likelihood rests on exact evaluations either way: docs/methods.md, "Coarse completions".
+Not of a paper. The error of a coarse completion is noise that averages out over prompts, and the policy's likelihood
+comes from exact evaluations: docs/methods.md, "Coarse completions".
 """
 
 from g2rpo_ray.methods import Settings

@@ -306,7 +306,7 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n
         pytest.param("name=a\x01", ["--set name", "unacceptable character #x0001"], id="a control character"),
         ('model.negative_prompt="\\ud83d"', ["--set model.negative_prompt", "half of a surrogate pair"]),
         ("method=no.such_module", ["method: no.such_module cannot be imported", "PYTHONPATH"]),
-        ("method=tests.support.faulty", ["method: tests.support.faulty has no STEPS and preset"]),
+        ("method=tests.support.faulty", ["method: the module tests.support.faulty lacks STEPS or preset"]),
         ("learner.zero_stage=4", ["learner.zero_stage: 4 given", "1, 2 or 3"]),
         ("learner={compile: true, zero_stage: 3}", ["learner.compile: true given", "learner.zero_stage=3"]),
         ("rollout.max_actors=1000000", ["rollout.max_actors: 1000000 given", "less than or equal to 4096"]),
@@ -491,7 +491,7 @@ def test_a_method_of_one_s_own_by_its_import_path(tmp_path, monkeypatch):
     assert (config.sampler.group_size, config.sampler.strides) == (5, (1,))  # what it does not give is neutral
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "config.yaml")) == config
-    with pytest.raises(ValueError, match="gives samplr; a preset's sections are sampler, credit, learner, evaluation"):
+    with pytest.raises(ValueError, match="has a section samplr; allowed are sampler, credit, learner, evaluation"):
         load_config(None, ["method=my_methods_of_test_config.wrong"])
     with pytest.raises(ValueError, match="credit.grp: unknown key; did you mean group"):
         load_config(None, ["method=my_methods_of_test_config.misspelt"])
