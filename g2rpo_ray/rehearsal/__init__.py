@@ -1,1 +1,1 @@
-"""What a run will take, before anything is rented: devices, hours, money."""
+"""Estimates the devices, hours and money of a run before devices are rented."""

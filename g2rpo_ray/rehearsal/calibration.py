@@ -1,4 +1,4 @@
-"""What `g2rpo bench` measured, as a file: the times of a run's parts, for the settings that decide them."""
+"""The file of `g2rpo bench`: measured durations of a run's parts, with the settings that they depend on."""
 
 import json
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ DECIDE = {
     "rollout": ("device", "threads", "micro_batch", "decode_batch", "compile", "attention_backend", "completions"),
     "learner": ("device", "threads", "micro_batch", "gradient_checkpointing", "compile", "objective", "kl_beta"),
 }  # fmt: skip
-"""Settings that what is measured depends on; None: all of a section."""
+"""Settings that the measured durations depend on, by section; None: all settings of a section."""
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Those of `DECIDE`, by dotted key, as JSON holds them."""
+    """The settings of `DECIDE` by dotted key, as JSON values."""
     whole = config.model_dump(mode="json")
     return {
         f"{section}.{key}": whole[section][key] for section, keys in DECIDE.items() for key in keys or whole[section]
@@ -28,16 +28,16 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def write(file: Path, config: Config, found: Mapping[str, Any], times: Times) -> None:
-    """Write what was found, and the times."""
+    """Write the times and other measurements (`found`) as JSON."""
     content = {"format": FORMAT, "settings": settings(config), **found, "seconds": asdict(times)}
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(file: Path, config: Config) -> Times:
-    """The times in a file, for this configuration.
+    """Read the times for this configuration from a file.
 
     Raises:
-        ValueError: one line; the file is not of `g2rpo bench`, or other settings were measured.
+        ValueError: the file is not of `g2rpo bench`, or was measured with other settings; one line.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -59,7 +59,7 @@ def read(file: Path, config: Config) -> Times:
 
 
 def _table(value: Any) -> Any:
-    """JSON's keys are text: sizes are numbers."""
+    """A table with sizes as integers, which are text in JSON; other values are unchanged."""
     if not isinstance(value, dict):
         return value
     return {int(key) if key.isdigit() else key: float(seconds) for key, seconds in value.items()}

@@ -1,4 +1,4 @@
-"""What a run of a configuration would meet, as far as this machine can tell: all of it, not the first alone."""
+"""Finds all problems of a configuration that can be found on this machine, not only the first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Findings:
 
 
 def look(config: Config) -> Findings:
-    """Checks storage, prompts, packages, model and rewards, each independently of the others."""
+    """Check storage, prompts, packages, model and rewards, each independently of the others."""
     found = Findings()
     found.attempt(lambda: check_lasting(config))
     found.attempt(lambda: check_writable(config, open_run(config)))

@@ -1,4 +1,4 @@
-"""Hours and money of a run on devices that are not here, by a simulation, and the best split of these devices."""
+"""Estimates hours and money of a run on other devices by simulation, and the best split of these devices."""
 
 import heapq
 import math
@@ -13,28 +13,28 @@ from g2rpo_ray.rehearsal.times import Times, of_batch, operations
 from g2rpo_ray.rewards import serving
 
 EFFICIENCY = (0.2, 0.55)
-"""Share of the dense bfloat16 rate that these networks reach, least and most: docs/planning.md has the measurements."""
-WORTH_TELLING = 0.95  # of the hours, or device-hours, that the configuration takes as it is
-TIE = 0.01  # power of the devices: twice as many must save 0.7 % of the hours
-LEAST_TOLD = 0.005  # share of the time
-MAX_SIMULATIONS = 12  # of splits, the most promising ones
-MAX_SIZES = 32  # numbers of actors, or ranks, that are tried
-SERVER_LOAD = 0.8  # at most: see docs/performance.md
+"""Share of the dense bfloat16 rate that these networks reach, least and most; measured in docs/planning.md."""
+WORTH_TELLING = 0.95  # a split is recommended below this share of the configured split's hours or device-hours
+TIE = 0.01  # exponent of the number of devices: twice as many must save 0.7 % of the hours
+LEAST_TOLD = 0.005  # smallest share of the time that is printed
+MAX_SIMULATIONS = 12  # of splits, in the order of their lower bounds
+MAX_SIZES = 32  # numbers of actors that are tried
+SERVER_LOAD = 0.8  # largest load of a reward server: see docs/performance.md
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """Of a run: least and most."""
+    """Duration of a run, as an interval."""
 
-    config: Config  # with the actors that find a device
-    devices: float  # that are used
+    config: Config  # with as many actors as fit on the devices
+    devices: float  # number of devices that are used
     simulated: Simulated
-    looks_s: float  # one evaluation of the held-out prompts
-    slower: Interval  # than simulated: these many times
+    looks_s: float  # one evaluation of the held-out prompts, in the simulation
+    slower: Interval  # least and greatest ratio of real to simulated durations
 
     def interval(self, seconds: float) -> Interval:
-        """Of what takes so long in the simulation."""
+        """The least and greatest duration of a part that takes `seconds` in the simulation."""
         least, most = self.slower
         return least * seconds, most * seconds
 
@@ -46,33 +46,33 @@ class Hours:
 
 
 def seconds(operations: float, fleet: Fleet, devices: float) -> Interval:
-    """Of so many operations, 10^12, on so many of the fleet's devices: least and most."""
+    """Least and greatest duration of `operations` (in 10^12) on this number of the fleet's devices."""
     most, least = (operations / (devices * fleet.device.tflops * share) for share in EFFICIENCY)
     return least, most
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What hours are told of: how long the parts take, and how many held-out prompts there are."""
+    """The input of an estimate of hours."""
 
     times: Times
-    slower: Interval  # than these times
-    heldout: int
+    slower: Interval  # least and greatest ratio of real durations to `times`
+    heldout: int  # number of held-out prompts
 
     @classmethod
     def of(cls, config: Config, fleet: Fleet, heldout: int) -> "Estimate":
-        """By the model's configuration files, which are on this machine, and the devices' rate."""
+        """From the number of operations and the devices' rate; the model's configuration files must be local."""
         least, most = sorted(1 / share for share in EFFICIENCY)
         return cls(operations(config).scaled(1 / fleet.device.tflops), (least, most), heldout)
 
     def hours(self, config: Config, fleet: Fleet | None = None) -> Hours:
-        """How long the run takes; an actor with a part of a GPU takes as much longer as that part is smaller.
+        """Simulate the run. With 1 / n of a GPU, an actor's parts take n times as long.
 
         Args:
-            fleet: None: all of `rollout.max_actors` find a place.
+            fleet: it limits the number of rollout actors; None: `rollout.max_actors` of them.
 
         Raises:
-            ValueError: one line; the run does not take GPUs, or more of them than there are.
+            ValueError: the run uses no GPUs, or needs more than the fleet has; one line.
         """
         if fleet is None:
             devices = math.nan
@@ -93,9 +93,9 @@ class Estimate:
         return Hours(config, devices, found, heldout_s(config, times, self.heldout), self.slower)
 
     def best(self, now: Hours, fleet: Fleet, goal: Callable[[Hours], float]) -> Hours:
-        """The split of the fleet, or of a part of it, with the least of `goal`; `now`, unless it saves some hundredths.
+        """The split of the fleet, or of a part of it, with the smallest `goal`; `now` if it is less than 5 % better.
 
-        Splits are tried in the order of what they would take if nobody waited.
+        Splits are simulated in the order of their lower bounds, which assume that no actor waits.
         """
         config, best = now.config, now
         work = self.hours(_split(config, 1, 1))
@@ -108,7 +108,7 @@ class Estimate:
 
 
 def _unwaited(work: Hours, split: Config) -> Hours:
-    """Of a split in which nobody waits, by what one actor and one rank take."""
+    """A lower bound of a split's hours, without any waiting, from the simulation with one actor and one rank."""
     actors, alone = split.rollout.max_actors, work.simulated
     prompts, ranks = split.data.prompts_per_iteration, split.learner.ranks
     rollout, update = alone.work_s / actors, alone.update_s * math.ceil(prompts / ranks) / prompts
@@ -118,10 +118,10 @@ def _unwaited(work: Hours, split: Config) -> Hours:
 
 
 def _splits(config: Config, fleet: Fleet, alone: Simulated) -> Iterator[Config]:
-    """Numbers of ranks and actors that fit, and of reward servers that keep up with them."""
+    """Splits that fit: numbers of ranks and actors, with enough reward servers for them."""
     prompts, least = config.data.prompts_per_iteration, config.rollout.min_actors
-    useful = {math.ceil(prompts / of_a_rank) for of_a_rank in range(1, prompts + 1)}  # fewer would do as much
-    loads = {  # seconds of one server
+    useful = {math.ceil(prompts / of_a_rank) for of_a_rank in range(1, prompts + 1)}  # others are no faster
+    loads = {  # busy seconds of one server an iteration, over its largest load
         name: alone.busy[name] * reward.replicas * alone.iteration_s / SERVER_LOAD
         for name, reward in config.all_rewards.items()
         if alone.busy.get(name)
@@ -135,13 +135,13 @@ def _splits(config: Config, fleet: Fleet, alone: Simulated) -> Iterator[Config]:
 
 
 def _sizes(least: int, most: int) -> list[int]:
-    """All, or some that are evenly spread."""
+    """The integers from `least` to `most`, or MAX_SIZES of them, evenly spaced."""
     number = min(MAX_SIZES, most - least + 1)
     return sorted({most - (most - least) * place // max(1, number - 1) for place in range(number)})
 
 
 def _split(config: Config, actors: int, ranks: int, replicas: Mapping[str, int] | None = None) -> Config:
-    """The configuration with other numbers; `replicas` by reward."""
+    """The configuration with these numbers of actors, ranks and replicas (by reward)."""
 
     def served(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
         found = replicas or {}
@@ -154,13 +154,13 @@ def _split(config: Config, actors: int, ranks: int, replicas: Mapping[str, int] 
 
 
 def _used(config: Config) -> float:
-    """GPUs that the actors, ranks and servers of a split take."""
+    """Number of GPUs of a split's actors, ranks and servers."""
     each, ranks, others = _gpus(config)
     return config.rollout.max_actors * each + ranks + others
 
 
 def evaluations(config: Config) -> int:
-    """Held-out evaluations of a run: before the first iteration, each `every`, after the last."""
+    """Number of held-out evaluations of a run: before the first iteration, every `every`, after the last."""
     every = config.evaluation.every
     return 1 + (math.ceil(config.iterations / every) if every else 1)
 
@@ -169,7 +169,7 @@ def describe_hours(config: Config, heldout: int, fleet: Fleet) -> str:
     """The estimate as lines of text.
 
     Args:
-        config: its pipeline's configuration files must be on this machine: see `rehearsal.published`.
+        config: its pipeline's configuration files must be on this machine, see `rehearsal.published`.
         heldout: number of held-out prompts.
         fleet: devices to estimate for.
 
@@ -188,7 +188,7 @@ def describe_hours(config: Config, heldout: int, fleet: Fleet) -> str:
 
 
 def describe_calibrated(config: Config, heldout: int, fleet: Fleet | None, times: Times) -> str:
-    """The estimate by measured times, for a fleet of the measured devices, or with all actors of the settings."""
+    """The estimate from measured times, for a fleet of the measured devices; None: for `rollout.max_actors`."""
     estimate = Estimate(times, (1.0, 1.0), heldout)
     unmeasured = sorted(set(serving(config.all_rewards).values()) - set(times.scores))
     where = "on separate devices" if times.cores == math.inf else f"on {times.cores:g} shared cores"
@@ -255,7 +255,7 @@ def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
 
 
 def _gpus(config: Config) -> tuple[float, float, float]:
-    """GPUs of a rollout actor, of all ranks, of all reward servers."""
+    """Numbers of GPUs of one rollout actor, of all ranks and of all reward servers."""
     each = config.rollout.resources.get("GPU", 0)
     taken = {key: number * resources.get("GPU", 0) for key, number, resources in demands(config)}
     taken.pop("rollout.resources")
@@ -273,5 +273,5 @@ def _duration(given: Interval) -> str:
 
 
 def interval_in_words(given: Sequence[float]) -> str:
-    """Two digits of each end, or one number if they are equal."""
+    """Both ends with two digits, or one number if they are equal."""
     return " to ".join(dict.fromkeys(f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in given))

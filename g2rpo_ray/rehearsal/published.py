@@ -1,7 +1,7 @@
-"""Configuration files of published pipelines, so that their shapes are known before a byte of them is fetched.
+"""Configuration files of published pipelines, so that estimates need no download.
 
-`published/ORG--NAME/` has what a pipeline's folder has without weights and tokenizers. It serves to count and to plan;
-what samples and trains reads the pipeline's own files.
+`published/ORG--NAME/` is a pipeline's folder without weights and tokenizers. Only estimates use it; sampling and
+training read the pipeline's own files.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "published"
 
 
 def with_shapes(config: Config) -> Config | None:
-    """The configuration, with a pipeline whose configuration files are on this machine; None if there are none."""
+    """The configuration with a pipeline whose configuration files are on this machine; None if there is none."""
     if config.model.is_local:
         return config
     packaged = FOLDER / config.model.path.replace("/", "--")

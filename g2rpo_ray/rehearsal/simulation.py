@@ -1,10 +1,10 @@
-"""A run in virtual time: the plan's units by the rules of the pools, as discrete events. No Ray, no tensors.
+"""Simulates a run in virtual time, by discrete events: the plan's units and the pools' rules, without Ray and tensors.
 
     prompt ─► trunk ─► branch units ─► scores ─┐
               └─ rollout actors ─┘ └ servers ┘ ├─► update ─► publish ─► next iteration
                                                └────── learner ──────┘
 
-Left out: starting, checkpoints, deaths, copies of late units, prompts that are completed exactly, too, and networks.
+Not simulated: startup, checkpoints, failures, copies of late units, exact completions for comparison, and networks.
 """
 
 import heapq
@@ -33,19 +33,19 @@ Done = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """Means over the iterations that were looked at."""
+    """Means over the simulated iterations."""
 
     iteration_s: float
-    rollout_s: float  # from when the loop asks for the rollout until it has it
+    rollout_s: float  # time that the loop waits for the rollout
     update_s: float
-    work_s: float  # of all rollout actors together, in units
-    busy: Mapping[str, float]  # share of their time: `rollout`, `learner`, and reward servers by name
-    waits: Mapping[str, float]  # share of the rollout actors' time, by what they wait for, most first
+    work_s: float  # busy time of all rollout actors together
+    busy: Mapping[str, float]  # busy share of the time: `rollout`, `learner`, and reward servers by name
+    waits: Mapping[str, float]  # idle share of the rollout actors' time, by reason, largest first
     peak_bytes: int  # of the object store: images, latents and weights
 
 
 def simulate(config: Config, times: Times) -> Simulated:
-    """Some iterations of the run, with `rollout.max_actors` actors. `auto` has its costliest choice, without probes."""
+    """Simulate some iterations of `rollout.max_actors` actors. `auto` counts as its costliest choice; no probes."""
     trees, prompts = possible_trees(config, config.sampler.costliest), range(config.data.prompts_per_iteration)
     looks, slides = min(MAX_LOOKS, len(trees)), config.sampler.branch_schedule == "slide"
     firsts = [look * len(trees) // looks for look in range(looks)]
@@ -54,12 +54,12 @@ def simulate(config: Config, times: Times) -> Simulated:
 
 
 def heldout_s(config: Config, times: Times, prompts: int) -> float:
-    """Seconds of an evaluation of so many held-out prompts."""
+    """Seconds of an evaluation of this number of held-out prompts."""
     return (1 + (config.learner.ema is not None)) * _Run(config, times).look(prompts)
 
 
 def update_s(config: Config, times: Times, trees: Sequence[Tree]) -> float:
-    """Seconds of an iteration's update, with the trees of its prompts in their order."""
+    """Seconds of an iteration's update; `trees` has one tree for each prompt, in order."""
     scores = [np.zeros((len(config.rewards), len(tree.leaf)), np.float32) for tree in trees]
     places = enumerate(zip(trees, scores, strict=True))
     rollouts = [PromptRollout(0, slot, "", tree, found, None, None, ()) for slot, (tree, found) in places]
@@ -69,22 +69,22 @@ def update_s(config: Config, times: Times, trees: Sequence[Tree]) -> float:
 
 
 class _Clock:
-    """Virtual time. Tasks on shared cores slow each other down, all alike, where they want more than there are."""
+    """Virtual time. Tasks that need more cores than there are slow down by the same factor."""
 
     def __init__(self, cores: float):
         self.now = 0.0
         self._cores, self._wanted = cores, 0.0
-        self._served = 0.0  # seconds that a task would have had which ran from the start
+        self._served = 0.0  # progress, in seconds, of a task that ran from the start
         self._order = itertools.count()
         self._running: list[tuple[float, int, float, Done]] = []  # a heap
 
     def start(self, seconds: float, done: Done, cores: float = 1) -> None:
-        """Call `done` when the task has had so many seconds."""
+        """Start a task of this duration; call `done` at its end."""
         self._wanted += cores
         heapq.heappush(self._running, (self._served + seconds, next(self._order), cores, done))
 
     def advance(self, observe: Callable[[float], None]) -> None:
-        """To the end of the next task. `observe` is told the seconds until then."""
+        """Advance to the end of the next task; call `observe` with the seconds that pass."""
         ends, _, cores, done = heapq.heappop(self._running)
         passed = (ends - self._served) * max(1.0, self._wanted / self._cores)
         observe(passed)
@@ -93,7 +93,7 @@ class _Clock:
 
 
 class _Pool:
-    """Like actors, each with a call at a time; see `actors.pool.dispatch.Pool`."""
+    """Interchangeable actors, with one call at a time each; see `actors.pool.dispatch.Pool`."""
 
     def __init__(self, clock: _Clock, size: int, cores: float, limit: float = math.inf):
         self.size, self.busy_s = size, 0.0
@@ -112,7 +112,7 @@ class _Pool:
         self._dispatch()
 
     def delay(self, seconds: float) -> None:
-        """The next call of each actor takes so much longer: it fetches weights."""
+        """Lengthen the next call of each actor, which fetches weights first."""
         self._late = [seconds] * self.size
 
     def observe(self, seconds: float) -> None:
@@ -133,7 +133,7 @@ class _Pool:
 
 @dataclass(slots=True)
 class _All:
-    """Calls `then` when it was called so many times."""
+    """Calls `then` at its `left`-th call."""
 
     left: int
     then: Done
@@ -149,13 +149,13 @@ class _Unit:
     cost: int  # evaluations
     seconds: float
     images: int
-    latents: int  # that it leaves for the learner
+    latents: int  # that it stores for the learner
     trunk: bool = False
 
 
 @dataclass(slots=True)
 class _Rollout:
-    """An iteration's rollout, with the units that are under way or wait."""
+    """An iteration's rollout, with the numbers of its unfinished trunks and units."""
 
     trunks: int = 0
     units: int = 0
@@ -187,7 +187,7 @@ class _Run:
         self._images = self._latents = self._peak = 0
 
     def iterate(self, trees: Sequence[Sequence[Tree]]) -> Simulated:
-        """An iteration of each of these trees; where rollouts are a version behind, from the third iteration on."""
+        """Simulate one iteration for each of these tuples of trees; with staleness, two iterations come before."""
         ahead, each = self._config.rollout.max_staleness, len(trees)
         began = 0.0
         for iteration in range(2 * ahead + each):
@@ -210,7 +210,7 @@ class _Run:
         )  # fmt: skip
 
     def look(self, prompts: int) -> float:
-        """Seconds in which so many held-out prompts are sampled and scored."""
+        """Seconds to sample and score this number of held-out prompts."""
         config, (seeds, steps) = self._config, (self._config.evaluation.seeds, self._config.sampler.steps)
         batches = pieces(seeds, config.rollout.micro_batch) * steps
         seconds = config.sample_cost * total(self._times.evaluations, batches)
@@ -223,7 +223,7 @@ class _Run:
         return self._clock.now
 
     def _forget(self) -> float:
-        """The time, from which on all is counted anew."""
+        """Reset the counters; the current time."""
         self._rollout_s = self._update_s = self._work_s = 0.0
         self._waits.clear()
         for pool in self._pools.values():
@@ -235,7 +235,7 @@ class _Run:
             self._clock.advance(self._observe)
 
     def _sample(self, iteration: int, trees: Sequence[Tree]) -> None:
-        """Begin with a rollout."""
+        """Start a rollout."""
         rollout = _Rollout()
         self._rollouts.append(rollout)
         sampled = _All(len(trees), rollout.end)
@@ -245,7 +245,7 @@ class _Run:
             self._compute(iteration, rollout, trunk, partial(self._grow, iteration, rollout, tree, scored))
 
     def _grow(self, iteration: int, rollout: _Rollout, tree: Tree, scored: Done) -> None:
-        """A prompt's branches, once its trunk is there."""
+        """Start a prompt's branches, after its trunk."""
         trunk, branches = self._plan(tree)
         self._score(trunk, self._serving, scored)
         for unit in branches:
@@ -285,7 +285,7 @@ class _Run:
             self._pools[name].call((0,), seconds, scored)
 
     def _learn(self, rollout: _Rollout, trees: Sequence[Tree]) -> None:
-        """Update and publish; then the latents are dropped, and each actor fetches the new weights."""
+        """Update and publish; then delete the latents, and have each actor fetch the new weights."""
         ended: list[float] = []
         began = self._clock.now
         for seconds in (update_s(self._config, self._times, trees), self._times.publish):
@@ -313,12 +313,12 @@ class _Run:
         return _Unit(cost * part.evaluations, seconds, len(part.images), (1 + trunk) * len(part.touched), trunk)
 
     def _besides(self, images: int) -> float:
-        """Seconds of a unit beside its evaluations."""
+        """Seconds of a unit without its evaluations."""
         passes = pieces(images, self._config.rollout.decode_batch)
         return self._times.unit + total(self._times.decodings, passes)
 
     def _store(self, latents: int, images: int) -> None:
-        """So many more in the object store."""
+        """Add to the object store's numbers of latents and images."""
         self._latents += latents
         self._images += images
         pixels = self._config.model.pixels
@@ -331,7 +331,7 @@ class _Run:
             self._waits[self._reason()] += seconds * idle
 
     def _reason(self) -> str:
-        """What idle rollout actors wait for."""
+        """The reason why rollout actors are idle."""
         under_way = [rollout for rollout in self._rollouts if not rollout.done]
         if not under_way:
             return "the update"

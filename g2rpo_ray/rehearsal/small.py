@@ -1,4 +1,4 @@
-"""The user's configuration on the twin of its model, as small as a rehearsal must be."""
+"""Reduces the user's configuration to the size of a rehearsal, with the twin of its model."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ PROMPTS, HELDOUT, SEEDS = 2, 2, 2
 FRAMES = 5  # two latents of Wan's
 STAND_IN = "jpeg_compressibility"  # loads nothing, and scores pictures of any prompt
 HERE: Mapping[str, Any] = {"resources": {"CPU": 0}, "device": "auto", "runtime_env": {}, "threads": 1}
-"""Of a section with actors, for a machine that has a few cores and no GPU."""
+"""Settings of a section with actors, for a machine with a few cores and no GPU."""
 
 
 def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: Path, alone: bool = False) -> Config:
@@ -63,7 +63,7 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
 
 
 def differences(config: Config, rehearsed: Config) -> list[str]:
-    """The sizes that are smaller, `key now (before)` each; paths, devices and rewards are not among them."""
+    """The settings that differ, as `key now (before)`, without paths, devices and rewards."""
     keys = (
         "iterations", "model.height", "model.width", "model.frames", "model.max_sequence_length",
         "data.prompts_per_iteration",
@@ -88,7 +88,7 @@ def _size(given: int, patch: int) -> int:
 
 
 def _patch(config: Config) -> int:
-    """Pixels of a latent patch, along an edge."""
+    """Edge of a latent patch, in pixels."""
     from g2rpo_ray.models import describe_model
 
     shaped = with_shapes(config)

@@ -1,4 +1,4 @@
-"""How long the parts of a run take, each on its device: of all that a simulation adds up."""
+"""Durations of the parts of a run, each on its device: the input of the simulation."""
 
 import math
 from collections import Counter
@@ -13,31 +13,31 @@ from g2rpo_ray.rollout.cost import prompt_cost
 from g2rpo_ray.rollout.plan import BACKWARD, possible_trees
 
 BySize = Mapping[int, float]
-"""Seconds of a batch by its size, ascending: linear between those that are known, in proportion beyond them."""
+"""Seconds of a batch by its size, ascending: interpolated linearly, and proportional to the size outside the table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds."""
+    """Durations in seconds."""
 
-    evaluations: BySize  # of a velocity, a batch of latents
-    decodings: BySize  # of a pass of the VAE
-    states: BySize  # of a learner's micro-batch, forward and backward, with whatever else the objective evaluates
-    completions: BySize | None = None  # of a velocity by `rollout.completions`, where that is another one
+    evaluations: BySize  # of a velocity evaluation, by the number of latents
+    decodings: BySize  # of a VAE pass, by the number of images
+    states: BySize  # of a learner's micro-batch: forward, backward and the objective's other evaluations
+    completions: BySize | None = None  # of an evaluation by `rollout.completions`, where it differs
     scores: Mapping[str, float] = field(default_factory=dict)  # of an image, by the reward whose servers score it
-    unit: float = 0.0  # of a unit beside its evaluations and decodings
-    step: float = 0.0  # of an optimizer step beside its states
-    publish: float = 0.0
-    receive: float = 0.0  # of an actor, new weights
-    cores: float = math.inf  # that all actors share; infinity: each has a device of its own
+    unit: float = 0.0  # of a unit, without its evaluations and decodings
+    step: float = 0.0  # of an optimizer step, without its states
+    publish: float = 0.0  # to publish new weights
+    receive: float = 0.0  # for an actor to load new weights
+    cores: float = math.inf  # number of cores that all actors share; infinity: each actor has its own device
 
     def scaled(self, factor: float) -> "Times":
-        """All of them so many times as long."""
+        """All durations times `factor`, except `cores`."""
         scores = {name: factor * seconds for name, seconds in self.scores.items()}
         return replace(self.shared(factor, factor), scores=scores)
 
     def shared(self, rollout: float, learner: float) -> "Times":
-        """Those of rollout actors and of the learner so many times as long, as where several share a device."""
+        """Durations of rollout actors and of the learner times these factors, for actors that share a device."""
         factors = {"evaluations": rollout, "decodings": rollout, "completions": rollout, "states": learner}
         tables: dict[str, Any] = {
             name: {size: factor * seconds for size, seconds in table.items()}
@@ -50,7 +50,7 @@ class Times:
 
 
 def of_batch(table: BySize, size: int) -> float:
-    """Seconds of a batch of so many."""
+    """Seconds of a batch of `size`."""
     least, most = min(table), max(table)
     if size > most:
         return table[most] * size / most
@@ -58,26 +58,26 @@ def of_batch(table: BySize, size: int) -> float:
 
 
 def total(table: BySize, sizes: Iterable[int]) -> float:
-    """Seconds of batches of these sizes, one after the other."""
+    """Seconds of consecutive batches of these sizes."""
     return sum(number * of_batch(table, size) for size, number in Counter(sizes).items())
 
 
 def pieces(number: int, size: int) -> list[int]:
-    """Sizes of the batches of at most `size` that so many make."""
+    """Sizes of the batches when `number` items are split into batches of at most `size`."""
     return [size] * (number // size) + [number % size] * (number % size > 0)
 
 
 def operations(config: Config) -> Times:
-    """Times in units of 10^12 floating-point operations by PyTorch's count: seconds on a device of 1 TFLOP/s.
+    """Numbers of floating-point operations by PyTorch's count, in 10^12: seconds on a device of 1 TFLOP/s.
 
-    From the model's configuration files on this machine. `auto` has its costliest choice. Rewards take no time.
+    The model's configuration files must be on this machine. `auto` counts as its costliest choice, rewards as 0.
     """
     from g2rpo_ray.models.estimate import count_operations
 
     counted, learner = count_operations(config), config.learner
     mean = prompt_cost(config, possible_trees(config, config.sampler.costliest))
     states, checkpointed = config.velocity_cost * mean.states, learner.gradient_checkpointing
-    others = mean.update - (BACKWARD + checkpointed) * states  # by policies without a gradient
+    others = mean.update - (BACKWARD + checkpointed) * states  # evaluations without a gradient
     update = states * counted.state(checkpointed) + others * counted.evaluation
     each = update * (1 + sum(parts - 1 for parts in learner.subpaths)) / mean.states
     return Times({1: counted.evaluation}, {1: counted.decoding}, {1: each})
