@@ -1,1 +1,1 @@
-"""Statistics, tables, plots and picture grids: one kit for everything that compares."""
+"""Statistics, tables, plots and picture grids for all comparisons."""

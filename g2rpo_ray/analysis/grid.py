@@ -18,7 +18,7 @@ def picture_grid(path: Path, captions: Sequence[str], columns: Mapping[str, Sequ
     """Write a PNG: a row of pictures [H, W, 3] for each caption, a column for each policy.
 
     Args:
-        frames: of videos, whose pictures are strips; with several, the grid moves in a WebP beside the PNG.
+        frames: number of frames of a video, whose pictures are strips; above 1, an animated WebP is written, too.
     """
     _canvas(captions, columns).save(path)
     if frames > 1:

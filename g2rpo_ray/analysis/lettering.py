@@ -1,4 +1,4 @@
-"""A line of text as a picture. A character is drawn with an installed font that has it, else its code stands for it."""
+"""Draws a line of text, each character with an installed font that has it; a character without a font as its code."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -14,7 +14,7 @@ Font = ImageFont.FreeTypeFont
 
 
 def line(text: str, width: int, height: int) -> Image.Image:
-    """The text, its line breaks made blanks, in black on a white picture; what does not fit in the width is cut off."""
+    """The text in black on white, with line breaks as blanks; text beyond the width is cut off."""
     picture = Image.new("RGB", (width, height), "white")
     draw, x = ImageDraw.Draw(picture), 2.0
     for font, part in _parts(" ".join(text.split())):
@@ -24,7 +24,7 @@ def line(text: str, width: int, height: int) -> Image.Image:
 
 
 def _parts(text: str) -> Iterator[tuple[Font, str]]:
-    """Parts of the text with their fonts; in place of characters that no font has, their codes, as \\u4e2d."""
+    """Parts of the text with their fonts; a character without a font is replaced by its code, such as \\u4e2d."""
     for font, characters in groupby(text, key=_font_with):
         part = "".join(characters)
         yield (font, part) if font else (_default_font(), part.encode("unicode_escape").decode())
@@ -45,7 +45,7 @@ def _default_font() -> Font:
 
 @cache
 def _default_files() -> list[Path]:
-    """Matplotlib's: Pillow's own lacks what names of methods have, as G²RPO, and every letter that is not Latin."""
+    """Matplotlib's font; Pillow's own lacks '²', as in G²RPO, and letters that are not Latin."""
     import matplotlib as mpl
 
     return [Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"]
@@ -53,7 +53,7 @@ def _default_files() -> list[Path]:
 
 @cache
 def _installed_files() -> list[Path]:
-    """The fonts of this machine, Noto Sans first, which is made for all scripts."""
+    """The fonts of this machine, Noto Sans first, because it has all scripts."""
     from matplotlib.font_manager import findSystemFonts
 
     files = [file for file in map(Path, findSystemFonts()) if not any(word in file.name for word in UNUSABLE)]

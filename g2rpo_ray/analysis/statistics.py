@@ -1,8 +1,8 @@
 """Statistics of scores: means, paired differences and win rates, with 95 % intervals.
 
-`evaluate`, the end of a run, its report, the hacking panel, BEST and studies use these, and nothing else.
-Intervals are Student's t over prompts: the scores of one prompt, which differ by the seed alone and are alike, are
-averaged first. They answer what other prompts of this kind would give. Legend: P prompts, S seeds.
+`evaluate`, the summary of a run, its report, the hacking panel, BEST and studies use only these. Intervals are
+Student's t over prompts, after the mean over a prompt's seeds, whose scores are correlated. They cover the choice of
+prompts. Dimensions: P prompts, S seeds.
 """
 
 import math
@@ -28,7 +28,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One reward under two policies, by the prompts and seeds that both have scores of; NaN where there are too few."""
+    """One reward under two policies, on the prompts and seeds with scores of both; NaN where there are too few."""
 
     before: float
     after: float
@@ -41,7 +41,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRow:
-    """One adapter by one reward at one number of steps; the differences are to the base, on the same noise."""
+    """Scores of one adapter by one reward at one number of steps, and differences to the base on the same noise."""
 
     steps: int
     adapter: str
@@ -86,13 +86,13 @@ def compare(before: FloatArray, after: FloatArray) -> Comparison:
 
 
 def compare_all(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> dict[str, Comparison]:
-    """The comparison of every reward that both have."""
+    """Compare all rewards that both have."""
     return {name: compare(before[name], after[name]) for name in after if name in before}
 
 
 def judges(trained: Iterable[str], others: Iterable[str], start: Mapping[str, FloatArray]) -> list[str]:
-    """The rewards that decide which policy is the best: of the trained ones those that `start` has scores of, for a
-    reward that compares groups has none; else of the others."""
+    """The rewards that select the best policy: the trained ones with scores in `start` (rewards that compare groups
+    have none); if there are none, the others with scores."""
     scored = {name for name, scores in start.items() if np.isfinite(scores).any()}
     return [name for name in trained if name in scored] or [name for name in others if name in scored]
 
@@ -100,7 +100,7 @@ def judges(trained: Iterable[str], others: Iterable[str], start: Mapping[str, Fl
 def row(
     steps: int, adapter: str, reward: str, trained: bool, scores: FloatArray, base: FloatArray | None
 ) -> AdapterRow:
-    """The row of an adapter's scores [P, S], against the base's of the same prompts and seeds; None: it is the base."""
+    """The row of an adapter's scores [P, S]; `base` has the base's on the same prompts and seeds, None for the base."""
     own = interval(scores)
     paired = compare(np.full_like(scores, np.nan) if base is None else base, scores)
     return AdapterRow(

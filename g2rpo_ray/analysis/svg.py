@@ -1,4 +1,4 @@
-"""Figures as SVG, through matplotlib: small, the same bytes every time, readable on a light and on a dark page."""
+"""SVG figures by matplotlib: small, with reproducible bytes, for light and dark pages."""
 
 import io
 import re
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # matplotlib is loaded when there is something to draw
     from matplotlib.axes import Axes
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
-"""Okabe and Ito's colours, which colour-blind people can tell apart."""
+"""Okabe and Ito's colours, which colour-blind people can distinguish."""
 INK, LINES, PAPER = "#1b1f24", "#d8dde3", "#ffffff"
 DARK = {INK: "#e6e9ed", LINES: "#3a414a", PAPER: "#171b20"}
 STYLE: dict[str, Any] = {
@@ -24,7 +24,7 @@ STYLE: dict[str, Any] = {
 
 
 class Drawing:
-    """A figure with one pair of axes; `svg` is its picture after the context of `drawing` has ended."""
+    """A figure with one pair of axes; `svg` is set at the end of the context of `drawing`."""
 
     def __init__(self, axes: "Axes"):
         self.axes = axes
@@ -33,7 +33,7 @@ class Drawing:
 
 @contextmanager
 def drawing(width: float = 4.4, height: float = 2.6) -> Iterator[Drawing]:
-    """A figure to draw on, inches wide and high."""
+    """A context with a figure; width and height in inches."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -47,7 +47,7 @@ def drawing(width: float = 4.4, height: float = 2.6) -> Iterator[Drawing]:
 
 
 def _themed(svg: str) -> str:
-    """The SVG with the ink, the lines and the paper in the colours that the reader's system prefers."""
+    """The SVG with colours for the reader's light or dark theme."""
     for number, colour in enumerate(DARK):
         svg = svg.replace(colour, f"var(--c{number})")
     light, dark = (";".join(f"--c{n}:{pair[i]}" for n, pair in enumerate(DARK.items())) for i in (0, 1))

@@ -68,7 +68,7 @@ def _differences(rows: Sequence[AdapterRow]) -> str:
 
 
 def before_and_after(comparisons: Mapping[str, Comparison], trained: Sequence[str]) -> str:
-    """A line a reward: a policy before and after training."""
+    """A Markdown table, one row for each reward: a policy before and after training."""
     head = ["held-out reward", "before", "after", "difference", "95 % interval", "better", "pairs"]
     cells = (
         (

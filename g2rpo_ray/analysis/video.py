@@ -1,4 +1,4 @@
-"""Videos as pictures: some frames side by side, which whatever shows pictures can show, and animations of these."""
+"""Videos as pictures: frames side by side, and animations."""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ FRAME_MS = 250
 
 
 def strip(picture: Images) -> Images:
-    """A picture [H, W, 3] as it is; of a video [F, H, W, 3] the frames that are shown, side by side."""
+    """At most MAX_SHOWN frames of a video [F, H, W, 3], side by side; a picture [H, W, 3] is unchanged."""
     if picture.ndim == 3:
         return picture
     places = np.linspace(0, len(picture) - 1, shown_frames(len(picture))).round().astype(int)
@@ -21,17 +21,17 @@ def strip(picture: Images) -> Images:
 
 
 def shown_frames(frames: int) -> int:
-    """How many frames a strip has."""
+    """Number of frames of a strip."""
     return min(frames, MAX_SHOWN)
 
 
 def unstrip(picture: Images, frames: int) -> list[Images]:
-    """The pictures in the strip of a video of so many frames."""
+    """The frames in the strip of a video with `frames` frames."""
     return np.split(picture, shown_frames(frames), axis=1)
 
 
 def animation(pictures: Sequence[Image.Image]) -> bytes:
-    """An animated WebP, which is repeated for ever."""
+    """An animated WebP in an endless loop."""
     stream = io.BytesIO()
     first, *others = pictures
     first.save(stream, "WEBP", quality=80, save_all=True, append_images=others, duration=FRAME_MS, loop=0)

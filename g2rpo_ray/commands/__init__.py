@@ -1,1 +1,1 @@
-"""The commands, one a file: options, checks, and what a user is told."""
+"""The commands, one in each module: options, checks and output."""

@@ -1,6 +1,7 @@
 """Measures the parts of a run on this machine, one after the other: rollout, rewards, a learner of one rank.
 
-Prompts are noise of the longest prompt's shape, since text decides no time. Trees are smaller than the run's.
+Prompt embeddings are noise of the longest prompt's shape: the text does not affect the time. Trees are smaller than the
+run's.
 """
 
 import gc
@@ -30,19 +31,19 @@ from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, trunk
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.types import PromptEmbedding, PromptRollout, TrunkUnit
 
-REPEATS = 9  # of a measurement, of which the median counts, while there is time
-PRODUCT = 4096  # edge of the matrices that the device's rate is measured with
-PICTURES = 32  # that each reward scores
+REPEATS = 9  # of a measurement, within the time limit; the result is the median
+PRODUCT = 4096  # rows and columns of the matrices that measure the device's rate
+PICTURES = 32  # number of images that each reward scores
 
 
 class Bench:
-    """Measurements within a limit of time."""
+    """Measurements within a time limit."""
 
     def __init__(self, config: Config, random: bool, limit_s: float, say: Callable[[str], None]):
         """
         Args:
-            random: take random weights of the model's shape, from its configuration files.
-            limit_s: seconds that all may take, about; each measurement is made once at least.
+            random: use random weights, and only the model's configuration files.
+            limit_s: approximate limit of the total time in seconds; each measurement is made at least once.
 
         Raises:
             ValueError: one line; there is no such device, or the model cannot be loaded.
@@ -57,7 +58,7 @@ class Bench:
                 )
 
     def run(self) -> Times:
-        """All of them; `found` has what is no time."""
+        """Measure all parts; `found` has the other measurements: memory, rates, reproducibility."""
         on_cpu = self.config.rollout.device == "cpu"
         times, rollouts = self._rollout()
         scores = self._rewards()
@@ -66,7 +67,7 @@ class Bench:
         return replace(times, states=states, scores=scores, cores=cores)
 
     def _seconds(self, work: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
-        """The median, after a first time that does not count; on one CPU thread its own time, without others."""
+        """Median duration after one warm-up call; on one CPU thread the process's CPU time."""
         clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
         def once() -> float:
@@ -83,7 +84,7 @@ class Bench:
         return statistics.median(taken)
 
     def _random_model(self, config: ModelConfig, device: str) -> FlowModel | None:
-        """The same weights each time; None: the model's own are to be loaded."""
+        """A model with random weights from a fixed seed; None if the model's own weights are to be loaded."""
         torch.manual_seed(0)
         return FlowModel.skeleton(config, device) if self._random else None
 
@@ -117,7 +118,7 @@ class Bench:
         return times, rollouts
 
     def _evaluations(self, sampler: Sampler, model: FlowModel, embedding: PromptEmbedding) -> dict[int, float]:
-        """Seconds of an evaluation by the number of latents; a guided velocity has two."""
+        """Seconds of an evaluation by the number of latents; a guided velocity has two evaluations."""
         config, device, found = self.config, self.config.rollout.device, {}
         most = config.rollout.micro_batch
         sizes = sorted({most, *(2**power for power in range(most.bit_length()))})
@@ -132,7 +133,7 @@ class Bench:
         return found
 
     def _rate(self, model: FlowModel, times: Times, device: str) -> None:
-        """The share that evaluations have of the rate at which this device multiplies large matrices."""
+        """Measure the rate of large matrix products, and the share of it that evaluations reach."""
         size, most = PRODUCT if device == "cuda" else PRODUCT // 4, max(times.evaluations)
         a = torch.randn(size, size, device=device, dtype=getattr(torch, self.config.model.dtype))
         rate = 2 * size**3 / self._seconds(lambda: a @ a, device) / 1e12
@@ -142,7 +143,7 @@ class Bench:
         self.found["share_of_matmul"] = counted / times.evaluations[most] / rate
 
     def _unit(self, config: Config, sampler: Sampler, embedding: PromptEmbedding, times: Times) -> float:
-        """Seconds of a whole unit beside its evaluations and decodings: of the last branch step's first unit."""
+        """Seconds of a unit without its evaluations and decodings."""
         from g2rpo_ray.algo.growth import batch_sizes
 
         place = TrunkUnit(0, 0, "", config.sampler.costliest)
@@ -166,7 +167,7 @@ class Bench:
         return max(0.0, statistics.mean(rest))
 
     def _sampled(self, config: Config, sampler: Sampler, embedding: PromptEmbedding) -> list[PromptRollout]:
-        """One prompt, as often as the learner's micro-batch has room, as far as a rank has so many."""
+        """Rollouts of one prompt, repeated for a full micro-batch of the learner, at most a rank's share."""
         place = TrunkUnit(0, 0, "", config.sampler.costliest)
         tree = prompt_tree(config, 0, 0, "", place.choice)
         trunk, _ = sampler.trunk(place, embedding)
@@ -177,7 +178,7 @@ class Bench:
         return [PromptRollout(0, slot, "", tree, scores, embedding, trunk, branches) for slot in slots]
 
     def _learner(self, rollouts: list[PromptRollout]) -> dict[int, float]:
-        """Seconds of a micro-batch, forward and backward, with its share of the optimizer step."""
+        """Seconds of a micro-batch: forward, backward and its share of the optimizer step."""
         from g2rpo_ray.learner.batch import BatchShape, reduce_metrics, spread
         from g2rpo_ray.learner.rendezvous import alone
         from g2rpo_ray.rollout.plan import with_credit_scores
@@ -205,7 +206,7 @@ class Bench:
         return {max(passes): taken * max(passes) / sum(passes)}
 
     def _rewards(self) -> dict[str, float]:
-        """Seconds of an image by reward; those that cannot be tried here are left out."""
+        """Seconds of an image by reward, without rewards that cannot run on this machine."""
         config, scores = self.config, {}
         noise = np.random.default_rng(0).integers(
             0, 256, (PICTURES, config.model.height, config.model.width, 3), np.uint8
@@ -222,15 +223,15 @@ class Bench:
                 self.found["same_bits"][key] = found["same"]
                 self._say(f"{key}: {scores[name]:.4g} s an image")
             except (ValueError, KeyError) as error:
-                self._say(f"{key}: not measured, it takes no time in what is told: {error}")
+                self._say(f"{key}: not measured, so estimates leave it out: {error}")
         return scores
 
 
 def _small(config: Config) -> Config:
-    """A cheaper tree with learner states and edges of the same kind, and updates that change nothing."""
+    """The configuration with fewer edges and states of the same kinds, and a learning rate without effect."""
     sampler = config.sampler
     still: dict[str, Any] = {"learner.lr": 1e-30, "learner.lr_schedule": "constant", "learner.warmup": 0}
-    still["learner.velocity_tolerance"] = 1000.0  # it is told
+    still["learner.velocity_tolerance"] = 1000.0  # reported as `mismatch_velocity`
     fewer: dict[str, Any] = {}
     if sampler.strides != "auto":
         fewer["sampler.strides"] = (max(sampler.strides),)
@@ -247,7 +248,7 @@ def _embedding(config: Config, model: FlowModel) -> PromptEmbedding:
 
 
 def _memory(device: str) -> int:
-    """Bytes: the most that was allocated on the GPU; on a CPU, what the process has now."""
+    """Bytes: the peak of allocated GPU memory; on a CPU, the process's current resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)

@@ -14,9 +14,9 @@ from g2rpo_ray.rewards import serving
 
 EFFICIENCY = (0.2, 0.55)
 """Share of the dense bfloat16 rate that these networks reach, least and most; measured in docs/planning.md."""
-WORTH_TELLING = 0.95  # a split is recommended below this share of the configured split's hours or device-hours
+MAX_RATIO = 0.95  # a split is recommended below this share of the configured split's hours or device-hours
 TIE = 0.01  # exponent of the number of devices: twice as many must save 0.7 % of the hours
-LEAST_TOLD = 0.005  # smallest share of the time that is printed
+MIN_SHARE = 0.005  # smallest share of the time that is printed
 MAX_SIMULATIONS = 12  # of splits, in the order of their lower bounds
 MAX_SIZES = 32  # numbers of actors that are tried
 SERVER_LOAD = 0.8  # largest load of a reward server: see docs/performance.md
@@ -104,7 +104,7 @@ class Estimate:
         for bound, number in heapq.nsmallest(MAX_SIMULATIONS, bounds):
             if bound < goal(best):
                 best = min(best, self.hours(splits[number], fleet), key=goal)
-        return best if goal(best) < WORTH_TELLING * goal(now) else now
+        return best if goal(best) < MAX_RATIO * goal(now) else now
 
 
 def _unwaited(work: Hours, split: Config) -> Hours:
@@ -206,9 +206,9 @@ def _lines(estimate: Estimate, found: Hours, fleet: Fleet | None) -> list[str]:
         for seconds in (simulated.iteration_s, simulated.rollout_s, simulated.update_s, found.looks_s)
     )
     always = ("rollout", "learner")
-    told = {name: share for name, share in simulated.busy.items() if name in always or share >= LEAST_TOLD}
-    busy = ", ".join(f"{name} {share:.0%}" for name, share in told.items())
-    waits = ", ".join(f"{share:.0%} for {reason}" for reason, share in simulated.waits.items() if share >= LEAST_TOLD)
+    shares = {name: share for name, share in simulated.busy.items() if name in always or share >= MIN_SHARE}
+    busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    waits = ", ".join(f"{share:.0%} for {reason}" for reason, share in simulated.waits.items() if share >= MIN_SHARE)
     return [
         f"time:          an iteration takes {time}: rollout {rollout} by {config.rollout.max_actors} actors and update "
         f"{update} by {config.learner.ranks} ranks, {order}",
@@ -239,7 +239,7 @@ def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
     }
     lines = []
     for name, goal in goals.items():
-        best, told = estimate.best(now, fleet, goal), "as configured"
+        best, advice = estimate.best(now, fleet, goal), "as configured"
         if best is not now:
             keys = {"rollout.max_actors": best.config.rollout.max_actors, "learner.ranks": best.config.learner.ranks}
             changed = [
@@ -249,8 +249,8 @@ def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
             ]
             split = ", ".join([*(f"{key}={number}" for key, number in keys.items()), *changed])
             hours = interval_in_words([best.devices * one for one in best.run_h])
-            told = f"{split}: {interval_in_words(best.run_h)} hours, device-hours {hours} of {best.devices:g}"
-        lines.append(f"{name + ':':<15}{told}")
+            advice = f"{split}: {interval_in_words(best.run_h)} hours, device-hours {hours} of {best.devices:g}"
+        lines.append(f"{name + ':':<15}{advice}")
     return lines
 
 
