@@ -146,8 +146,8 @@ class RewardConfig(Section):
     batch_size: int = Field(16, ge=1, le=4096)
     """Maximum images per forward pass. Results depend on it by rounding."""
     frames: Frames = "all"
-    """Frames of a video whose scores are averaged, for a reward of images: `all`, `first`, `last`, or a list of
-    indices, negative ones from the end."""
+    """Frames of a video that are scored: `all`, `first`, `last`, or a list of indices, negative ones from the end. A
+    reward of images gives the mean of their scores."""
     retries: int = Field(2, ge=0, le=100)
     """Retries of a failed or non-finite score before it counts as missing."""
     threads: int = Field(1, ge=1, le=256)

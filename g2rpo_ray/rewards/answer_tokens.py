@@ -23,16 +23,22 @@ MIN_SHARE = 0.5  # of the first token's probability, for all answers together
 class AnswerTokens:
     """A question about each image, answered in one token."""
 
-    def __init__(self, judge: Judge, instruction: str, answers: Sequence[str]):
+    def __init__(self, judge: Judge, instruction: str, answers: Sequence[str], video: bool):
+        self.scope = "video" if video else "image"
         self._judge, self._instruction, self.waits = judge, read_instruction(instruction), judge.waits
         self._values = {answer.lower(): at / (len(answers) - 1) for at, answer in enumerate(answers)}
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> NDArray[np.float32]:
-        """Scores float32 [N], 0 to 1, of images uint8 [N, H, W, 3]; NaN if the first token is not an answer."""
-        check_images("answer_tokens", images, prompts)
-        shown = [with_sources([image], known) for image, known in zip(images, metadata, strict=True)]
+        """Scores float32 [N], 0 to 1, of images uint8 [N, H, W, 3] or videos [N, F, H, W, 3].
+
+        NaN if the first token is not an answer.
+        """
+        videos = self.scope == "video"
+        check_images("answer_tokens", images, prompts, videos)
+        frames = images if videos else images[:, None]
+        shown = [with_sources([*each], known) for each, known in zip(frames, metadata, strict=True)]
         found = self._judge.each("answer_tokens", prompts, self._ask, shown)
         return np.array(found, np.float32)  # None is NaN
 
@@ -53,13 +59,14 @@ class AnswerTokens:
 
 
 @judged
-def build(judge: Judge, instruction: str, answers: Sequence[str] = GRADES) -> AnswerTokens:
+def build(judge: Judge, instruction: str, answers: Sequence[str] = GRADES, video: bool = False) -> AnswerTokens:
     """The reward by a judge.
 
     Args:
         judge: answers the questions.
         instruction: see `judge.read_instruction`.
         answers: one token each, from the worst to the best. Their values are evenly spaced from 0 to 1.
+        video: send the frames of a video, in order, in one question.
 
     Raises:
         ValueError: one line; an option cannot be used.
@@ -69,4 +76,4 @@ def build(judge: Judge, instruction: str, answers: Sequence[str] = GRADES) -> An
         raise ValueError(
             f"answers: {list(answers)} given; give two or more different texts, from the worst to the best"
         )
-    return AnswerTokens(judge, instruction, words)
+    return AnswerTokens(judge, instruction, words, video)

@@ -11,10 +11,15 @@ from PIL import Image
 JPEG_QUALITY = 95  # DDPO's, and nearly lossless for judges
 
 
-def check_images(reward: str, images: NDArray[np.uint8], prompts: Sequence[str]) -> None:
-    """Raises ValueError, in one line with the reward's name, unless images are uint8 [N, H, W, 3] with N prompts."""
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"reward {reward}: images are {_given(images)}; expected a numpy array uint8 [N, H, W, 3]")
+def check_images(reward: str, images: NDArray[np.uint8], prompts: Sequence[str], videos: bool = False) -> None:
+    """Raises ValueError, in one line with the reward's name, unless images are uint8 [N, H, W, 3] with N prompts.
+
+    With `videos` they must be uint8 [N, F, H, W, 3].
+    """
+    shape = "[N, F, H, W, 3]" if videos else "[N, H, W, 3]"
+    known = isinstance(images, np.ndarray) and images.dtype == np.uint8
+    if not known or images.ndim != 4 + videos or images.shape[-1] != 3:
+        raise ValueError(f"reward {reward}: images are {_given(images)}; expected a numpy array uint8 {shape}")
     if len(prompts) != len(images):
         raise ValueError(f"reward {reward}: {len(prompts)} prompts for {len(images)} images; give one for each")
 

@@ -77,7 +77,7 @@ class Judge:
 
 
 def with_sources(images: Sequence[Image], known: Mapping[str, Any]) -> list[Image]:
-    """The images for a judge of edits: the sources in a prompt's metadata, then the results."""
+    """The images for a judge of edits: the sources in a prompt's metadata, then the results, or a result's frames."""
     return [*sources_in(known), *images]
 
 
@@ -92,6 +92,7 @@ class Template:
         read: Mapping[str, Callable[[str], float]],
         part: str = "",
         edits: bool = False,
+        video: bool = False,
     ):
         """
         Args:
@@ -101,24 +102,28 @@ class Template:
             read: by part, a function of the answer's text; it raises Unparsed if the part is missing.
             part: the part that is the score.
             edits: also send the sources of prompts.
+            video: a question is about the frames of a video, in order, not about one of them.
         """
         self._name, self._judge, self._read, self._part, self._edits = name, judge, read, part, edits
+        self.scope = "video" if video else "image"
         self._instruction = read_instruction(instruction)
         self.waits = judge.waits
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
     ) -> NDArray[np.float32]:
-        """Scores float32 [N] of images uint8 [N, H, W, 3] for their prompts; NaN if missing."""
+        """Scores float32 [N] of images uint8 [N, H, W, 3] or videos [N, F, H, W, 3]; NaN if missing."""
         return self.score_parts(images, prompts, metadata)[self._part]
 
     def score_parts(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, NDArray[np.float32]]:
-        """All parts [N] of the answers, by name, from one request per image."""
-        check_images(self._name, images, prompts)
+        """All parts [N] of the answers, by name, from one request per image or video."""
+        videos = self.scope == "video"
+        check_images(self._name, images, prompts, videos)
         known = metadata if self._edits and metadata else [{}] * len(images)
-        shown = [with_sources([image], of_one) for image, of_one in zip(images, known, strict=True)]
+        frames = images if videos else images[:, None]
+        shown = [with_sources([*each], of_one) for each, of_one in zip(frames, known, strict=True)]
         found = self._judge.each(self._name, prompts, self._ask, shown)
         return {
             name: np.array([(answer or {}).get(name, np.nan) for answer in found], np.float32) for name in self._read
@@ -241,7 +246,9 @@ def judged(make: Callable[..., T]) -> Callable[..., T]:
 
 
 @judged
-def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, highest: float = 1.0) -> Template:
+def build(
+    judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, highest: float = 1.0, video: bool = False
+) -> Template:
     """A judge with the user's own template.
 
     Args:
@@ -249,6 +256,7 @@ def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, hig
         instruction: see `read_instruction`.
         pattern: regular expression with one group, the number that is the score.
         lowest, highest: bounds of the score.
+        video: send the frames of a video, in order, in one question.
 
     Raises:
         ValueError: one line; an option cannot be used.
@@ -262,7 +270,7 @@ def build(judge: Judge, instruction: str, pattern: str, lowest: float = 0.0, hig
     if not lowest < highest:
         raise ValueError(f"lowest: {lowest:g} given; expected less than highest={highest:g}")
     read = number(compiled, lowest, highest, f"match of {pattern!r} from {lowest:g} to {highest:g}")
-    return Template("judge", judge, instruction, {"": read}, edits=True)
+    return Template("judge", judge, instruction, {"": read}, edits=True, video=video)
 
 
 def _key(variable: str) -> str:

@@ -34,9 +34,9 @@ class Reward(Protocol):
         Optional parts of the protocol:
             metadata: a third argument, a mapping for each prompt with its metadata: see `data.read_records`. For edits
                 it has decoded images uint8 [H, W, 3], each in its own size: `source` (a tuple), `target`, `mask`.
-            scope: a class attribute. "group": a call gets all images of one comparison group, of one prompt. "video": a
+            scope: an attribute. "group": a call gets all images of one comparison group, of one prompt. "video": a
                 call gets videos [N, F, H, W, 3], with F = 1 for a model of images. Other rewards get one frame of each
-                video at a time, and the scores of frames are averaged.
+                video at a time, and the scores of frames are averaged. F counts the frames that the section names.
             waits: an attribute (seconds, at_once) of a reward that calls another service: the maximum seconds of a
                 request about one image, and the concurrent requests. Its server counts as hung only after this time.
         """
@@ -153,7 +153,7 @@ def ask(
         images: images or videos.
         prompts: N names of prompts.
         metadata: N mappings, passed on if the reward has an argument for it.
-        frames: frames of a video whose scores are averaged, for a reward of images.
+        frames: frames of a video that are scored; for a reward of images, the mean of their scores.
 
     Raises:
         NotScores: it did not return N numbers.
@@ -204,13 +204,13 @@ def scores_of(config: "RewardConfig", answer: "Mapping[str, NDArray[np.float32]]
 
 
 def _takes(reward: Reward, images: "NDArray[np.uint8]", frames: "Frames") -> "list[NDArray[np.uint8]]":
-    """The inputs of the reward's calls: videos as they are for a reward of videos, else one frame of each at a time."""
-    if getattr(reward, "scope", "image") == "video":
-        return [images if images.ndim == 5 else images[:, None]]
+    """The inputs of the reward's calls: whole videos for a reward of videos, else one frame of each at a time."""
+    whole = getattr(reward, "scope", "image") == "video"
     if images.ndim == 4:
-        return [images]
+        return [images[:, None] if whole else images]
     named = {"all": range(images.shape[1]), "first": (0,), "last": (-1,)}
-    return [images[:, frame] for frame in (named[frames] if isinstance(frames, str) else frames)]
+    chosen = [*(named[frames] if isinstance(frames, str) else frames)]
+    return [images[:, chosen]] if whole else [images[:, frame] for frame in chosen]
 
 
 def _mean(scores: "Sequence[NDArray[np.float32]]") -> "NDArray[np.float32]":

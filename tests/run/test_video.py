@@ -130,7 +130,8 @@ CLIPS = np.broadcast_to(LEVELS[:, :, None, None, None], (2, 3, 4, 4, 3))
         (Brightness(), "last", [60, np.nan]),
         (Brightness(), (0, -2), [15, 50]),
         (Groups(), "all", [(5 - 40 - 95) / 3, (-5 + 40 + 95) / 3]),
-        (Videos(), "first", [3, 3]),
+        (Videos(), "all", [3, 3]),
+        (Videos(), (0, -1), [2, 2]),
     ],
 )
 def test_a_reward_scores_the_frames_of_its_section(reward: Any, frames: Any, expected: list[float]) -> None:

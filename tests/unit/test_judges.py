@@ -34,7 +34,8 @@ class Seer(Handler):
         ]
         amounts = [picture.mean(axis=(0, 1)) / 255 for picture in seen]
         with Handler.lock:
-            Handler.log.append(body | {"messages": question["text"], "caption": question["text"]})
+            told = {"messages": question["text"], "caption": question["text"], "pictures": len(shown)}
+            Handler.log.append(body | told)
         if "logprobs" in body:
             self.listed(question["text"], amounts[-1])
         elif "edit" in question["text"]:  # how much redder the last one is than the first one, the source
@@ -340,6 +341,25 @@ def test_wrong_option_is_named_in_one_line(kind: str, options: dict[str, Any], e
 
 if __name__ == "__main__":
     serve(Seer)
+
+
+@pytest.mark.parametrize("frames", ["all", [0, -1], "last"])
+def test_a_judge_of_videos_sees_the_frames_in_one_question(url: str, frames: Any) -> None:
+    """It tells how much redder the last picture is than the first one; sources precede the frames."""
+    video = np.stack([flat((50, 0, 0), (0, 0, 0), (101, 0, 0))] * 2)
+    reward = build("judge", url, instruction="edit {prompt}", pattern="red=([-0-9.]+)", lowest=-1, video=True)
+    found = ask(reward, video, ["p"] * 2, [{}, {"source": (flat((203, 0, 0))[0],)}], frames)
+    np.testing.assert_allclose(found, [0.0 if frames == "last" else 0.2, -0.4], atol=1e-4)
+    number = {"all": 3, "last": 1}.get(str(frames), 2)
+    tokens = build("answer_tokens", url, instruction="{prompt}?", answers=["no", "yes"], video=True)
+    assert ask(tokens, video, ["p"] * 2, [{}, {}], frames) == pytest.approx([101 / 255] * 2, abs=0.01)
+    assert [body["pictures"] for body in requests(url, "p?")[-2:]] == [number] * 2
+
+
+def test_a_judge_of_videos_refuses_pictures_of_another_shape(url: str) -> None:
+    reward = build("judge", url, instruction="{prompt}", pattern="(.)", video=True)
+    with pytest.raises(ValueError, match=r"^reward judge: images are uint8 \[1, 4, 6, 3\]; .* \[N, F, H, W, 3\]$"):
+        reward.score(flat((0, 0, 0)), ["p"])
 
 
 def test_judges_of_edits_are_shown_the_source_first(url: str) -> None:
