@@ -6,7 +6,6 @@ run's.
 
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from g2rpo_ray.config import Config, ModelConfig, with_settings
 from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
 from g2rpo_ray.models.estimate import learner_memory, one_velocity, operations, rollout_memory
 from g2rpo_ray.numerics import set_up_torch
+from g2rpo_ray.rehearsal.cores import usable_cores
 from g2rpo_ray.rehearsal.times import Times, pieces, total
 from g2rpo_ray.rewards import serving
 from g2rpo_ray.rewards.pictures import Picture
@@ -59,12 +59,17 @@ class Bench:
 
     def run(self) -> Times:
         """Measure all parts; `found` has the other measurements: memory, rates, reproducibility."""
-        on_cpu = self.config.rollout.device == "cpu"
+        from g2rpo_ray.actors.calls import call_s  # imports Ray
+
+        config, on_cpu = self.config, self.config.rollout.device == "cpu"
         times, rollouts = self._rollout()
         scores = self._rewards()
         states = self._learner(rollouts)
-        cores = float(len(os.sched_getaffinity(0))) if on_cpu else math.inf
-        return replace(times, states=states, scores=scores, cores=cores)
+        images = np.zeros((config.rollout.decode_batch, config.model.height, config.model.width, 3), np.uint8)
+        call = call_s(rollouts[0].branches[0], images)
+        self._say(f"a call to an actor: {1e3 * call:.3g} ms of CPU time")
+        cores = usable_cores() if on_cpu else math.inf
+        return replace(times, states=states, scores=scores, call=call, cores=cores)
 
     def _seconds(self, work: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
         """Median duration after one warm-up call; on one CPU thread the process's CPU time."""

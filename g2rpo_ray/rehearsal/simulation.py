@@ -95,12 +95,20 @@ class _Clock:
 class _Pool:
     """Interchangeable actors, with one call at a time each; see `actors.pool.dispatch.Pool`."""
 
-    def __init__(self, clock: _Clock, size: int, cores: float, limit: float = math.inf):
+    def __init__(
+        self,
+        clock: _Clock,
+        size: int,
+        cores: float,
+        limit: float = math.inf,
+        handle: Callable[[Done], None] | None = None,
+    ):
+        """`handle`: has the driver take the result of a call, and then calls its argument."""
         self.size, self.busy_s = size, 0.0
         self.idle = deque(range(size))
         self.waiting: list[tuple[tuple[float, ...], int, float, Done]] = []  # a heap
         self._clock, self._cores, self._order = clock, cores, itertools.count()
-        self._unused, self._limit = 0, limit
+        self._unused, self._limit, self._handle = 0, limit, handle
         self._late = [0.0] * size
 
     def call(self, priority: tuple[float, ...], seconds: float, done: Done) -> None:
@@ -126,6 +134,12 @@ class _Pool:
             self._clock.start(seconds + late, partial(self._end, actor, done), self._cores)
 
     def _end(self, actor: int, done: Done) -> None:
+        if self._handle:
+            self._handle(partial(self._free, actor, done))
+        else:
+            self._free(actor, done)
+
+    def _free(self, actor: int, done: Done) -> None:
         self.idle.append(actor)
         self._dispatch()
         done()
@@ -174,10 +188,12 @@ class _Run:
         limit = most_unused(rollout.max_unscored_units, rollout.max_actors)
         self._serving = serving(rewards)
         servers = {name: rewards[name] for name in dict.fromkeys(self._serving.values())}
+        driver = _Pool(clock, 1, 1)
+        handle = partial(driver.call, (0,), times.call) if times.call else None
         self._pools = {
-            "rollout": _Pool(clock, rollout.max_actors, rollout.threads, limit),
-            "learner": _Pool(clock, 1, learner.ranks * learner.threads),
-            **{name: _Pool(clock, server.replicas, server.threads) for name, server in servers.items()},
+            "rollout": _Pool(clock, rollout.max_actors, rollout.threads, limit, handle),
+            "learner": _Pool(clock, 1, learner.ranks * learner.threads, handle=handle),
+            **{name: _Pool(clock, reward.replicas, reward.threads, handle=handle) for name, reward in servers.items()},
         }
         self._actors, self._learner = self._pools["rollout"], self._pools["learner"]
         self._planned: dict[Tree, tuple[_Unit, list[_Unit]]] = {}

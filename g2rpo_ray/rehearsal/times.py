@@ -29,12 +29,13 @@ class Times:
     step: float = 0.0  # of an optimizer step, without its states
     publish: float = 0.0  # to publish new weights
     receive: float = 0.0  # for an actor to load new weights
+    call: float = 0.0  # CPU time of a call to an actor, in the driver and in Ray: the driver makes one at a time
     cores: float = math.inf  # number of cores that all actors share; infinity: each actor has its own device
 
     def scaled(self, factor: float) -> "Times":
         """All durations times `factor`, except `cores`."""
         scores = {name: factor * seconds for name, seconds in self.scores.items()}
-        return replace(self.shared(factor, factor), scores=scores)
+        return replace(self.shared(factor, factor), scores=scores, call=factor * self.call)
 
     def shared(self, rollout: float, learner: float) -> "Times":
         """Durations of rollout actors and of the learner times these factors, for actors that share a device."""

@@ -213,7 +213,8 @@ def test_the_bench_measures_every_part_of_a_run_and_what_must_agree(bench):
     assert times.states[8] > times.evaluations[8]
     assert times.scores.keys() == {"preference", "colour", "shape"}
     assert min(*times.scores.values(), times.publish, times.receive) > 0
-    assert times.cores == len(os.sched_getaffinity(0))
+    assert 1 <= times.cores < 1.2 * len(os.sched_getaffinity(0))
+    assert 1e-4 < times.call < 0.1
     assert found["same_bits"] == dict.fromkeys(["rollout", "learner", "rewards.preference", *EVALUATED], True)
     assert found["mismatch_velocity"] < 1e-5
     assert 0 < found["share_of_matmul"] < 1.5

@@ -55,6 +55,16 @@ def test_actors_that_share_a_core_are_half_as_fast():
     assert found.rollout_s == pytest.approx(4 + 2 * 4 + 2 + PREFETCH_S)  # both, then the longer one alone
 
 
+def test_the_driver_takes_one_result_at_a_time():
+    """Two children of 3 and two of 2 on four actors: each result is taken in .5 s, and frees its actor then."""
+    settings = {"rollout__max_actors": 4, "rollout__members_per_unit": 1, "rewards__preference__resources": {}}
+    found = simulate(three_units(**settings), replace(A_SECOND, call=0.5))
+    taken = [4 + 0.5, 4.5 + 2 + 0.5, 4.5 + 2 + 1.0, 4.5 + 3 + 0.5, 4.5 + 3 + 1.0]
+    assert found.rollout_s == pytest.approx(taken[-1] + PREFETCH_S)
+    assert found.update_s == pytest.approx(11 + 0.5)
+    assert found.iteration_s == pytest.approx(taken[-1] + PREFETCH_S + 11.5 + 0.25 + 0.5)
+
+
 def test_batches_decoding_and_what_a_unit_takes_besides():
     """Batches of 2: each child's path beside the other's. Five images, at most two in a pass of the VAE."""
     times = Times({1: 1.0, 2: 1.5}, {1: 0.1, 2: 0.16}, {1: 0.0}, unit=0.01, receive=0.02)
