@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from g2rpo_ray.runs.reader import read_run
-from tests.support.runs import lora, run, same_lora
+from tests.support.runs import lora, metrics, run, same_lora
 from tests.support.sources import run_settings
 from tests.support.tiny_models import write_tiny
 
@@ -30,3 +31,16 @@ def test_a_run_on_ray_edits_as_one_process_does_and_shows_the_sources(alone: Any
     assert Image.open(tmp_path / "edits" / "samples" / "000002.png").width == 3 * 24 * 4
     (prompt,) = json.loads((tmp_path / "edits" / "samples" / "000002.json").read_text())["prompts"]
     assert prompt.startswith("held out [source 96x64 ")
+
+
+def test_two_ranks_under_zero_3_learn_edits_of_unlike_sizes_as_one_does(alone: Any, tmp_path: Path) -> None:
+    """A pass is a collective there: both ranks make as many, of sources of the same sizes."""
+    given = run_settings(tmp_path, write_tiny("flux2_klein", tmp_path / "klein"))
+    whole = alone(**given)
+    run(tmp_path, "ranks", **given, learner__ranks=2, learner__zero_stage=3)
+    lines = metrics(tmp_path, "ranks")[1:]  # the first one has the scores of the base
+    assert [line["learner/ratio_initial_max_dev"] for line in lines] == [0, 0]
+    expected = whole.result()
+    assert lines[0]["learner/grad_norm"] == pytest.approx(expected.lines[0]["learner/grad_norm"], rel=1e-4)
+    for name, tensor in lora(tmp_path, "ranks").items():
+        np.testing.assert_allclose(tensor, expected.lora[name], atol=2e-4, err_msg=name)  # two steps of 1e-3

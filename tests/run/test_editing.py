@@ -270,6 +270,12 @@ def test_rollout_and_learner_agree_on_edits(alone: Any, tmp_path: Path) -> None:
     assert sum(role == "negative" for role, _ in found) == 4
 
 
+def test_edits_in_bfloat16_start_at_a_ratio_of_one(alone: Any, tmp_path: Path) -> None:
+    for line in alone(**run_settings(tmp_path, tiny("flux2_klein")), model__dtype="bfloat16").result().lines:
+        assert line["mismatch/velocity"] < 0.02
+        assert line["learner/ratio_initial_max_dev"] == 0 < line["learner/ratio_max_dev"]
+
+
 def test_the_demo_edits_a_picture_and_scores_what_it_left(tmp_path: Path) -> None:
     given = dotted(
         run_settings(tmp_path, tiny("flux2_klein"))
