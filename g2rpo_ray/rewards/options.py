@@ -35,6 +35,8 @@ QUESTIONS = {
 }
 """By kind: a function of the number of images and the metadata to the number of questions. Default: one per image."""
 PROMPT_CHECKS = {
+    "edit_done": "g2rpo_ray.worlds.edit_quickstart.rules:check_prompt",
+    "rest_kept": "g2rpo_ray.worlds.edit_quickstart.rules:check_prompt",
     "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
     "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
     "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt",

@@ -56,6 +56,8 @@ KINDS = {
     "scenes_correct": "g2rpo_ray.worlds.scenes.rules:scenes_correct",
     "scenes_quality": "g2rpo_ray.worlds.scenes.fidelity:quality",
     "scenes_background": "g2rpo_ray.worlds.scenes.fidelity:background",
+    "edit_done": "g2rpo_ray.worlds.edit_quickstart.rules:edit_done",
+    "rest_kept": "g2rpo_ray.worlds.edit_quickstart.rules:rest_kept",
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",

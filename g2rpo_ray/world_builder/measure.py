@@ -19,8 +19,9 @@ from g2rpo_ray.config import load_config
 from g2rpo_ray.exits import Parser, command, path_option, sigterm_as_interrupt
 from g2rpo_ray.local import LocalRun
 from g2rpo_ray.rewards import Reward, build_reward
+from g2rpo_ray.world_builder.editing import report_editor
 from g2rpo_ray.world_builder.pipeline import sample
-from g2rpo_ray.world_builder.world import WORLDS, Pictures, World, find_world
+from g2rpo_ray.world_builder.world import WORLDS, EditWorld, Pictures, World, find_world
 
 Scores = NDArray[np.float32]  # [N]
 PER_PROMPT = 16
@@ -29,12 +30,15 @@ STRIDES = [1, 2, 3, 4, 5, 9]
 SIGNAL_PROMPTS = 24
 
 
-def report(world: World, directory: Path) -> None:
+def report(world: World | EditWorld, directory: Path) -> None:
     """Prints parameters, bytes, every reward's mean over base samples and true renderings, and what RL starts from.
 
     Raises:
         ValueError: the directory holds no build.
     """
+    if isinstance(world, EditWorld):
+        report_editor(world, directory)
+        return
     for part in ("pipeline/model_index.json", "preference.pt", "preference.json"):
         if not (directory / part).is_file():
             raise ValueError(f"DIR: {directory} has no {part}; give the --output of a build that has ended")

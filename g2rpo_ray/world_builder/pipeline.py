@@ -112,15 +112,17 @@ def sample(pipeline: FluxPipeline, prompts: Sequence[str], seed: int, steps: int
 def _clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     """CLIP's byte-level BPE, its merges learnt from `words`; single bytes cover any other one."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges: Any = _learn_merges(words)
+    merges: Any = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in words])
     pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
     vocabulary = {piece: index for index, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
-def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one piece. The library's trainer breaks ties differently in every run."""
-    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+def learn_merges(spelt: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word, given as its letters, is one piece.
+
+    The library's trainer breaks ties differently in every run.
+    """
     merges = []
     while counts := Counter(pair for pieces in spelt for pair in pairwise(pieces)):
         best = max(counts, key=lambda pair: (counts[pair], pair))

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,29 +29,31 @@ def train_autoencoder(world: World, vae: AutoencoderKL, images: Pictures) -> Ten
 
     Returns the latents of `images`, packed, [N, S, D].
     """
-    pixels, steps = to_pixels(images), world.autoencoder_steps
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        target = pixels[torch.randint(len(pixels), (world.autoencoder_batch,))]
-        with torch.autocast("cpu", torch.bfloat16):  # twice as fast, where the processor knows it
-            posterior = vae.encode(target).latent_dist
-            difference = vae.decode(posterior.sample()).sample.float() - target
-        loss = (
-            difference.square().mean()
-            + 0.1 * difference.abs().mean()
-            + world.autoencoder_kl * posterior.kl().float().mean()
-        )
-        descend(loss, [optimizer], vae.parameters())
-        schedule.step()
-        if step % 100 == 0:
-            print(f"autoencoder {step}/{steps} loss {loss.item():.4f}", flush=True)
+    fit_autoencoder(vae, images, world.autoencoder_steps, world.autoencoder_batch, world.autoencoder_kl)
+    pixels = to_pixels(images)
     latents = _encode(vae, pixels)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     vae.requires_grad_(False).eval()
     latents = (_encode(vae, pixels) - shift) * scale  # other last bits than with gradients
     return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def fit_autoencoder(vae: Any, images: Pictures, steps: int, batch: int, kl: float) -> None:
+    """Reconstruction of `images`, and `kl` times the divergence from normal latents, summed over a picture's."""
+    pixels = to_pixels(images)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        target = pixels[torch.randint(len(pixels), (batch,))]
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast, where the processor knows it
+            posterior = vae.encode(target).latent_dist
+            difference = vae.decode(posterior.sample()).sample.float() - target
+        loss = difference.square().mean() + 0.1 * difference.abs().mean() + kl * posterior.kl().float().mean()
+        descend(loss, [optimizer], vae.parameters())
+        schedule.step()
+        if step % 100 == 0:
+            print(f"autoencoder {step}/{steps} loss {loss.item():.4f}", flush=True)
 
 
 def train_transformer(

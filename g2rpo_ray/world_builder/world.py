@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WORLDS = ("quickstart", "scenes")
+WORLDS = ("quickstart", "scenes", "edit_quickstart")
 Pictures = NDArray[np.uint8]  # [N, S, S, 3], S pixels a side
 Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Numbers of pictures [B] to those of captions [C] to compare them with, and how true they are to them [B, C]."""
@@ -57,7 +57,33 @@ class World:
     config: str  # of a run on it
 
 
-def find_world(name: str) -> World:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditWorld:
+    """A world of edits for the builder."""
+
+    root: Path  # of its files
+    image_size: int  # pixels a side
+    instructions: tuple[str, ...]
+    tokens: int  # of text, for an instruction
+    autoencoder: dict[str, Any]  # of AutoencoderKLFlux2: block_out_channels, latent_channels
+    text: dict[str, int]  # of the text encoder: width, heads
+    transformer: dict[str, int]  # of Flux2Transformer2DModel: num_layers, num_single_layers, num_attention_heads
+
+    pictures: Callable[[], Pictures]  # for pre-training
+    lesson: Callable[[int], tuple[Tensor, Tensor, Tensor]]
+    """Of so many edits: numbers of sources and targets in `pictures`, and of instructions, int64 [B] each."""
+    prompts: Callable[[Path], None]  # writes prompts_train.jsonl and prompts_heldout.jsonl into a folder
+    examples: Callable[[], tuple[Pictures, list[str]]]  # held-out sources and instructions
+    right: Callable[[Pictures, Pictures, Sequence[str]], dict[str, float]]
+    """Shares of results that are right, by rule and of all, of sources [N], results [N] and instructions."""
+    autoencoder_steps: int
+    autoencoder_batch: int
+    autoencoder_kl: float  # weight of the divergence from normal latents, summed over a picture's
+    transformer_steps: int
+    transformer_batch: int
+
+
+def find_world(name: str) -> World | EditWorld:
     """The world of that name; a module of its own, `g2rpo_ray.world_builder.NAME`."""
-    world: World = importlib.import_module(f"{__package__}.{name}").WORLD
+    world: World | EditWorld = importlib.import_module(f"{__package__}.{name}").WORLD
     return world

@@ -43,7 +43,7 @@ def rehearsed(file: Path, folder: Path) -> tuple[bool, str]:
 
 def needs_pictures(file: Path) -> bool:
     """Whether its prompts are the user's own, with source pictures: they are not in the package."""
-    return load_config(file).model.sources > 0
+    return str(load_config(file).data.train_prompts).startswith("edits/")
 
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
