@@ -194,9 +194,12 @@ def check_network(config: Config) -> None:
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    from g2rpo_ray.models import lora_shapes
+    from g2rpo_ray.models import FlowModel, lora_shapes
+    from g2rpo_ray.rollout.sigmas import check_trained, sigma_grid
 
     lora_shapes(config.model, config.lora)
+    model = FlowModel.load(config.model, "cpu")
+    check_trained(config, sigma_grid(config.sampler, model), model.lora_from)
     backends = [backend.value for backend in AttentionBackendName]
     for key, section in (("model", config.model), ("rollout", config.rollout)):
         if section.attention_backend not in (None, *backends):

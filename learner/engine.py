@@ -52,7 +52,7 @@ from g2rpo_ray.models import (
 )
 from g2rpo_ray.numerics import set_up_torch
 from g2rpo_ray.paths import resolve
-from g2rpo_ray.rollout.sigmas import sigma_grid
+from g2rpo_ray.rollout.sigmas import check_trained, sigma_grid
 from g2rpo_ray.types import FloatArray, PromptRollout
 
 CHECKPOINT = "learner.safetensors"
@@ -92,7 +92,9 @@ class LearnerEngine:
         self._device = config.learner.device
         _join_process_group(self._device, rank, world_size, max(config.startup_timeout_s, config.hung_after_s))
         weights_on = "cpu" if self._learner.zero_stage == 3 else None  # the whole base may not fit one device
-        self._model = model or FlowModel.load(config.model, self._device, transformer=True, weights_on=weights_on)
+        self._model = model or FlowModel.load(
+            config.model, self._device, transformer=True, low_noise=False, weights_on=weights_on
+        )
         transformer = self._model.transformer
         add_lora(transformer, config.lora, config.seed)
         fold_lora(transformer)
@@ -121,6 +123,7 @@ class LearnerEngine:
         copies, version = ({}, None) if saved is None else (saved["copies"], saved.get("behaviour"))
         self.copies = Copies.of(self._learner, rank, self.lora_state, copies, version)
         sigmas = sigma_grid(config.sampler, self._model)
+        check_trained(config, sigmas, self._model.lora_from)
         loss: Any = ForwardLoss if self._learner.forward else EdgeLoss
         idle = idle_modules(transformer)
         trained = {name: p for name, p in self._lora.items() if name.split(".lora_")[0] not in idle}

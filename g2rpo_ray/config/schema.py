@@ -45,6 +45,8 @@ class ModelConfig(Section):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     """The pipeline's `guidance_scale`: an input of guidance-distilled models, the scale of classifier-free guidance of
     the others. Unset: the pipeline's default."""
+    guidance_scale_2: float | None = Field(None, ge=0, le=100)
+    """The same for the second network of Wan 2.2 A14B, for low noise. Unset: guidance_scale."""
     negative_prompt: str | None = None
     """Negative prompt of classifier-free guidance; "" is a negative prompt too. Unset: no classifier-free guidance."""
     sources: int = Field(0, ge=0, le=10)

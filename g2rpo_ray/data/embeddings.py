@@ -38,7 +38,7 @@ FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 PART_NAME = re.compile(r"part-\w+\.parquet")
 VERIFY_S = 60.0  # for verifying parts before anything starts; the others are verified when they are used
 FIRST_PART = 8  # prompts; small, to estimate the duration early
-NOT_ENCODING = ("transformer", "vae", "scheduler")  # parts of a pipeline
+NOT_ENCODING = ("transformer", "transformer_2", "vae", "scheduler")  # parts of a pipeline
 STORED_AS: dict[str, np.dtype[Any]] = {
     name: np.dtype(stored)
     for name, stored in {

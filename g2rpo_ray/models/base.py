@@ -23,6 +23,7 @@ from g2rpo_ray.imports import imported
 from g2rpo_ray.messages import shown
 from g2rpo_ray.models.conditioning import Conditioning, expanded, on_device
 from g2rpo_ray.models.pipeline import (
+    SECOND,
     Description,
     check_frames,
     check_size,
@@ -87,6 +88,8 @@ class FlowModel:
     """True if a call of the transformer is a collective, as with ZeRO 3: all ranks need equal calls of equal rows."""
     transformer: Any
     """The velocity network, or a wrapper of it. None if `load` did not load it."""
+    low_noise: Any = None
+    """A second, frozen network of the same shape, which evaluates noise levels below `lora_from`."""
     latent_shape: tuple[int, ...]
 
     def __init__(self, config: ModelConfig, device: str, pipeline: Any, description: Description) -> None:
@@ -118,6 +121,7 @@ class FlowModel:
         vae: bool = False,
         transformer: bool = False,
         text_encoders: bool = False,
+        low_noise: bool = True,
         weights_on: str | None = None,
     ) -> "FlowModel":
         """Loads parts of a pipeline, frozen, in `config.dtype`. Without any part it only checks the settings.
@@ -126,6 +130,7 @@ class FlowModel:
             config: section `model`.
             device: of the weights.
             vae, transformer, text_encoders: parts to load.
+            low_noise: with `transformer`, also load the second one of a pipeline with two.
             weights_on: another device, from which the caller moves the weights to `device`.
 
         Raises:
@@ -135,11 +140,13 @@ class FlowModel:
         check_size(config, 2 * family.vae_scale(description.autoencoder))
         check_frames(config, family.vae_frames(description.autoencoder), description.kind)
         parts = [name for name, wanted in (("vae", vae), ("transformer", transformer)) if wanted]
+        parts += [SECOND] if transformer and low_noise and SECOND in description.parts else []
         parts += description.text_parts if text_encoders else ()
         parts += ["vae"] if text_encoders and config.sources and not vae else []  # it encodes the sources
         pipeline = load_parts(family.pipeline_class, config, description, parts, family.optional_parts)
         if transformer and config.attention_backend is not None:
-            set_attention_backend(pipeline.transformer, config.attention_backend)
+            for network in filter(None, (pipeline.transformer, getattr(pipeline, SECOND, None))):
+                set_attention_backend(network, config.attention_backend)
         return family(config, device, pipeline.to(weights_on or device), description)
 
     @classmethod
@@ -150,16 +157,24 @@ class FlowModel:
         try:
             with torch.device(device):
                 model.transformer = model.transformer_class.from_config(model.network)
+                if model.lora_from:
+                    model.low_noise = model.transformer_class.from_config(model.network)
                 model._pipeline.vae = model.vae_class.from_config(model.autoencoder)
         finally:
             torch.set_default_dtype(default)
-        for part in (model.transformer, model._pipeline.vae):
+        for part in filter(None, (model.transformer, model.low_noise, model._pipeline.vae)):
             torch.nn.Module.to(part, model._dtype).requires_grad_(False).eval()  # diffusers' own warns
         if device == "meta":
             model._read_no_data()
         elif config.attention_backend is not None:
-            set_attention_backend(model.transformer, config.attention_backend)
+            for network in filter(None, (model.transformer, model.low_noise)):
+                set_attention_backend(network, config.attention_backend)
         return model
+
+    @property
+    def lora_from(self) -> float:
+        """The lowest noise level at which the network with the LoRA is evaluated."""
+        return 0.0
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -263,7 +278,7 @@ class FlowModel:
         v = self._predict(x, sigma, expanded(conditioning.prompt, len(x)))
         if conditioning.negative is None:
             return v
-        return self._guide(v, self._predict(x, sigma, expanded(conditioning.negative, len(x))))
+        return self._guide(v, self._predict(x, sigma, expanded(conditioning.negative, len(x))), sigma)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -346,17 +361,20 @@ class FlowModel:
         """Arguments of the transformer other than latents, time and prompt."""
         return {}
 
-    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
-        """One evaluation of the transformer, as dx/dσ in float32. Sigma is not rounded; the transformer casts it."""
+    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any = None) -> Tensor:
+        """One evaluation of the transformer, as dx/dσ in float32. Sigma is not rounded; the transformer casts it.
+
+        `network`: another one to evaluate.
+        """
         others = self._others(len(x), text)
         named = {name: value for name, value in text.items() if not name.startswith("source_")}
-        output: Tensor = self.transformer(
+        output: Tensor = (network or self.transformer)(
             hidden_states=x.to(self._dtype), timestep=sigma, **named, **others, return_dict=False
         )[0]
         return output.float()
 
-    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
-        """Classifier-free guidance from the velocities of prompt and negative prompt."""
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
+        """Classifier-free guidance from the velocities of prompt and negative prompt, at noise levels [N]."""
         return unguided + self.guidance_scale * (v - unguided)
 
     def _read_no_data(self) -> None:
@@ -385,6 +403,9 @@ class FlowModel:
 
     def _check_guidance(self) -> None:
         negative, kind = self._config.negative_prompt, self.pipeline_class.__name__
+        second = self._config.guidance_scale_2
+        if second is not None and not self.lora_from:
+            raise ValueError(f"model.guidance_scale_2: {second:g} given, but this {kind} has one network; remove it")
         if negative is None:
             return
         if not self._guides():

@@ -69,7 +69,8 @@ def rollout_memory(config: Config) -> dict[str, int]:
         fold_lora(model.transformer)
         latents = torch.empty(config.rollout.decode_batch, *model.latent_shape)
         return {
-            "weights": _bytes(model.transformer) + _bytes(model.decoder) + _completing_bytes(config, model),
+            "weights": sum(map(_bytes, filter(None, (model.transformer, model.low_noise, model.decoder))))
+            + _completing_bytes(config, model),
             "velocity": peak_bytes(one_velocity(model, config.rollout.micro_batch, config.velocity_cost > 1)),
             "decode": peak_bytes(lambda: model.decode(latents)),
         }

@@ -33,6 +33,6 @@ class Model(FlowModel):
 
         self.transformer.rope_embedder.register_forward_pre_hook(lengths)
 
-    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
-        guided = super()._guide(v, unguided)
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
+        guided = super()._guide(v, unguided, sigma)
         return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

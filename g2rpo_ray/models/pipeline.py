@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.paths import resolve
 
-NOT_TEXT = ("transformer", "vae", "scheduler")
+SECOND = "transformer_2"  # of a pipeline with a network for low noise
+NOT_TEXT = ("transformer", SECOND, "vae", "scheduler")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.-]+))?(?:-\d+-of-\d+)?\.safetensors")
 
 

@@ -40,8 +40,8 @@ class Model(VideoVae, PackedModel):
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
         return {"img_shapes": [[(1, self.rows // 2, self.columns // 2)]] * n}
 
-    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
-        guided = super()._guide(v, unguided)
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
+        guided = super()._guide(v, unguided, sigma)
         return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def _to_vae(self, x: Tensor) -> Tensor:

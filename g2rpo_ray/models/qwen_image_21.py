@@ -166,8 +166,8 @@ class Model(EditingModel, qwen_image.Model):
         for module in (*self.transformer.transformer_blocks, self.transformer.norm_out):
             module.register_forward_pre_hook(on_meta, with_kwargs=True)
 
-    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
-        return FlowModel._guide(self, v, unguided)
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
+        return FlowModel._guide(self, v, unguided, sigma)
 
     def _rgb(self, unit: Tensor) -> Tensor:
         colours, alpha = unit[:, :3], unit[:, 3:]

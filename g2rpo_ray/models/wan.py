@@ -1,4 +1,6 @@
-"""Wan 2.1, and the 5B of Wan 2.2: pictures and videos; a video VAE, time in thousandths, the 5B's for each token.
+"""Wan 2.1 and 2.2: pictures and videos; a video VAE, time in thousandths, the 5B's for each token.
+
+The A14B of Wan 2.2 has two transformers. The first one, for high noise, has the LoRA; the second one is frozen.
 
 Published pipelines have UniPC as their scheduler. Here a step is Euler's, over a grid with a constant shift.
 """
@@ -6,6 +8,7 @@ Published pipelines have UniPC as their scheduler. Here a step is Euler's, over 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
@@ -21,11 +24,10 @@ class Model(VideoVae, FlowModel):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        if self._pipeline.config.boundary_ratio is not None:
-            raise ValueError(
-                f"model.path: {self._config.path} has a second transformer for low noise (Wan 2.2 A14B), which is not "
-                "supported; give Wan 2.1 or Wan 2.2 TI2V-5B"
-            )
+        self._by_level = True
+        self.low_noise = self._pipeline.transformer_2
+        second = self._config.guidance_scale_2
+        self._low_scale = self.guidance_scale if second is None else second
 
     @staticmethod
     def vae_scale(autoencoder: Mapping[str, Any]) -> int:
@@ -46,12 +48,38 @@ class Model(VideoVae, FlowModel):
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.text_tokens, self.network["text_dim"])}
 
-    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
+    @property
+    def lora_from(self) -> float:
+        return self._pipeline.config.boundary_ratio or 0.0
+
+    def _is_high(self, sigma: Tensor) -> Tensor:
+        """Whether the first transformer evaluates these noise levels [N], as the pipeline compares them."""
+        return 1000 * sigma >= 1000 * self.lora_from
+
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
+        if not self.lora_from:
+            return super()._guide(v, unguided, sigma)
+        scale = torch.where(self._is_high(sigma), self.guidance_scale, self._low_scale)
+        return unguided + scale.view(-1, *[1] * (v.ndim - 1)) * (v - unguided)
+
+    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any = None) -> Tensor:
+        if self.low_noise is None or not self._by_level:
+            return self._of_one(x, sigma, text, network)
+        high, v = self._is_high(sigma), torch.empty_like(x)
+        for rows, each in ((high, self.transformer), (~high, self.low_noise)):
+            if rows.any():
+                v[rows] = self._of_one(x[rows], sigma[rows], {name: value[rows] for name, value in text.items()}, each)
+        return v
+
+    def _of_one(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any) -> Tensor:
         time = 1000 * sigma
         if self._pipeline.config.expand_timesteps:
             _, tall, wide = self.network["patch_size"]
             time = time[:, None].expand(-1, x.shape[2] * (self.rows // tall) * (self.columns // wide))
-        return super()._predict(x, time, text)
+        return super()._predict(x, time, text, network)
+
+    def _read_no_data(self) -> None:
+        self._by_level = False  # both networks have the same shape
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)

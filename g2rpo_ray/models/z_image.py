@@ -34,5 +34,5 @@ class Model(FlowModel):
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(steps), mu=self._mu(steps))
 
-    def _guide(self, v: Tensor, unguided: Tensor) -> Tensor:
+    def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
         return v + self.guidance_scale * (v - unguided)

@@ -16,7 +16,7 @@ import transformers
 
 from g2rpo_ray.config import ModelConfig
 from g2rpo_ray.models.base import FlowModel, describe_model
-from g2rpo_ray.models.pipeline import is_part
+from g2rpo_ray.models.pipeline import SECOND, is_part
 from g2rpo_ray.rehearsal.parts import ENCODERS, TOKENIZERS, WIDTH, randomise
 
 FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
@@ -80,6 +80,7 @@ def write_twin(config: ModelConfig, folder: Path) -> int:
         made = {
             "scheduler": getattr(diffusers, parts["scheduler"]).from_pretrained(source / "scheduler"),
             "transformer": transformer,
+            **({SECOND: _transformer(family, description.network)} if SECOND in description.parts else {}),
             "vae": _vae(family, description.autoencoder),
             **_text_parts(source, {name: parts[name] for name in description.text_parts}),
         }

@@ -41,7 +41,10 @@ class Sampler:
         self._device = config.rollout.device
         self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
         _prepare(self._model, config, config.rollout.compile)
-        self.completing = _completing(config, self._device) if config.rollout.completions.differ else self._model
+        self.completing = self._model
+        if config.rollout.completions.differ:
+            self.completing = _completing(config, self._device)
+            self.completing.low_noise = self._model.low_noise
         self._sigmas = sigma_grid(config.sampler, self._model)
         self._decoder = Decoder(config, self._model)
         self.evaluations = 0
@@ -149,7 +152,7 @@ def _prepare(model: FlowModel, config: Config, compiled: bool) -> None:
 def _completing(config: Config, device: str) -> FlowModel:
     """The model of `rollout.completions`."""
     given = config.rollout.completions
-    model = FlowModel.load(config.completions_model, device, transformer=True, weights_on="cpu")
+    model = FlowModel.load(config.completions_model, device, transformer=True, low_noise=False, weights_on="cpu")
     _prepare(model, config, compiled=False)
     if given.quantization != "none":
         quantize(model.transformer, given.quantization, device)

@@ -222,7 +222,7 @@ def mistakes(family: str) -> dict[str, Callable[[], np.ndarray]]:
         found |= {
             "no guidance": lambda: sample(family, model, negative=None),
             "another negative prompt": lambda: sample(family, model, negative=other),
-            "guidance away from the prompt": lambda: changed(family, _guide=lambda m, v, u: kind._guide(m, u, v)),
+            "guidance away from the prompt": lambda: changed(family, _guide=lambda m, v, u, s: kind._guide(m, u, v, s)),
             "another rule of guidance": lambda: changed(family, _guide=opposite),
         }
     if family in ("qwen_image", "lumina2"):

@@ -14,18 +14,21 @@ from g2rpo_ray import load_config
 from g2rpo_ray.analysis.video import MAX_SHOWN, strip, unstrip
 from g2rpo_ray.models import FlowModel
 from g2rpo_ray.models.estimate import rollout_memory
+from g2rpo_ray.preflight import check_network
 from g2rpo_ray.report.gallery import data_uri
 from g2rpo_ray.rewards import ask_in_chunks, build_reward
 from g2rpo_ray.rollout.cost import object_store_bytes
 from g2rpo_ray.runs.hacking import image_traces
-from tests.support.pipelines import PROMPTS, SCALE, load, pipeline, settings, tiny
+from tests.support.pipelines import PROMPTS, SCALE, load, run_settings, settings, tiny
 
-SIZES = {"wan": {"height": 16, "width": 32}, "wan_5b": {"height": 32, "width": 64}}
-VIDEOS = pytest.mark.parametrize(("family", "frames"), [("wan", 9), ("wan_5b", 5)])
+SMALL = {"height": 16, "width": 32}
+SIZES = {"wan": SMALL, "wan_5b": {"height": 32, "width": 64}, "wan_a14b": SMALL}
+VIDEOS = pytest.mark.parametrize(("family", "frames"), [("wan", 9), ("wan_5b", 5), ("wan_a14b", 5)])
+SECOND_SCALE = {"wan_a14b": {"guidance_scale_2": 4.0}}  # of the network for low noise
 
 
 def model_of(family: str, frames: int) -> FlowModel:
-    return load(family, frames=frames, **SIZES[family])
+    return load(family, frames=frames, **SIZES[family], **SECOND_SCALE.get(family, {}))
 
 
 def noise(model: FlowModel) -> torch.Tensor:
@@ -46,7 +49,7 @@ def test_videos_are_those_of_the_pipeline(family: str, frames: int) -> None:
     expected = made(
         prompt=PROMPTS, negative_prompt=["bad"] * 3, num_frames=frames, num_inference_steps=steps,
         guidance_scale=SCALE, generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
-        max_sequence_length=model.text_tokens, output_type="np", **SIZES[family],
+        max_sequence_length=model.text_tokens, output_type="np", **SIZES[family], **SECOND_SCALE.get(family, {}),
     ).frames  # fmt: skip
     assert found.shape == expected.shape == (3, frames, *SIZES[family].values(), 3)
     assert expected.std() > 0.05
@@ -78,12 +81,56 @@ def test_frames_that_a_pipeline_does_not_make_are_refused(family: str, frames: i
     assert str(error.value) == words
 
 
-def test_a_pipeline_of_two_experts_is_refused(tmp_path: Path) -> None:
-    made = pipeline("wan")
-    made.register_to_config(boundary_ratio=0.875)
-    made.save_pretrained(tmp_path / "a14b")
-    with pytest.raises(ValueError, match=r"^model\.path: [^\n]* second transformer[^\n]*$"):
-        FlowModel.load(settings("wan", path=str(tmp_path / "a14b")), "cpu")
+def test_the_learner_of_two_networks_trains_the_first_one_on_policy(alone: Any, tmp_path: Path) -> None:
+    """Completions cross from one to the other; the learner, which never does, loads one of them."""
+    given = run_settings("wan_a14b", tmp_path) | {"model__guidance_scale_2": 4.0, "sampler__branch_steps": [0, 1]}
+    for line in alone(**given).result().lines:
+        assert line["mismatch/velocity"] < 1e-5
+        assert line["learner/ratio_initial_max_dev"] == 0 < line["learner/ratio_max_dev"]
+        assert line["watch/trained_modules"] == 1
+    one, both = (
+        FlowModel.load(settings("wan_a14b"), "cpu", transformer=True, low_noise=second) for second in (False, True)
+    )
+    assert one.low_noise is None
+    assert not any(parameter.requires_grad for parameter in both.low_noise.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["sampler.branch_steps=[3, 4, 5]"], "sampler.branch_steps: edges that start at [5] would be trained"),
+        (["sampler.branch_steps=[3, 4, 5]", "sampler.untrained=[5]"], None),
+        (["sampler.branch_steps=[3, 4, 5]", "sampler.shift=12"], None),
+        (["sampler.branch_steps=auto"], None),
+        (["method=mix_grpo"], "sampler.branch_steps: edges that start at [5, 6, "),
+        (["method=diffusion_nft"], "learner.objective=nft given"),
+        (["method=pave_grpo"], "learner.subpaths given"),
+    ],
+)
+def test_a_plan_that_would_train_below_the_boundary_is_refused(given: list[str], words: str | None) -> None:
+    own = {"path": tiny("wan_a14b"), "max_sequence_length": 64, **SMALL}
+    config = load_config(None, [f"model.{key}={value}" for key, value in own.items()] + ["sampler.shift=5", *given])
+    if words is None:
+        check_network(config)
+        return
+    with pytest.raises(ValueError, match=r"^[^\n]*second network[^\n]*$") as error:
+        check_network(config)
+    assert str(error.value).startswith(words)
+
+
+def test_a_second_scale_for_one_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model\.guidance_scale_2: 3 given, but this WanPipeline has one network"):
+        FlowModel.load(settings("wan", guidance_scale_2=3.0), "cpu")
+
+
+def test_memory_counts_both_networks() -> None:
+    one, two = (
+        rollout_memory(load_config().model_copy(update={"model": settings(family, **SMALL)}))
+        for family in ("wan", "wan_a14b")
+    )
+    network = sum(p.numel() * p.element_size() for p in FlowModel.skeleton(settings("wan")).transformer.parameters())
+    assert two["weights"] - one["weights"] == network
+    assert two["velocity"] == one["velocity"]
 
 
 def test_memory_and_the_object_store_count_all_frames() -> None:

@@ -36,9 +36,9 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 def settings(family: str, **changes: Any) -> ModelConfig:
-    large = family in ("lumina2", "qwen_image_21", "wan", "wan_5b")  # eight pixels to a latent, or sixteen
+    large = family.startswith(("lumina2", "qwen_image_21", "wan"))  # eight pixels to a latent, or sixteen
     # the chat templates of the others are longer than what is cut at 64, or it is the prompt alone that is cut
-    length = 64 if family in ("flux", "sd3", "chroma", "qwen_image_21", "wan", "wan_5b") else None
+    length = 64 if family in ("flux", "sd3", "chroma", "qwen_image_21", "wan", "wan_5b", "wan_a14b") else None
     negative = {"flux2_klein": "", **dict.fromkeys(DISTILLED)}.get(family, "bad")
     values = {
         "path": str(tiny(family)), "dtype": "float32", "height": 32 if large else 16, "width": 64 if large else 24,

@@ -39,7 +39,8 @@ def write_tiny(family: str, directory: str | Path) -> Path:
         torch.default_generator.manual_seed(0)
         pipeline = BUILDERS[family]()
         sharp = family.startswith(("qwen_image", "wan"))
-        randomise(pipeline.transformer, 2.0 if family == "sd3" else 3.0 if sharp else 1.5)
+        for network in filter(None, (pipeline.transformer, getattr(pipeline, "transformer_2", None))):
+            randomise(network, 2.0 if family == "sd3" else 3.0 if sharp else 1.5)
     pipeline.save_pretrained(directory)
     return Path(directory)
 
@@ -185,7 +186,7 @@ def lumina2() -> Any:
     )  # fmt: skip
 
 
-def wan(residual: bool = False) -> Any:
+def wan(residual: bool = False, shift: float = 3.0, **experts: Any) -> Any:
     """As Wan 2.1, or as Wan 2.2's 5B, which patches pixels in its VAE and has a time for each token."""
     channels = 8
     more = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 4}
@@ -195,19 +196,28 @@ def wan(residual: bool = False) -> Any:
         scale_factor_spatial=16 if residual else 8, **(more if residual else {}),
     )  # fmt: skip
     randomise(vae.decoder, 1.5)
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=WIDTH,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
+    transformer = _wan_transformer(channels)
     tokenizer = t5_tokenizer()
     return diffusers.WanPipeline(
-        transformer=transformer, scheduler=_scheduler(shift=3.0), vae=vae, text_encoder=umt5(tokenizer),
-        tokenizer=tokenizer, expand_timesteps=residual,
+        transformer=transformer, scheduler=_scheduler(shift=shift), vae=vae, text_encoder=umt5(tokenizer),
+        tokenizer=tokenizer, expand_timesteps=residual, **experts,
+    )  # fmt: skip
+
+
+def _wan_transformer(channels: int) -> Any:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=WIDTH,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
 
 
 def wan_5b() -> Any:
     return wan(residual=True)
+
+
+def wan_a14b() -> Any:
+    """A network for high noise and another one for low noise. Of ten steps the first five are of high noise."""
+    return wan(shift=5.0, transformer_2=_wan_transformer(8), boundary_ratio=0.875)
 
 
 def _lumina_vae() -> AutoencoderKL:
@@ -222,7 +232,7 @@ def _lumina_vae() -> AutoencoderKL:
 BUILDERS: dict[str, Callable[[], Any]] = {
     build.__name__: build
     for build in (
-        *(sd3, qwen_image, z_image, flux2_klein, flux2, chroma, lumina2, wan, wan_5b),
+        *(sd3, qwen_image, z_image, flux2_klein, flux2, chroma, lumina2, wan, wan_5b, wan_a14b),
         qwen_image_edit_plus,
         qwen_image_21,
         flux_kontext,
