@@ -163,7 +163,7 @@ def _train(start: Prepared, reachable: AbstractContextManager[None], callbacks: 
     from g2rpo_ray.run import training_loop
     from g2rpo_ray.runs.start import begin
     from g2rpo_ray.runs.trace import FILE, traced
-    from g2rpo_ray.runs.witness import witness
+    from g2rpo_ray.runs.watchdog import watchdog
 
     config, run = start.config, start.run
     with ExitStack() as stack:
@@ -171,7 +171,7 @@ def _train(start: Prepared, reachable: AbstractContextManager[None], callbacks: 
         checkpoint = begin(run, start.checkpoint, start.made_with)
         stack.enter_context(reachable)
         here = stack.enter_context(run.workspace(NOT_COPIED))
-        stack.enter_context(witness(run.path and run.path / FILE))
+        stack.enter_context(watchdog(run.path and run.path / FILE))
         given = (config, start.prompts, run, here, checkpoint, start.lease)
         done = run_interruptible(lambda interrupt: run_session(training_loop, *given, interrupt, callbacks))
     if done is None:

@@ -28,7 +28,7 @@ from g2rpo_ray.runs.start import SOURCES, first_iteration, origin_in_words, read
 from g2rpo_ray.runs.storage import Folder, replace_text
 from g2rpo_ray.runs.timeline import write_timeline
 from g2rpo_ray.runs.tracking import Metrics, Sink, Tracker, json_lines, read_json, read_lines, to_json
-from g2rpo_ray.runs.watchdog import Watchdog
+from g2rpo_ray.runs.training_checks import TrainingChecks
 from g2rpo_ray.types import FloatArray, Images, Samples, Span
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Journal:
         if origin and done == self.first:
             self.say(origin_in_words(origin))
         self._means: tuple[int, dict[str, float]] = (0, {})  # of the evaluation after so many iterations
-        self._watchdog = Watchdog(config)
+        self._checks = TrainingChecks(config)
         self._window: deque[Metrics] = deque(maxlen=HACKING_WINDOW)
         self._seconds: dict[str, float] = {}
         self._lost, self._rewinds = 0.0, 0
@@ -207,7 +207,7 @@ class Journal:
         self._write(done, {**metrics, **counts})
         if audit:
             self._audit(done, audit)
-        for line in self._watchdog.lines(metrics):
+        for line in self._checks.lines(metrics):
             self.say(line)
         self._tracker.advance({name: metrics[f"reward/{name}/mean"] for name in self._config.rewards})
         self._window.append(metrics)

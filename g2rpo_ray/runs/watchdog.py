@@ -1,65 +1,45 @@
-"""Checks that a run trains. Each has a name, a metric, and a warning when it fails."""
+"""Watchdog process: reports a run whose process was killed.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+Ray ends a driver from within after its raylet dies, and no handler runs. So another process waits at the end of a pipe.
+This file is all that it loads.
+"""
 
-from g2rpo_ray.config import Config
-from g2rpo_ray.runs.tracking import Metrics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-MAX_FLAT_GROUPS = 0.9
-MAX_EPS_SHARE = 0.1
-MIN_DELIVERED = 0.5  # share of the LoRA's effect on the learner's velocity
-MIN_EFFECT = {"float32": 1e-4, "bfloat16": 0.01}  # relative effect of the LoRA on the velocity; below it is rounding
+LINE = (
+    "error: the run's process was killed, or ended by Ray because its node or its head died. Run the same command to "
+    "resume from the latest checkpoint"
+)
 
-
-@dataclass(slots=True)
-class Watchdog:
-    """Names the invariants that an iteration breaks: once, and again only after they have held."""
-
-    config: Config
-    _broken: set[str] = field(default_factory=set)
-
-    def lines(self, metrics: Metrics) -> list[str]:
-        """A line for each invariant that these metrics of an iteration newly break."""
-        found = dict(_broken(metrics, self.config))
-        new = [f"WARNING: {name}: {line}" for name, line in found.items() if name not in self._broken]
-        self._broken = set(found)
-        return new
+SHUTDOWN_S = 20.0  # time limit of the watchdog's own end
 
 
-def _broken(metrics: Mapping[str, float], config: Config) -> Iterator[tuple[str, str]]:
-    """The metric of each invariant that does not hold, and what to do."""
+@contextmanager
+def watchdog(log: Path | None) -> Iterator[None]:
+    """Report on stderr, and in the file `log`, if this process ends before the context does."""
+    arguments = [sys.executable, "-S", __file__, *([str(log)] if log else [])]
+    # in a session of its own, so that Ctrl-C and signals to the run's process group do not reach it
+    other = subprocess.Popen(arguments, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        try:
+            other.communicate(b"the context ended", timeout=SHUTDOWN_S)
+        except subprocess.TimeoutExpired:  # it hangs, or a forked process holds the pipe
+            other.kill()
+            other.wait()
 
-    def value(name: str, default: float) -> float:
-        return metrics.get(name, default)
 
-    if count := int(value("watch/duplicate_children", 0)):
-        yield "watch/duplicate_children", f"{count} children equal another one of their group: their noise is the same"
-    if int(value("watch/other_versions", 0)):
-        yield "watch/other_versions", "units were sampled with other weights than those that were published for them"
-    if (share := value("watch/flat_groups", 0.0)) > MAX_FLAT_GROUPS:
-        yield (
-            "watch/flat_groups",
-            f"{share:.0%} of the groups have equal scores and teach nothing: look at samples/, and try another reward, "
-            "harder prompts or a higher sampler.eta",
-        )
-    for name in config.rewards:
-        if value(f"reward/{name}/std", 1.0) == 0:
-            yield f"reward/{name}/std", f"reward {name} gives all images the same score: check it with `g2rpo rewards`"
-    if (share := value("watch/trained_modules", 1.0)) < 1:
-        yield (
-            "watch/trained_modules",
-            f"only {share:.0%} of the LoRA's modules have a gradient: check lora.targets, and whether advantages are 0",
-        )
-    if (share := value("learner/eps_share", 0.0)) > MAX_EPS_SHARE:
-        yield (
-            "learner/eps_share",
-            f"learner.eps={config.learner.eps:g} is larger than the gradient of {share:.0%} of the parameters, which "
-            "hardly move: lower it",
-        )
-    least = MIN_EFFECT[config.model.dtype]
-    if value("watch/lora_effect", 0.0) > least and (share := value("watch/lora_delivered", 1.0)) < MIN_DELIVERED:
-        yield (
-            "watch/lora_delivered",
-            f"the rollout's velocities have {share:.0%} of what the LoRA changes: rollout actors sample another policy",
-        )
+def _wait(log: str | None) -> None:
+    if not sys.stdin.buffer.read():
+        sys.stderr.write(f"\n{LINE}\n")
+        if log:
+            Path(log).write_text(f"{LINE}\n")
+
+
+if __name__ == "__main__":
+    _wait(sys.argv[1] if len(sys.argv) > 1 else None)

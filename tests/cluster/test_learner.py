@@ -304,7 +304,7 @@ def test_groups_of_equal_scores_are_counted(jobs, reference, results):
     assert results[0][2]["equal scores"][1]["advantage/zero_std_groups"] == prompts * granularities
 
 
-def test_what_the_watchdog_looks_at_shows_what_is_broken(jobs, results):
+def test_what_the_checks_of_training_read_shows_what_is_broken(jobs, results):
     done = results[0][2]
 
     def value(job, name):

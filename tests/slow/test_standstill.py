@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from g2rpo_ray.runs.witness import LINE
+from g2rpo_ray.runs.watchdog import LINE
 from tests.support.runs import (
     actors_of,
     descendants,
@@ -107,11 +107,11 @@ def test_a_ray_that_does_not_shut_down_is_left():
     assert ends_by_itself(program) == "left\n"
 
 
-def test_a_witness_that_does_not_end_is_left():
+def test_a_watchdog_that_does_not_end_is_left():
     """A process that was forked, and runs no other program, has the pipe that it listens to."""
     program = (
-        "import os, signal, time; from g2rpo_ray.runs import witness; witness.SHUTDOWN_S = 2\n"
-        "with witness.witness(None):\n"
+        "import os, signal, time; from g2rpo_ray.runs import watchdog; watchdog.SHUTDOWN_S = 2\n"
+        "with watchdog.watchdog(None):\n"
         "    if not (child := os.fork()): time.sleep(1000)\n"
         "    print('inside', flush=True)\n"
         "print('left', flush=True); os.kill(child, signal.SIGKILL)"

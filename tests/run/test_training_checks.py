@@ -3,7 +3,7 @@
 import pytest
 
 from g2rpo_ray.config import load_config
-from g2rpo_ray.runs.watchdog import Watchdog
+from g2rpo_ray.runs.training_checks import TrainingChecks
 
 GOOD = {
     "watch/duplicate_children": 0, "watch/other_versions": 0, "watch/flat_groups": 0.2, "reward/preference/std": 0.1,
@@ -18,17 +18,17 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_invariant_has_a_line_of_its_own(name):
-    watchdog = Watchdog(load_config())
-    assert watchdog.lines(GOOD) == []
-    (line,) = watchdog.lines({**GOOD, name: BROKEN[name]})
+    checks = TrainingChecks(load_config())
+    assert checks.lines(GOOD) == []
+    (line,) = checks.lines({**GOOD, name: BROKEN[name]})
     assert line.startswith(f"WARNING: {name}: ")
     assert "\n" not in line
-    assert watchdog.lines({**GOOD, name: BROKEN[name]}) == []  # said already
-    assert watchdog.lines(GOOD) == []
-    assert len(watchdog.lines({**GOOD, name: BROKEN[name]})) == 1
+    assert checks.lines({**GOOD, name: BROKEN[name]}) == []  # said already
+    assert checks.lines(GOOD) == []
+    assert len(checks.lines({**GOOD, name: BROKEN[name]})) == 1
 
 
 def test_rounding_is_not_taken_for_a_lora_that_was_not_delivered():
     small = {**GOOD, "watch/lora_effect": 1e-3, "watch/lora_delivered": -3.0}
-    assert len(Watchdog(load_config()).lines(small)) == 1
-    assert Watchdog(load_config(None, ["model.dtype=bfloat16"])).lines(small) == []
+    assert len(TrainingChecks(load_config()).lines(small)) == 1
+    assert TrainingChecks(load_config(None, ["model.dtype=bfloat16"])).lines(small) == []
