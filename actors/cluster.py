@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_CALL_S = 10.0  # time limit of one call to Ray at the end
 SHUTDOWN_S = 60.0  # time limit of ending a private cluster, which takes a few seconds on idle cores
+MAX_STARTS = 3  # of a private cluster
+SLOW_START = "timed out during startup"  # of Ray's message
 _lost = threading.Event()
 
 MIN_STORE_BYTES = 1_000_000_000  # of a private cluster; Ray uses the disk if /dev/shm is smaller
@@ -68,19 +70,35 @@ def cluster(address: str | None, store_bytes: int = 0) -> Iterator[bool]:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(_refusal(option, address, error)) from None
     else:
-        try:
-            ray.init(
-                address="local", include_dashboard=False, object_store_memory=_store_memory(store_bytes), **options
-            )
-        except Exception as error:  # Ray has no class for it
-            why = one_line(error)
-            hint = "try again if the machine is busy; set a short RAY_TMPDIR if paths are too long"
-            raise ValueError(f"Ray does not start on this machine ({why}); {hint}") from None
+        _start_private(object_store_memory=_store_memory(store_bytes), **options)
     try:
         yield not address
     finally:
         at_end(is_alive)
         at_end(ray.shutdown, limit_s=SHUTDOWN_S)
+
+
+def _start_private(**options: Any) -> None:
+    """Start a private cluster. Ray gives its node 30 s, so a start that is slow is repeated.
+
+    Raises:
+        ValueError: one line; Ray does not start on this machine.
+    """
+    import ray
+
+    before = psutil.Process().children(recursive=True)
+    for attempt in range(1, MAX_STARTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray has no class for it
+            for child in set(psutil.Process().children(recursive=True)).difference(before):
+                with suppress(psutil.Error):
+                    child.kill()
+            if attempt == MAX_STARTS or SLOW_START not in str(error):
+                hint = "try again if the machine is busy; set a short RAY_TMPDIR if paths are too long"
+                raise ValueError(f"Ray does not start on this machine ({one_line(error)}); {hint}") from None
+            logger.warning("Ray did not start within 30 s; starting it again")
 
 
 def _is_connected() -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -45,6 +46,7 @@ from tests.support import virtual
 from tests.support.faulty import build_breaking
 from tests.support.hub import serve_hub
 from tests.support.judge_server import chat_server
+from tests.support.runs import PATIENCE
 
 pytestmark = pytest.mark.core
 
@@ -370,3 +372,21 @@ def test_weights_that_are_not_what_was_published_are_refused():
             compute(good, tensors)
     with pytest.raises(ray.exceptions.RayTaskError, match="checksum"):
         compute(replace(good, checksum="0" * 64), state)
+
+
+def test_a_ray_that_starts_too_slowly_is_started_again():
+    """Ray's first start leaves a process, and says what it says on a busy machine."""
+    program = (
+        "import subprocess, sys, ray\n"
+        "from g2rpo_ray.actors import cluster\n"
+        "real, left = ray.init, []\n"
+        "def slow(**options):\n"
+        "    if not left:\n"
+        "        left.append(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']))\n"
+        "        raise Exception('The current node timed out during startup. This could happen because')\n"
+        "    return real(**options)\n"
+        "ray.init = slow\n"
+        "with cluster.cluster(None) as private: print(private, left[0].wait(60), ray.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "True -9 True\n"
