@@ -12,7 +12,7 @@ from g2rpo_ray.config import Config, RewardConfig, load_config
 from g2rpo_ray.exits import Parser, command, path_option
 from g2rpo_ray.messages import number, one_line
 from g2rpo_ray.rewards.options import check_reward, has_device, option_defaults, prompt_check
-from g2rpo_ray.rewards.pictures import Picture, read_pictures, references
+from g2rpo_ray.rewards.pictures import Picture, moving, read_pictures, references
 from g2rpo_ray.rewards.registry import KINDS
 from g2rpo_ray.rewards.trial import trial
 from g2rpo_ray.types import text_of
@@ -49,6 +49,8 @@ def check(config: Config, folder: Path | None) -> bool:
     """
     size, sources = (config.model.height, config.model.width), config.model.sources
     pictures = read_pictures(folder, sources) if folder else references(*size)
+    if config.model.frames > 1:
+        pictures = [moving(picture, config.model.frames) for picture in pictures]
     fine = True
     for key, reward in config.rewards_by_key.items():
         try:

@@ -213,9 +213,9 @@ class Bench:
     def _rewards(self) -> dict[str, float]:
         """Seconds of an image by reward, without rewards that cannot run on this machine."""
         config, scores = self.config, {}
-        noise = np.random.default_rng(0).integers(
-            0, 256, (PICTURES, config.model.height, config.model.width, 3), np.uint8
-        )
+        frames = [config.model.frames] if config.model.frames > 1 else []
+        shape = PICTURES, *frames, config.model.height, config.model.width, 3
+        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         pictures, served = [Picture("noise", "noise", image) for image in noise], serving(config.all_rewards)
         for key, reward in config.rewards_by_key.items():
             name = key.partition(".")[2]

@@ -1,7 +1,7 @@
 """Drawn reference images, and images of a folder, to try rewards on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def references(height: int, width: int) -> list[Picture]:
         asked = [[f"Does the sign say {text}?", "Yes"]]
         pictures.append(Picture(text, f'a white sign that says "{text}"', np.array(sign), {"vqa_list": asked}))
     return pictures
+
+
+def moving(picture: Picture, frames: int) -> Picture:
+    """A video uint8 [F, H, W, 3] whose frames are the image, moved to the right by a 16th of its width each time."""
+    step = max(1, picture.image.shape[1] // 16)
+    video = np.stack([np.roll(picture.image, step * frame, axis=1) for frame in range(frames)])
+    return replace(picture, image=video)
 
 
 def read_pictures(folder: Path, sources: int = 0) -> list[Picture]:
