@@ -361,16 +361,17 @@ class FlowModel:
         """Arguments of the transformer other than latents, time and prompt."""
         return {}
 
-    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any = None) -> Tensor:
-        """One evaluation of the transformer, as dx/dσ in float32. Sigma is not rounded; the transformer casts it.
+    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
+        """One evaluation of the transformer, as dx/dσ in float32. Sigma is not rounded; the transformer casts it."""
+        return self._output_of(self.transformer, x, sigma, text)
 
-        `network`: another one to evaluate.
-        """
+    def _output_of(self, network: Any, x: Tensor, time: Tensor, text: Mapping[str, Any]) -> Tensor:
+        """The output of a network in float32; `time` is its argument."""
         others = self._others(len(x), text)
         named = {name: value for name, value in text.items() if not name.startswith("source_")}
-        output: Tensor = (network or self.transformer)(
-            hidden_states=x.to(self._dtype), timestep=sigma, **named, **others, return_dict=False
-        )[0]
+        output: Tensor = network(hidden_states=x.to(self._dtype), timestep=time, **named, **others, return_dict=False)[
+            0
+        ]
         return output.float()
 
     def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:

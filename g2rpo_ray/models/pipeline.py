@@ -144,9 +144,9 @@ def check_size(config: ModelConfig, multiple: int) -> None:
 
 
 def check_frames(config: ModelConfig, group: int | None, kind: str) -> None:
-    """Raise ValueError unless a pipeline of this kind makes so many frames: 1, or 1 and whole groups."""
+    """Raises ValueError unless a pipeline of this kind makes so many frames: 1, or 1 and whole groups."""
     if group is None and config.frames != 1:
-        raise ValueError(f"model.frames: {config.frames} given; a {kind} makes pictures: give 1, or leave it out")
+        raise ValueError(f"model.frames: {config.frames} given; a {kind} makes images; remove it")
     if group is not None and (config.frames - 1) % group:
         below = config.frames - (config.frames - 1) % group
         raise ValueError(

@@ -62,21 +62,21 @@ class Model(VideoVae, FlowModel):
         scale = torch.where(self._is_high(sigma), self.guidance_scale, self._low_scale)
         return unguided + scale.view(-1, *[1] * (v.ndim - 1)) * (v - unguided)
 
-    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any = None) -> Tensor:
+    def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
         if self.low_noise is None or not self._by_level:
-            return self._of_one(x, sigma, text, network)
+            return self._of_one(self.transformer, x, sigma, text)
         high, v = self._is_high(sigma), torch.empty_like(x)
         for rows, each in ((high, self.transformer), (~high, self.low_noise)):
             if rows.any():
-                v[rows] = self._of_one(x[rows], sigma[rows], {name: value[rows] for name, value in text.items()}, each)
+                v[rows] = self._of_one(each, x[rows], sigma[rows], {name: value[rows] for name, value in text.items()})
         return v
 
-    def _of_one(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any], network: Any) -> Tensor:
+    def _of_one(self, network: Any, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
         time = 1000 * sigma
         if self._pipeline.config.expand_timesteps:
             _, tall, wide = self.network["patch_size"]
             time = time[:, None].expand(-1, x.shape[2] * (self.rows // tall) * (self.columns // wide))
-        return super()._predict(x, time, text, network)
+        return self._output_of(network, x, time, text)
 
     def _read_no_data(self) -> None:
         self._by_level = False  # both networks have the same shape

@@ -72,7 +72,7 @@ def test_a_mixed_batch_of_videos_is_each_alone(family: str, frames: int) -> None
     ("family", "frames", "words"),
     [
         ("wan", 6, "model.frames: 6 given; a WanPipeline makes 1 + 4n frames, e.g. 5 or 9"),
-        ("sd3", 5, "model.frames: 5 given; a StableDiffusion3Pipeline makes pictures: give 1, or leave it out"),
+        ("sd3", 5, "model.frames: 5 given; a StableDiffusion3Pipeline makes images; remove it"),
     ],
 )
 def test_frames_that_a_pipeline_does_not_make_are_refused(family: str, frames: int, words: str) -> None:
