@@ -57,7 +57,7 @@ def test_a_text_that_is_no_instruction_has_no_score() -> None:
     assert all(parse(str(edit)) == edit for edit in EDITS)
     assert parse("Move it  to the TOP right") == Edit("place", "top right")
     assert np.isnan(scores(source, source, "a red star")).all()
-    with pytest.raises(ValueError, match="is no instruction of edit_quickstart, such as 'make it red'"):
+    with pytest.raises(ValueError, match="is not an instruction of edit_quickstart, such as 'make it red'"):
         check_prompt("a red star", {"source": (source,)})
     with pytest.raises(ValueError, match=r"has no source picture, .*; set model\.sources"):
         check_prompt("make it red", {})

@@ -46,7 +46,7 @@ def parse(prompt: str) -> Edit:
     """The edit that an instruction asks for; ValueError for another text."""
     edit = _BY_TEXT.get(" ".join(prompt.lower().split()))
     if edit is None:
-        raise ValueError(f"is no instruction of edit_quickstart, such as {str(EDITS[0])!r}")
+        raise ValueError(f"is not an instruction of edit_quickstart, such as {str(EDITS[0])!r}")
     return edit
 
 

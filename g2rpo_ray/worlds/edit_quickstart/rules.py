@@ -1,4 +1,4 @@
-"""Rule-based rewards for edits: has the picture what its instruction asks for, and is the rest as in the source?
+"""Rule-based rewards for edits: the edit is done, and the rest is as in the source.
 
 From pixels alone, by the quickstart's rules for colour and shape; 1 for yes, 0 for no.
 """
@@ -55,7 +55,7 @@ class EditReward:
 
 
 def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for a prompt that is no instruction of this world or has no source."""
+    """Raises ValueError for a prompt that is not an instruction of this world, or has no source."""
     parse(prompt)
     if not sources_in(metadata):
         raise ValueError("has no source picture, which the result is compared with; set model.sources")
