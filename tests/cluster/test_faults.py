@@ -217,21 +217,21 @@ HARM += [("killed", "driver")]
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_chaos(cluster, alone, tmp_path):
-    """In 30 iterations actors of each kind are killed, stopped and terminated, nodes leave and die, the driver dies.
+    """Actors of each kind are killed, stopped and terminated, nodes leave and die, the driver dies.
 
-    In a drawn order, at drawn moments, each after two iterations more.
+    In a drawn order, at drawn moments, each after one iteration more.
     """
     settings = dict.fromkeys(
         ["rollout__max_restarts", "rewards__preference__max_restarts", "learner__max_restarts"], 1000
     )
-    settings |= {"rollout__max_actors": 2, "iterations": 30, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
+    settings |= {"rollout__max_actors": 2, "iterations": 16, "data__prompts_per_iteration": 6, "sampler__group_size": 8}
     calm = alone(**settings)
     settings |= PINNED | {"learner__resources": "{learner: 1}", "hung_after_s": 15}
     nodes = {kind: [add_node(cluster, **{kind: 2})] for kind in ("rollout", "learner")}
     chaos = partial(start, tmp_path, "chaos", "--address", cluster.address, **settings)
     process, dice = chaos(), random.Random(0)
     for number, (how, who) in enumerate(dice.sample(HARM, len(HARM)), 1):
-        wait_for_iteration(process, tmp_path, "chaos", 2 * number)
+        wait_for_iteration(process, tmp_path, "chaos", number)
         time.sleep(dice.uniform(0, 1))
         wait_for(process, partial(hurt, process, cluster, nodes, how, who, tmp_path / "chaos" / "run.log"))
         print(f"{who} {how} after iteration {metrics(tmp_path, 'chaos')[-1]['iteration']}")

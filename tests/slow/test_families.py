@@ -38,7 +38,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("family", ["flux", "sd3"])  # packed; with guidance; qwen_image, of texts of any length, below
+@pytest.mark.parametrize("family", ["sd3"])  # with guidance; qwen_image below, and the quickstart, are packed
 def test_a_whole_run_has_the_same_bits_with_two_actors_and_none(
     family: str, address: str, alone: Any, tmp_path: Path
 ) -> None:

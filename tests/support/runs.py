@@ -46,7 +46,7 @@ PREFERENCE = {  # the quickstart's own reward
     "rewards__preference__kind": "hpsv2",
     "rewards__preference__options": "{checkpoint: embedded:preference.pt, architecture: embedded:preference.json}",
 }
-PATIENCE = 240  # seconds, for two slow and busy cores
+PATIENCE = 360  # seconds, for two slow and busy cores
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gives away, and no other worker's
 
@@ -198,7 +198,7 @@ def wait_for_iteration(process: subprocess.Popen, output: Path, name: str, itera
 def wait_for(process: subprocess.Popen, condition) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}:\n{process.communicate()[0]}"
+        assert process.poll() is None, "ended with {}:\n{}\n{}".format(process.returncode, *process.communicate())
         assert time.monotonic() < deadline, f"waited too long:\n{why(process)}"
         time.sleep(0.05)
 
