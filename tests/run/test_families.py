@@ -218,7 +218,7 @@ def mistakes(family: str) -> dict[str, Callable[[], np.ndarray]]:
     }  # fmt: skip
     if negative is not None:
         other = load(family).encode(["a good and quite different one"], negative=True)[0]
-        opposite = FlowModel._guide if family == "z_image" else lambda m, v, u: v + SCALE * (v - u)
+        opposite = FlowModel._guide if family == "z_image" else lambda m, v, u, s: v + SCALE * (v - u)
         found |= {
             "no guidance": lambda: sample(family, model, negative=None),
             "another negative prompt": lambda: sample(family, model, negative=other),
