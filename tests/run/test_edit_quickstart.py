@@ -97,9 +97,11 @@ def test_the_builder_samples_as_the_pipeline_does(committed: Flux2KleinPipeline)
     assert np.abs(ours - theirs * 255).max() <= 1.5
 
 
-def test_the_committed_model_edits_a_third_of_the_held_out_pictures_right(committed: Flux2KleinPipeline) -> None:
-    found = measure_edits(WORLD, committed, seeds=8)
-    assert 0.15 < found["all"] < 0.5  # 0.227 with 16 seeds
+def test_the_committed_model_edits_a_fifth_to_a_half_of_the_held_out_pictures_right(
+    committed: Flux2KleinPipeline,
+) -> None:
+    found = measure_edits(WORLD, committed, seeds=16)
+    assert 0.2 < found["all"] < 0.5
     assert found["all"] < min(found["edit"], found["rest"]) < 0.9
     size = sum(file.stat().st_size for file in WORLD.root.rglob("*") if file.is_file())
     assert size < 10e6

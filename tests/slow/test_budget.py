@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from g2rpo_ray.runs.checkpoint import find_checkpoint
+from g2rpo_ray.runs.storage import Folder
 from tests.support.runs import finish, lora, metrics, run, same_lora, start, wait_for_iteration
 
 CHOOSING = {
@@ -19,7 +21,9 @@ def test_a_run_picks_what_its_record_says_on_any_number_of_actors_after_a_stop(a
     process = start(tmp_path, "two", **settings)
     wait_for_iteration(process, tmp_path, "two", 2)
     process.send_signal(signal.SIGTERM)
-    finish(process, status=130)
+    assert "is saved" in finish(process, status=130)
+    kept = find_checkpoint(Folder(tmp_path / "two")).iteration
+    assert kept == int((tmp_path / "two" / "checkpoints" / "LATEST").read_text()) >= 1
     assert len(metrics(tmp_path, "two")) < 6
     run(tmp_path, "two", **settings)
     same_lora(lora(tmp_path, "two"), whole.result().lora)

@@ -43,7 +43,9 @@ def test_an_earlier_checkpoint_starts_a_run_of_another_name(reference, done, cap
     """By other judges, and not again if it has its own; and with the same settings, which gives the same bits."""
     back, out = ("--resume", str(done / "checkpoints" / "000001")), done.parent
     other = {"learner__lr": 0.02, "rewards": "{colour: {kind: jpeg_compressibility, resources: {CPU: 0.1}}}"}
-    assert f"resumed from {back[1]} with other settings: " in run(out, "other", *back, **other)
+    printed = run(out, "other", *back, **other)
+    assert f"resumed from {back[1]} with other settings: " in printed
+    assert "before: after 1 iterations" in printed
     assert main(command(out, "other", *back, **other)[3:]) == 0
     assert "other is finished" in capsys.readouterr().out
     assert [line["iteration"] for line in metrics(out, "other")] == [1, 2, 3]
