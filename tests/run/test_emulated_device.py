@@ -52,7 +52,7 @@ TREE = [
     "rollout.decode_batch=1", "learner.micro_batch=2", "model.path=x", "seed=1",
 ]  # fmt: skip
 
-PREDICT = "g2rpo_ray.models.base.FlowModel._predict"
+PREDICT = "g2rpo_ray.models.base.FlowModel._output_of"
 
 PREDICTS = {"qwen_image_21": "g2rpo_ray.models.qwen_image_21.Model._evaluate"}
 
