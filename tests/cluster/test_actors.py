@@ -72,6 +72,9 @@ class Worker:
     def where(self, code):
         return here()
 
+    def parent(self):
+        return os.getppid()
+
     def ready(self):
         if self.at_start:
             self.at_start()
@@ -95,6 +98,11 @@ use = partial(virtual.use, loop_factory=None)  # in the clock's time
 def workers(size=1, worker=Worker, at_start=None, **options):
     spawn = lambda name: RayActor(worker.remote(at_start))  # noqa: E731
     return Pool("worker", spawn, size, **{"minimum": size, "max_restarts": 3} | options)
+
+
+def test_workers_fork_from_the_process_that_has_loaded_torch():
+    parent = ray.get(Worker.remote().parent.remote())
+    assert "serve" in psutil.Process(parent).cmdline()
 
 
 def test_a_dead_actor_is_replaced_and_its_call_sent_again(tmp_path):

@@ -22,7 +22,7 @@ from tests.support.runs import (
     title_of,
     wait_for,
 )
-from tests.support.secrets import touched  # noqa: F401  fixtures
+from tests.support.touched import touched  # noqa: F401  fixtures
 
 PORT, DASHBOARD = 6396, 8296
 

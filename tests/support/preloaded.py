@@ -29,8 +29,10 @@ from importlib import import_module
 
 SERVER = "G2RPO_TESTS_PRELOADED"  # the socket, and the namespace of process ids
 MODULES = ["torch", "torchvision", "transformers", "peft", "g2rpo_ray.rollout.sampler", "g2rpo_ray.rewards.hpsv2"]
+MODULES += ["g2rpo_ray.learner.engine"]
 OF_DIFFUSERS = ["FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"]  # which diffusers loads when asked
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE", "TRANSFORMERS_", "DIFFUSERS_")
+READY = "ready\n"
 BIGGEST = 1 << 20  # bytes of a request
 PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -41,8 +43,11 @@ def serving() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         address = os.path.join(folder, "s")
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen([sys.executable, __file__, "serve", address], env=one_thread) as server:
+        served = [sys.executable, __file__, "serve", address]
+        with subprocess.Popen(served, env=one_thread, stdout=subprocess.PIPE, text=True) as server:
+            assert READY in server.stdout, "the process that forks workers has ended: see what it printed"
             yield f"{address} {_namespace()}"
+            assert server.poll() is None, "the process that forks workers has ended"
             server.kill()
 
 
@@ -197,6 +202,7 @@ def _become(request: dict, descriptors: list[int]) -> None:
 
 
 def _preload() -> None:
+    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # a file there must not stand for a library
     for module in MODULES:
         import_module(module)
     for name in OF_DIFFUSERS:
@@ -209,4 +215,5 @@ if __name__ == "__main__":
         run(sys.argv[2:])
     server = Server(sys.argv[2])
     _preload()
+    print(READY, end="", flush=True)
     server.serve()
