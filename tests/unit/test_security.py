@@ -11,8 +11,8 @@ from g2rpo_ray.commands.train import main
 from g2rpo_ray.config import LoraConfig, ModelConfig, load_config
 from g2rpo_ray.models import FlowModel, read_lora
 from g2rpo_ray.rewards.weights import pretrained, read_weights
-from tests.support.touched import touched  # noqa: F401  fixtures
 from tests.support.tiny_flux import write_tiny_flux
+from tests.support.touched import touched  # noqa: F401  fixtures
 
 # ------------------------------------------------------------------------------------------------------------ pickles
 
