@@ -1,27 +1,25 @@
 """HPSv3 (arXiv 2508.03789): Qwen2-VL-7B encodes the image and the prompt, a head predicts mean and spread of the score.
 
-Checkpoint and computation are those of github.com/MizzenAI/HPSv3, the network is transformers'. As in that code, and
-unlike Qwen2-VL, the tokens of the image have consecutive positions, like text. Legend: N images and prompts,
-L tokens, D features.
+Checkpoint and computation are those of github.com/MizzenAI/HPSv3, the network is transformers'. N images and prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AddedToken, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.features import finite
 from g2rpo_ray.rewards.files import locate
 from g2rpo_ray.rewards.images import check_images
-from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, pretrained, read_weights
+from g2rpo_ray.rewards.qwen2_vl import last_state, load_network, message, open_backbone, split_weights
+from g2rpo_ray.rewards.weights import check_placement, fit_weights, place, read_weights
 
 CHECKPOINT = "MizzenAI/HPSv3:HPSv3.safetensors"
+BACKBONE = "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28  # approximate size of an image: 448 × 448 if it is square
 REWARD = "<|Reward|>"  # the token at which the head reads
 IMAGE = "<|image_pad|>"
@@ -54,18 +52,6 @@ INSTRUCTION = (
     "- {prompt}\n\n\n"
     f"\nPlease provide the overall ratings of this image: {REWARD}\n\nEND\n"
 )
-MESSAGE = (  # Qwen2-VL's own template
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}"
-    f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
-)
-# Prefixes of the network's parts in older and newer checkpoints, longest first; lm_head is not needed.
-PARTS = {
-    "model.language_model.": "language_model.",
-    "model.visual.": "visual.",
-    "model.": "language_model.",
-    "visual.": "visual.",
-}
-EMBEDDING = "language_model.embed_tokens.weight"
 
 
 class HPSv3:
@@ -93,30 +79,22 @@ class HPSv3:
         inputs = self._image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
         grids = inputs["image_grid_thw"].to(self._device)
         texts = [
-            MESSAGE.replace("{image}", IMAGE * (int(grid.prod()) // self._merged)).replace("{prompt}", prompt)
+            message(IMAGE * (int(grid.prod()) // self._merged), INSTRUCTION, prompt)
             for grid, prompt in zip(grids, prompts, strict=True)
         ]
         tokens = self._tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self._device)
         pixels = inputs["pixel_values"].to(device=self._device, dtype=self._dtype)
-        state = self._read(tokens["input_ids"], tokens["attention_mask"], pixels, grids)
-        places = torch.arange(state.shape[1], device=self._device) * (tokens["input_ids"] == self._reward)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        state = last_state(self._network, ids, mask, pixels, grids, self._image)
+        places = torch.arange(state.shape[1], device=self._device) * (ids == self._reward)
         last = places.argmax(dim=1)  # a prompt may also contain the token
         outputs = self._head(state[torch.arange(len(state)), last].float())
         return finite(torch.stack([outputs[:, 0], outputs[:, 1].exp()], dim=1))
 
-    def _read(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Tensor:
-        """The last hidden state [N, L, D]; without `position_ids`, tokens have consecutive positions."""
-        language = self._network.language_model
-        embedded = language.embed_tokens(ids)
-        seen = self._network.visual(pixels, grid_thw=grids).pooler_output.to(embedded.dtype)
-        embedded = embedded.masked_scatter((ids == self._image)[..., None], seen)
-        state: Tensor = language(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
-        return state
-
 
 def build(
     checkpoint: str = CHECKPOINT,
-    backbone: str = "Qwen/Qwen2-VL-7B-Instruct",
+    backbone: str = BACKBONE,
     device: str = "cpu",
     dtype: str = "bfloat16",
 ) -> HPSv3:
@@ -126,36 +104,13 @@ def build(
     bfloat16 as released; the head computes in float32. ValueError, in one line, if an option cannot be used.
     """
     torch_dtype = check_placement(device, dtype)
-    config = pretrained(Qwen2VLConfig, "backbone", backbone)
-    tokenizer = pretrained(AutoTokenizer, "backbone", backbone)
-    tokenizer.add_tokens([AddedToken(REWARD, special=True, normalized=False)])
     path = locate("checkpoint", checkpoint, CHECKPOINT)
-    weights, of_head = split_weights(read_weights(path))
-    if EMBEDDING not in weights:
-        raise ValueError(f"checkpoint: {path} has no embedding of tokens; give HPSv3's file as published")
-    words = len(weights[EMBEDDING])
-    if len(tokenizer) != words:
-        raise ValueError(
-            f"backbone: {backbone} has {len(tokenizer)} tokens with {REWARD}, {path} {words}; give its base model, "
-            "Qwen/Qwen2-VL-7B-Instruct"
-        )
-    config.text_config.vocab_size = words
+    weights, of_head = split_weights(read_weights(path), path)
+    config, tokenizer = open_backbone(backbone, BACKBONE, (REWARD,), weights, path)
     head = reward_head(config.text_config.hidden_size)
     fit_weights(head, of_head, path, f"a head on the {config.text_config.hidden_size} features of {backbone}")
-    return HPSv3(
-        _network(config, weights, torch_dtype, f"{path} does not fit {backbone}"), head, tokenizer, device, torch_dtype
-    )
-
-
-def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The checkpoint's weights for transformers' Qwen2VLModel, and those of the head."""
-    network: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        part = next((part for part in PARTS if key.startswith(part)), None)
-        if part:
-            network[PARTS[part] + key.removeprefix(part)] = value
-    head = {key.removeprefix("rm_head."): value for key, value in weights.items() if key.startswith("rm_head.")}
-    return network, head
+    network = load_network(config, weights, torch_dtype, f"{path} does not fit {backbone}")
+    return HPSv3(network, head, tokenizer, device, torch_dtype)
 
 
 def reward_head(width: int) -> nn.Sequential:
@@ -163,18 +118,3 @@ def reward_head(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
-
-
-def _network(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, problem: str) -> Any:
-    """transformers' network with these weights, without random initialisation, which would take minutes."""
-    try:
-        loaded: Any = Qwen2VLModel.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    except (RuntimeError, ValueError) as error:  # a shape that does not fit
-        raise ValueError(f"checkpoint: {problem}: {one_line(error)}") from error
-    network, report = loaded
-    wrong = [f"{kind.partition('_')[0]} {key}" for kind in ("missing_keys", "unexpected_keys") for key in report[kind]]
-    if wrong:
-        raise ValueError(f"checkpoint: {problem}: {one_line(', '.join(sorted(wrong)))}")
-    return network

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 REQUIRED = object()  # in place of a default
 FILE_OPTIONS = ("checkpoint", "vocabulary")  # a path, or a file on the hub
 FOLDER_OPTIONS = ("model", "processor", "backbone", "colour_model")  # a directory, or a repository on the hub
-WITHOUT_WEIGHTS = (("hpsv3", "backbone"), ("pickscore", "processor"))  # by kind: only tokenizer and configuration
+WITHOUT_WEIGHTS = (("hpsv3", "backbone"), ("videoalign", "backbone"), ("pickscore", "processor"))
+"""Only tokenizer and configuration are read: the option, by kind."""
 SERVER_OPTIONS = ("base_urls",)
 PACKAGES = {
     "hpsv2": ("hpsv2", ", whose own pins are too old for the rest: pip install --no-deps hpsv2==1.2.0 clint args"),

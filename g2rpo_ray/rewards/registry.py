@@ -43,7 +43,7 @@ class Reward(Protocol):
         ...
 
 
-PARTS = ("unified_reward_2", "soft_tifa")
+PARTS = ("unified_reward_2", "soft_tifa", "videoalign")
 """Kinds with an option `part`, whose `score_parts` returns the scores of all parts, by name, at the cost of one."""
 KINDS = {
     "hpsv2": "g2rpo_ray.rewards.hpsv2:build",
@@ -72,6 +72,7 @@ KINDS = {
     "pairwise": "g2rpo_ray.rewards.pairwise:build",
     "preservation": "g2rpo_ray.rewards.preservation:build",
     "preservation_dino": "g2rpo_ray.rewards.preservation:build_dino",
+    "videoalign": "g2rpo_ray.rewards.videoalign:build",
     "dynamic_degree": "g2rpo_ray.rewards.motion:dynamic_degree",
     "temporal_consistency": "g2rpo_ray.rewards.motion:temporal_consistency",
     "jpeg_compressibility": "g2rpo_ray.rewards.jpeg:compressibility",

@@ -45,6 +45,8 @@ from tests.support.reward_files import (  # noqa: F401  fixtures
     noise,
     transformers_files,
 )
+from tests.support.videoalign_files import built as videoalign
+from tests.support.videoalign_files import folder as videoalign_folder  # noqa: F401  fixtures
 
 TREE = [
     "sampler.steps=3", "sampler.branch_steps=[0]", "sampler.group_size=3", "sampler.stochastic_edges=2",
@@ -399,6 +401,10 @@ def reward(
             return geneval(folder, kind, **options).score(PHOTOS, ["x"] * 2, [METADATA | metadata] * 2)
         if kind == "hpsv3":
             return hpsv3(request.getfixturevalue("hpsv3_folder"), **options).score(noise(2, 48, 80), PROMPTS[:2])
+        if kind == "videoalign":
+            options |= {"part": "motion_quality"}
+            videos = noise(8, 48, 80).reshape(2, 4, 48, 80, 3)
+            return videoalign(request.getfixturevalue("videoalign_folder"), **options).score(videos, PROMPTS[:2])
         if kind == "hpsv2":
             options |= {"checkpoint": str(PREFERENCE_CHECKPOINT), "architecture": str(PREFERENCE_ARCHITECTURE)}
         else:
@@ -408,7 +414,7 @@ def reward(
     return score
 
 
-@pytest.mark.parametrize("kind", ["hpsv2", *LOADED, "hpsv3", "mask2former", "owl", "dino"])
+@pytest.mark.parametrize("kind", ["hpsv2", *LOADED, "hpsv3", "videoalign", "mask2former", "owl", "dino"])
 def test_scores_of_rewards_are_the_cpus(kind: str, reward: Callable[..., np.ndarray]) -> None:
     expected = reward(kind, device="cpu", dtype="bfloat16")
     with EmulatedGpu() as gpu:

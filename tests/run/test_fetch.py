@@ -70,10 +70,14 @@ def test_a_configuration_names_what_is_fetched():
         ("rewards.clip.options.checkpoint", "apple/DFN5B-CLIP-ViT-H-14:open_clip_pytorch_model.bin"),
     }
     assert all_files(load_config()) == []
-    defaults = all_files(load_config(None, ["rewards.a={kind: hpsv3}", "rewards.b={kind: hpsv3, weight: 2}"]))
+    video = "{kind: videoalign, options: {part: motion_quality}}"
+    sections = ["rewards.a={kind: hpsv3}", "rewards.b={kind: hpsv3, weight: 2}", f"rewards.c={video}"]
+    defaults = all_files(load_config(None, sections))
     assert [(f.name, f.weights) for f in defaults] == [
         ("MizzenAI/HPSv3:HPSv3.safetensors", True),
         ("Qwen/Qwen2-VL-7B-Instruct", False),  # 16 GB of weights are not needed
+        ("KwaiVGI/VideoReward:checkpoint-11352/model.pth", True),
+        ("Qwen/Qwen2-VL-2B-Instruct", False),
     ]
 
 

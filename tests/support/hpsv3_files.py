@@ -1,4 +1,4 @@
-"""A small HPSv3 checkpoint in its real format."""
+"""A small Qwen2-VL, and an HPSv3 checkpoint in its real format."""
 
 import pytest
 import torch
@@ -13,14 +13,12 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "
 WIDTH = 32
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """`base`, the configuration and tokenizer of a small Qwen2-VL, and `HPSv3.safetensors` with random weights."""
-    root = tmp_path_factory.mktemp("hpsv3")
+def save_base(path):
+    """Configuration and tokenizer of a small Qwen2-VL, which are saved there."""
     letters = {letter: at for at, letter in enumerate(sorted(ByteLevel.alphabet()))}
     end = "<|endoftext|>"
     tokenizer = Qwen2Tokenizer(vocab=letters, merges=[], pad_token=end, additional_special_tokens=SPECIAL)
-    tokenizer.save_pretrained(root / "base")
+    tokenizer.save_pretrained(path)
     tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {
@@ -29,7 +27,15 @@ def folder(tmp_path_factory):
     }  # fmt: skip
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
-    config.save_pretrained(root / "base")
+    config.save_pretrained(path)
+    return config, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`base`, the configuration and tokenizer of a small Qwen2-VL, and `HPSv3.safetensors` with random weights."""
+    root = tmp_path_factory.mktemp("hpsv3")
+    config, tokenizer = save_base(root / "base")
     network = Qwen2VLForConditionalGeneration(config)
     network.resize_token_embeddings(len(tokenizer) + 1)
     generator = torch.Generator().manual_seed(1)
