@@ -12,14 +12,18 @@ from PIL import Image
 
 from g2rpo_ray import load_config
 from g2rpo_ray.analysis.video import MAX_SHOWN, strip, unstrip
+from g2rpo_ray.methods import method_names
 from g2rpo_ray.models import FlowModel
 from g2rpo_ray.models.estimate import rollout_memory
 from g2rpo_ray.preflight import check_network
 from g2rpo_ray.report.gallery import data_uri
 from g2rpo_ray.rewards import ask_in_chunks, build_reward
 from g2rpo_ray.rollout.cost import object_store_bytes
+from g2rpo_ray.rollout.plan import prompt_tree, rollout_evaluations
 from g2rpo_ray.runs.hacking import image_traces
+from tests.support.method_runs import SMALL as SMALL_TREES
 from tests.support.pipelines import PROMPTS, SCALE, load, run_settings, settings, tiny
+from tests.support.runs import dotted
 
 SMALL = {"height": 16, "width": 32}
 SIZES = {"wan": SMALL, "wan_5b": {"height": 32, "width": 64}, "wan_a14b": SMALL}
@@ -79,6 +83,28 @@ def test_frames_that_a_pipeline_does_not_make_are_refused(family: str, frames: i
     with pytest.raises(ValueError, match="model.frames") as error:
         FlowModel.load(settings(family, frames=frames), "cpu")
     assert str(error.value) == words
+
+
+FEW = {  # what makes a method's tree small
+    "dance_grpo": {"branch_steps": "[0]"},
+    "flow_grpo_fast": {"roots": 2, "group_size": 2},
+    "tempflow_grpo": {"group_size": 2},
+} | SMALL_TREES
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_trains_on_frames(method: str, alone: Any, tmp_path: Path) -> None:
+    given = run_settings("wan", tmp_path) | {f"sampler__{key}": value for key, value in FEW.get(method, {}).items()}
+    given |= {"method": method, "model__frames": 5, "model__height": 16, "model__width": 16, "iterations": 1}
+    given |= {"learner__updates_per_rollout": 1}
+    config = load_config(None, [f"{key}={value}" for key, value in dotted(given).items()])
+    (line,) = alone(**given).result().lines
+    trees = [prompt_tree(config, 0, slot, "a red cat") for slot in range(2)]
+    planned = [rollout_evaluations(config, tree, 0, slot) for slot, tree in enumerate(trees)]
+    assert line["rollout/evaluations"] == sum(planned)
+    assert line.get("learner/ratio_initial_max_dev", 0.0) == 0
+    assert line["mismatch/velocity"] < 1e-5
+    assert line["learner/grad_norm"] > 0
 
 
 def test_the_learner_of_two_networks_trains_the_first_one_on_policy(alone: Any, tmp_path: Path) -> None:
