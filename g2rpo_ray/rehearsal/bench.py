@@ -8,8 +8,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from g2rpo_ray.config import Config, ModelConfig, with_settings
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
 from g2rpo_ray.models.estimate import learner_memory, one_velocity, operations, rollout_memory
 from g2rpo_ray.numerics import set_up_torch
@@ -29,7 +30,7 @@ from g2rpo_ray.rewards.pictures import Picture
 from g2rpo_ray.rewards.trial import trial
 from g2rpo_ray.rollout.plan import branch_part, branch_units, prompt_tree, trunk_part
 from g2rpo_ray.rollout.sampler import Sampler
-from g2rpo_ray.types import PromptEmbedding, PromptRollout, TrunkUnit
+from g2rpo_ray.types import Images, PromptEmbedding, PromptRollout, TrunkUnit
 
 REPEATS = 9  # of a measurement, within the time limit; the result is the median
 PRODUCT = 4096  # rows and columns of the matrices that measure the device's rate
@@ -62,11 +63,12 @@ class Bench:
         from g2rpo_ray.actors.calls import call_s  # imports Ray
 
         config, on_cpu = self.config, self.config.rollout.device == "cpu"
-        times, rollouts = self._rollout()
+        with fits("rollout.micro_batch, rollout.decode_batch"):
+            times, rollouts = self._rollout()
         scores = self._rewards()
-        states = self._learner(rollouts)
-        images = np.zeros((config.rollout.decode_batch, config.model.height, config.model.width, 3), np.uint8)
-        call = call_s(rollouts[0].branches[0], images)
+        with fits("learner.micro_batch"):
+            states = self._learner(rollouts)
+        call = call_s(rollouts[0].branches[0], self._noise(config.rollout.decode_batch))
         self._say(f"a call to an actor: {1e3 * call:.3g} ms of CPU time")
         cores = usable_cores() if on_cpu else math.inf
         return replace(times, states=states, scores=scores, call=call, cores=cores)
@@ -213,10 +215,8 @@ class Bench:
     def _rewards(self) -> dict[str, float]:
         """Seconds of an image by reward, without rewards that cannot run on this machine."""
         config, scores = self.config, {}
-        frames = [config.model.frames] if config.model.frames > 1 else []
-        shape = PICTURES, *frames, config.model.height, config.model.width, 3
-        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        pictures, served = [Picture("noise", "noise", image) for image in noise], serving(config.all_rewards)
+        pictures = [Picture("noise", "noise", image) for image in self._noise(PICTURES)]
+        served = serving(config.all_rewards)
         for key, reward in config.rewards_by_key.items():
             name = key.partition(".")[2]
             if served[name] != name:
@@ -230,6 +230,21 @@ class Bench:
             except (ValueError, KeyError) as error:
                 self._say(f"{key}: not measured, so estimates leave it out: {error}")
         return scores
+
+    def _noise(self, number: int) -> Images:
+        """Images or videos of the run's size."""
+        model = self.config.model
+        frames = [model.frames] if model.frames > 1 else []
+        return np.random.default_rng(0).integers(0, 256, (number, *frames, model.height, model.width, 3), np.uint8)
+
+
+@contextmanager
+def fits(keys: str) -> Iterator[None]:
+    """Raises ValueError, in one line with the keys of the settings to lower, where the device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{keys}: too large for this device's memory; give less: {one_line(error)}") from None
 
 
 def _small(config: Config) -> Config:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from g2rpo_ray.commands.study import main as study_main
 from g2rpo_ray.commands.train import main
 from g2rpo_ray.config import load_config, with_settings
 from g2rpo_ray.models.base import FlowModel
+from g2rpo_ray.rehearsal.bench import fits
 from g2rpo_ray.rehearsal.calibration import read
 from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.hours import Estimate, describe_hours, evaluations
@@ -223,6 +225,12 @@ def test_the_bench_measures_every_part_of_a_run_and_what_must_agree(bench):
 
 
 EVALUATED = ["eval_rewards.colour", "eval_rewards.shape"]
+
+
+def test_a_device_with_too_little_memory_is_told_in_one_line():
+    said = "learner.micro_batch: too large for this device's memory; give less: Tried to allocate 2 GiB"
+    with pytest.raises(ValueError, match=f"^{said}$"), fits("learner.micro_batch"):
+        raise torch.OutOfMemoryError("Tried to allocate\n 2 GiB")
 
 
 def test_the_check_tells_the_time_of_a_run_by_a_calibration(bench, capsys):
