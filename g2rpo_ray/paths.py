@@ -7,7 +7,7 @@ from pathlib import Path
 from g2rpo_ray.messages import shown
 
 EMBEDDED = "embedded:"
-PARENTS = {"scenes": "worlds", "edit_quickstart": "worlds", "prompts": "configs"}
+PARENTS = {"scenes": "worlds", "edit_quickstart": "worlds", "video_quickstart": "worlds", "prompts": "configs"}
 """The package's folder that has a name's first folder; any other name is in worlds/quickstart."""
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux
 URI_WITH_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
@@ -16,9 +16,9 @@ URI_WITH_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 def resolve(name: str) -> str:
     """The path or hub id of `name` on this machine.
 
-    `embedded:X` is a file of the installed package: `embedded:scenes/X` is in worlds/scenes,
-    `embedded:edit_quickstart/X` in worlds/edit_quickstart, `embedded:prompts/X` in configs/prompts, any other X in
-    worlds/quickstart. A leading `~` or `~user` is expanded if there is such a user. Other names are unchanged.
+    `embedded:X` is a file of the installed package: `embedded:W/X` is in worlds/W for scenes, edit_quickstart and
+    video_quickstart, `embedded:prompts/X` in configs/prompts, any other X in worlds/quickstart. A leading `~` or
+    `~user` is expanded if there is such a user. Other names are unchanged.
     """
     if name.startswith(EMBEDDED):
         file, package = name.removeprefix(EMBEDDED), Path(__file__).parent

@@ -38,6 +38,8 @@ QUESTIONS = {
 PROMPT_CHECKS = {
     "edit_done": "g2rpo_ray.worlds.edit_quickstart.rules:check_prompt",
     "rest_kept": "g2rpo_ray.worlds.edit_quickstart.rules:check_prompt",
+    "motion_direction": "g2rpo_ray.worlds.video_quickstart.rules:check_prompt",
+    "motion_thing": "g2rpo_ray.worlds.video_quickstart.rules:check_prompt",
     "ocr": "g2rpo_ray.rewards.ocr:check_prompt",
     "geneval": "g2rpo_ray.rewards.geneval_rules:check_prompt",
     "soft_tifa": "g2rpo_ray.rewards.soft_tifa:check_prompt",

@@ -58,6 +58,8 @@ KINDS = {
     "scenes_background": "g2rpo_ray.worlds.scenes.fidelity:background",
     "edit_done": "g2rpo_ray.worlds.edit_quickstart.rules:edit_done",
     "rest_kept": "g2rpo_ray.worlds.edit_quickstart.rules:rest_kept",
+    "motion_direction": "g2rpo_ray.worlds.video_quickstart.rules:motion_direction",
+    "motion_thing": "g2rpo_ray.worlds.video_quickstart.rules:motion_thing",
     "clip": "g2rpo_ray.rewards.clip:build",
     "pickscore": "g2rpo_ray.rewards.pickscore:build",
     "imagereward": "g2rpo_ray.rewards.imagereward:build",

@@ -23,7 +23,8 @@ from g2rpo_ray.world_builder.measure import report, share_right
 from g2rpo_ray.world_builder.pipeline import new_pipeline, sample
 from g2rpo_ray.world_builder.preference import save_preference, train_preference, training_images
 from g2rpo_ray.world_builder.pretrain import train_autoencoder, train_transformer
-from g2rpo_ray.world_builder.world import WORLDS, EditWorld, Pictures, World, find_world
+from g2rpo_ray.world_builder.video import build_video
+from g2rpo_ray.world_builder.world import WORLDS, AnyWorld, EditWorld, Pictures, VideoWorld, World, find_world
 
 ROOM = 64_000_000  # bytes; the files of `scenes` are 11 MB, and their making takes some more
 LOOKED_AT = 4  # pictures of each held-out prompt
@@ -60,14 +61,20 @@ def _enough(world: World, pipeline: FluxPipeline, step: int) -> bool:
     return right >= world.enough
 
 
-def build(world: World | EditWorld, output: Path) -> None:
+def build(world: AnyWorld, output: Path) -> None:
     """All of a world's models, into `output`, where everything stays as it is until all of it is built.
 
     Raises:
         ValueError: `output` cannot be written, or has no room.
     """
     with _workspace(output) as folder:
-        build_editor(world, folder) if isinstance(world, EditWorld) else _build(world, folder)
+        match world:
+            case World():
+                _build(world, folder)
+            case EditWorld():
+                build_editor(world, folder)
+            case VideoWorld():
+                build_video(world, folder)
         for part in folder.iterdir():
             if part.is_dir():
                 shutil.rmtree(output / part.name, ignore_errors=True)

@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from g2rpo_ray.world_builder.pipeline import SHIFT, learn_merges, to_images, to_pixels
-from g2rpo_ray.world_builder.pretrain import descend, faster, fit_autoencoder, new_optimizers
+from g2rpo_ray.world_builder.pretrain import faster, fit_autoencoder, fit_transformer, noised
 from g2rpo_ray.world_builder.world import EditWorld, Pictures
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -120,29 +118,18 @@ def encode_instructions(world: EditWorld, pipeline: Any, texts: Sequence[str]) -
 
 
 def train_editor(world: EditWorld, pipeline: Any, latents: Tensor) -> None:
-    """Flow matching from noise to the target of an edit, with its source beside it. Leaves the averaged weights."""
+    """Flow matching from noise to the target of an edit, with its source beside it."""
     with torch.no_grad():
         texts = encode_instructions(world, pipeline, world.instructions)
-    trained = pipeline.transformer.train()
-    averaged = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizers = new_optimizers(trained, muon=True, lr=1e-3)
-    schedules = [LambdaLR(one, lambda step: min(1.0, (step + 1) / 100)) for one in optimizers]
-    for step in range(1, world.transformer_steps + 1):
+
+    def loss() -> Tensor:
         sources, targets, instructions = world.lesson(world.transformer_batch)
-        clean, noise, uniform = latents[targets], torch.randn(latents[targets].shape), torch.rand(len(targets))
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        noisy, sigma, target = noised(latents[targets])
         with faster(True):
             v = velocity(pipeline, noisy, sigma, latents[sources], texts[instructions])
-        loss = F.mse_loss(v.float(), noise - clean)
-        descend(loss, optimizers, trained.parameters())
-        for schedule in schedules:
-            schedule.step()
-        averaged.update_parameters(trained)
-        if step % 100 == 0:
-            print(f"transformer {step}/{world.transformer_steps} loss {loss.item():.4f}", flush=True)
-    trained.load_state_dict(averaged.module.state_dict())
-    trained.requires_grad_(False).eval()
+        return F.mse_loss(v.float(), target)
+
+    fit_transformer(pipeline.transformer, world.transformer_steps, loss)
 
 
 @torch.no_grad()
@@ -165,22 +152,3 @@ def build_editor(world: EditWorld, output: Path) -> None:
     torch.manual_seed(1)
     train_editor(world, pipeline, latents)
     pipeline.save_pretrained(output / "pipeline")
-
-
-def report_editor(world: EditWorld, directory: Path) -> None:
-    """Prints parameters, bytes, and the shares of results that are right.
-
-    Raises:
-        ValueError: the directory holds no build.
-    """
-    if not (directory / "pipeline" / "model_index.json").is_file():
-        raise ValueError(
-            f"DIR: {directory} has no pipeline/model_index.json; give the --output of a build that has ended"
-        )
-    pipeline = Flux2KleinPipeline.from_pretrained(directory / "pipeline", torch_dtype=torch.float32)
-    for name in ("transformer", "vae", "text_encoder"):
-        print(f"{name:16} {sum(tensor.numel() for tensor in pipeline.components[name].parameters()):9,} parameters")
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    print(f"{'everything':16} {size / 1e6:9.1f} MB")
-    found = measure_edits(world, pipeline, seeds=16)
-    print(f"{'held-out base':16} right: " + ", ".join(f"{name} {share:.3f}" for name, share in found.items()))

@@ -9,45 +9,61 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from g2rpo_ray.config import load_config
 from g2rpo_ray.exits import Parser, command, path_option, sigterm_as_interrupt
 from g2rpo_ray.local import LocalRun
 from g2rpo_ray.rewards import Reward, build_reward
-from g2rpo_ray.world_builder.editing import report_editor
+from g2rpo_ray.world_builder.editing import measure_edits
 from g2rpo_ray.world_builder.pipeline import sample
-from g2rpo_ray.world_builder.world import WORLDS, EditWorld, Pictures, World, find_world
+from g2rpo_ray.world_builder.video import measure_videos
+from g2rpo_ray.world_builder.world import WORLDS, AnyWorld, EditWorld, Pictures, VideoWorld, World, find_world
 
 Scores = NDArray[np.float32]  # [N]
 PER_PROMPT = 16
 SAMPLING_STEPS = 10
 STRIDES = [1, 2, 3, 4, 5, 9]
 SIGNAL_PROMPTS = 24
+MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # of a pipeline, if it has them
 
 
-def report(world: World | EditWorld, directory: Path) -> None:
-    """Prints parameters, bytes, every reward's mean over base samples and true renderings, and what RL starts from.
+def report(world: AnyWorld, directory: Path) -> None:
+    """Prints parameters and bytes, and how right the base's pictures of held-out prompts are.
 
     Raises:
         ValueError: the directory holds no build.
     """
-    if isinstance(world, EditWorld):
-        report_editor(world, directory)
-        return
-    for part in ("pipeline/model_index.json", "preference.pt", "preference.json"):
+    parts = ("preference.pt", "preference.json") if isinstance(world, World) else ()
+    for part in ("pipeline/model_index.json", *parts):
         if not (directory / part).is_file():
             raise ValueError(f"DIR: {directory} has no {part}; give the --output of a build that has ended")
-    pipeline = FluxPipeline.from_pretrained(directory / "pipeline", torch_dtype=torch.float32)
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+    pipeline = DiffusionPipeline.from_pretrained(str(directory / "pipeline"), torch_dtype=torch.float32)
+    for name in (name for name in MODELS if name in pipeline.components):
         parameters = sum(tensor.numel() for tensor in pipeline.components[name].parameters())
         print(f"{name:16} {parameters:9,} parameters")
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"{'everything':16} {size / 1e6:9.1f} MB")
+    match world:
+        case World():
+            _report_rewards(world, pipeline, directory)
+        case EditWorld():
+            _print_right(measure_edits(world, pipeline, seeds=16))
+        case VideoWorld():
+            _print_right(measure_videos(world, pipeline))
+
+
+def _print_right(shares: dict[str, float]) -> None:
+    print(f"{'held-out base':16} right: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+
+
+def _report_rewards(world: World, pipeline: Any, directory: Path) -> None:
+    """Prints every reward's mean over base samples and true renderings, and what RL starts from."""
     preference = {"checkpoint": str(directory / "preference.pt"), "architecture": str(directory / "preference.json")}
     rewards = {"preference": build_reward("hpsv2", **preference)} | {kind: build_reward(kind) for kind in world.rules}
     for split in ("train", "heldout"):

@@ -27,8 +27,8 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 [N, ..., H, W, 3] to float32 [N, 3, ..., H, W] in [-1, 1]; the frames of videos lie between."""
+    return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
@@ -39,7 +39,7 @@ def to_images(pixels: Tensor) -> NDArray[np.uint8]:
 def new_pipeline(world: World) -> FluxPipeline:
     """An untrained pipeline of the world's sizes."""
     words = sorted({word for text in world.captions for word in text.split()})
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(words, world.tokens), _t5_tokenizer(words, world.tokens)
+    clip_tokenizer, tokenizer_2 = _clip_tokenizer(words, world.tokens), t5_tokenizer(words, world.tokens)
     width, layers, heads = world.text["width"], world.text["layers"], world.text["heads"]
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
@@ -70,7 +70,7 @@ def new_pipeline(world: World) -> FluxPipeline:
         tokenizer=clip_tokenizer,
         text_encoder_2=T5EncoderModel(
             T5Config(
-                vocab_size=len(t5_tokenizer),
+                vocab_size=len(tokenizer_2),
                 d_model=width,
                 d_kv=width // heads,
                 d_ff=2 * width,
@@ -80,7 +80,7 @@ def new_pipeline(world: World) -> FluxPipeline:
                 feed_forward_proj="gated-gelu",
             )
         ),
-        tokenizer_2=t5_tokenizer,
+        tokenizer_2=tokenizer_2,
         transformer=FluxTransformer2DModel(
             in_channels=4 * world.autoencoder["latent_channels"],
             **world.transformer,
@@ -141,8 +141,11 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _t5_tokenizer(words: list[str], length: int) -> T5Tokenizer:
-    """T5's unigram tokenizer with `words` as its pieces; letters and digits cover any other one."""
+def t5_tokenizer(words: list[str], length: int) -> T5Tokenizer:
+    """T5's unigram tokenizer with `words` as its pieces; letters and digits cover any other one.
+
+    `length`: the largest number of tokens.
+    """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [("▁" + word, -4.0) for word in words] + [(letter, -10.0) for letter in ALPHABET]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)

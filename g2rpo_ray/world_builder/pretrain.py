@@ -1,6 +1,6 @@
 """Pre-trains a world's pipeline: autoencoder first, then transformer and text encoders jointly.
 
-Legend: N images, B batch, S packed image tokens, D channels of a packed token.
+Legend: N images or videos, B batch, S packed image tokens, D channels of a packed token.
 """
 
 import math
@@ -40,7 +40,10 @@ def train_autoencoder(world: World, vae: AutoencoderKL, images: Pictures) -> Ten
 
 
 def fit_autoencoder(vae: Any, images: Pictures, steps: int, batch: int, kl: float) -> None:
-    """Reconstruction of `images`, and `kl` times the divergence from normal latents, summed over a picture's."""
+    """Reconstruction of images or videos, and `kl` times the divergence from normal latents, summed over a picture's.
+
+    `images`: uint8 [N, H, W, 3] or [N, F, H, W, 3].
+    """
     pixels = to_pixels(images)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
@@ -63,44 +66,66 @@ def train_transformer(
     caption_index: Tensor,
     on_step: Callable[[int, FluxPipeline], bool],
 ) -> None:
-    """Flow matching on packed latents [N, S, D]: the velocity noise - latents at sigmas spread as the sampler's.
-
-    Leaves the averaged weights. The learning rate is constant, so that fewer steps are exactly a shorter training: how
-    finished the model is, and so how much is left for RL to improve, is one number. `on_step(step, pipeline)` sees the
-    averaged weights, and says whether they are the last ones.
-    """
-    side, batch, steps = math.isqrt(latents.shape[1]), world.transformer_batch, world.transformer_steps
+    """Flow matching on packed latents [N, S, D]; `on_step(step, pipeline)`: see `fit_transformer`."""
+    side = math.isqrt(latents.shape[1])
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
-    trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
-    averaged = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizers = new_optimizers(trained, world.muon, lr=1e-3)
-    schedules = [LambdaLR(one, lambda step: min(1.0, (step + 1) / 100)) for one in optimizers]
-    for step in range(steps):
-        chosen = torch.randint(len(latents), (batch,))
-        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:])
-        uniform = torch.rand(batch)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+    trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
+
+    def loss() -> Tensor:
+        chosen = torch.randint(len(latents), (world.transformer_batch,))
+        noisy, sigma, target = noised(latents[chosen])
         captions, rows = _captions(world, caption_index[chosen])
         with faster(world.mixed_precision):
             tokens, pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=world.tokens)
             velocity = pipeline.transformer(
                 hidden_states=noisy,
                 timestep=sigma,
-                guidance=torch.full((batch,), GUIDANCE),
+                guidance=torch.full((len(chosen),), GUIDANCE),
                 encoder_hidden_states=tokens[rows],
                 pooled_projections=pooled[rows],
                 txt_ids=text_ids,
                 img_ids=image_ids,
             ).sample
-        loss = F.mse_loss(velocity.float(), noise - clean)
+        return F.mse_loss(velocity.float(), target)
+
+    def looked(step: int, averaged: nn.Module) -> bool:
+        return on_step(step, _with_weights(pipeline, averaged.children()))
+
+    fit_transformer(trained, world.transformer_steps, loss, world.muon, looked)
+
+
+def noised(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents [B, ...] at noise levels [B] spread as the sampler's, and their velocity noise - clean."""
+    noise, uniform = torch.randn(clean.shape), torch.rand(len(clean))
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    return torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1))), sigma, noise - clean
+
+
+def fit_transformer(
+    trained: nn.Module,
+    steps: int,
+    loss_of_batch: Callable[[], Tensor],
+    muon: bool = True,
+    on_step: Callable[[int, nn.Module], bool] = lambda step, averaged: False,
+) -> None:
+    """Descends a loss of random batches and leaves the averaged weights, frozen.
+
+    The learning rate is constant, so that fewer steps are exactly a shorter training: how finished the model is, and so
+    how much is left for RL to improve, is one number. `on_step(step, averaged)` says whether it is the last step.
+    """
+    trained.train()
+    averaged = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizers = new_optimizers(trained, muon, lr=1e-3)
+    schedules = [LambdaLR(one, lambda step: min(1.0, (step + 1) / 100)) for one in optimizers]
+    for step in range(steps):
+        loss = loss_of_batch()
         descend(loss, optimizers, trained.parameters())
         for schedule in schedules:
             schedule.step()
         averaged.update_parameters(trained)
         if step % 100 == 0:
             print(f"transformer {step}/{steps} loss {loss.item():.4f}", flush=True)
-        if on_step(step + 1, _with_weights(pipeline, averaged.module.children())):
+        if on_step(step + 1, averaged.module):
             break
     trained.load_state_dict(averaged.module.state_dict())
     trained.requires_grad_(False).eval()

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WORLDS = ("quickstart", "scenes", "edit_quickstart")
+WORLDS = ("quickstart", "scenes", "edit_quickstart", "video_quickstart")
 Pictures = NDArray[np.uint8]  # [N, S, S, 3], S pixels a side
+Videos = NDArray[np.uint8]  # [N, F, S, S, 3], F frames
 Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Numbers of pictures [B] to those of captions [C] to compare them with, and how true they are to them [B, C]."""
 
@@ -83,7 +84,34 @@ class EditWorld:
     transformer_batch: int
 
 
-def find_world(name: str) -> World | EditWorld:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoWorld:
+    """A world of videos for the builder."""
+
+    root: Path  # of its files
+    image_size: int  # pixels a side
+    frames: int
+    captions: tuple[str, ...]
+    tokens: int  # of text, for a caption and its end
+    autoencoder: dict[str, Any]  # of AutoencoderKLWan: base_dim, z_dim, dim_mult, temperal_downsample, ...
+    text: dict[str, int]  # of the text encoder: width, heads
+    transformer: dict[str, int]  # of WanTransformer3DModel: num_layers, num_attention_heads, ffn_dim
+
+    videos: Callable[[], tuple[Videos, Tensor]]  # for pre-training, and their captions [N]
+    mislabel: Callable[[Tensor], Tensor]  # the captions that pre-training believes [N]
+    prompts: Callable[[], tuple[list[str], list[str]]]  # for RL to train on, and held out
+    right: Callable[[Videos, Sequence[str]], dict[str, float]]  # shares of videos that are right, by rule and of all
+    autoencoder_steps: int
+    autoencoder_batch: int
+    autoencoder_kl: float  # weight of the divergence from normal latents
+    transformer_steps: int
+    transformer_batch: int
+
+
+AnyWorld = World | EditWorld | VideoWorld
+
+
+def find_world(name: str) -> AnyWorld:
     """The world of that name; a module of its own, `g2rpo_ray.world_builder.NAME`."""
-    world: World | EditWorld = importlib.import_module(f"{__package__}.{name}").WORLD
+    world: AnyWorld = importlib.import_module(f"{__package__}.{name}").WORLD
     return world

@@ -50,6 +50,7 @@ def test_a_wheel_holds_what_is_read_at_run_time(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in ("worlds/quickstart/config.yaml", "worlds/quickstart/preference.pt",
                  "worlds/scenes/prompts_heldout.txt", "worlds/edit_quickstart/prompts_heldout.jsonl",
+                 "worlds/video_quickstart/prompts_heldout.txt",
                  "report/page.html.j2", "report/page.css", "configs/flux_hps.yaml",
                  "configs/prompts/train.txt",
                  "rehearsal/published/Qwen--Qwen-Image/transformer/config.json"):  # fmt: skip

@@ -50,20 +50,22 @@ def shape_accuracy() -> ShapeReward:
 
 def seen_colour(image: NDArray[np.float32]) -> str | None:
     """The named colour nearest to the foreground's, None where there is no foreground; image [32, 32, 3]."""
-    foreground = _foreground(image)
-    if foreground is None:
+    found = foreground(image)
+    if found is None:
         return None
-    colour = np.median(image[foreground], axis=0)
+    colour = np.median(image[found], axis=0)
     return min(COLOURS, key=lambda name: float(np.linalg.norm(colour - np.array(COLOURS[name]))))
 
 
 def seen_shape(image: NDArray[np.float32]) -> str | None:
     """The shape of the best template, None where no template overlaps by MIN_OVERLAP; image [32, 32, 3]."""
-    foreground = _foreground(image)
-    if foreground is None:
-        return None
-    covered = foreground.ravel().astype(np.float32)
-    drawn = _drawn_templates()
+    found = foreground(image)
+    return None if found is None else best_shape(found, _drawn_templates())
+
+
+def best_shape(found: NDArray[np.bool_], drawn: NDArray[np.float32]) -> str | None:
+    """The shape of the template of `drawn` [6, K, 1024] that overlaps best with a foreground [32, 32]."""
+    covered = found.ravel().astype(np.float32)
     intersection = drawn @ covered  # [6, K]
     overlap = (intersection / (drawn.sum(axis=2) + covered.sum() - intersection)).max(axis=1)
     return SHAPES[int(overlap.argmax())] if overlap.max() >= MIN_OVERLAP else None
@@ -74,10 +76,11 @@ def _drawn_templates() -> NDArray[np.float32]:
     return (templates() > 0.5).astype(np.float32)
 
 
-def _foreground(image: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+def foreground(image: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """Where a picture [32, 32, 3] has something in front of the background, [32, 32]; None if that is too little."""
     contrast = np.linalg.norm(image - np.array(BACKGROUND, dtype=np.float32), axis=2)
     inside = contrast > MIN_CONTRAST
     if inside.sum() < MIN_FOREGROUND:
         return None
-    foreground = contrast > max(MIN_CONTRAST, 0.5 * float(np.median(contrast[inside])))
-    return foreground if foreground.sum() >= MIN_FOREGROUND else None
+    found: NDArray[np.bool_] = contrast > max(MIN_CONTRAST, 0.5 * float(np.median(contrast[inside])))
+    return found if found.sum() >= MIN_FOREGROUND else None

@@ -76,10 +76,17 @@ def render(colour: str, shape: str, rng: np.random.Generator) -> NDArray[np.uint
 
 
 @cache
-def templates() -> NDArray[np.float32]:
-    """Coverage of every shape over a grid of positions and sizes, float32 [6, 245, 1024]: what `render` can draw."""
-    shifts = np.arange(-MAX_SHIFT, MAX_SHIFT + 0.1, 0.5)
-    radii = np.arange(MIN_RADIUS, MAX_RADIUS + 0.1, 0.5)
+def templates(
+    shift: float = MAX_SHIFT, min_radius: float = MIN_RADIUS, max_radius: float = MAX_RADIUS
+) -> NDArray[np.float32]:
+    """Coverage of every shape over a grid of positions and sizes, float32 [6, K, 1024]: by default what `render` draws.
+
+    Args:
+        shift: the largest one from the centre, each axis, in pixels.
+        min_radius: in pixels, as `max_radius`.
+    """
+    shifts = np.arange(-shift, shift + 0.1, 0.5)
+    radii = np.arange(min_radius, max_radius + 0.1, 0.5)
     grid = list(product(shifts, shifts, radii))
     return np.stack([np.stack([mask(shape, *place).ravel() for place in grid]) for shape in SHAPES])
 
