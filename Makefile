@@ -11,6 +11,7 @@ VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
+	@echo "installing into $(VENV): 6 GB, a few minutes"
 	$(if $(VERSION),python3,$(PYTHON)) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	# hpsv2 pins protobuf<4 and pytest==7.2.0, which would hold everything else back; it needs neither.

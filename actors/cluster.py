@@ -98,7 +98,7 @@ def _start_private(**options: Any) -> None:
             if attempt == MAX_STARTS or SLOW_START not in str(error):
                 hint = "try again if the machine is busy; set a short RAY_TMPDIR if paths are too long"
                 raise ValueError(f"Ray does not start on this machine ({one_line(error)}); {hint}") from None
-            logger.warning("Ray did not start within 30 s; starting it again")
+            logger.warning("Ray did not start within its 30 s, as on a busy machine; starting it again")
 
 
 def _is_connected() -> bool:

@@ -64,7 +64,8 @@ async def run_session(
             if prompts.dropped:
                 journal.say(f"{prompts.dropped} training prompts are also held out, and are not trained on")
             if not await interrupt.unless(system.start([*used, *prompts.heldout], checkpoint, journal.say)):
-                journal.say(f"stopped before the first iteration; {done} iterations are saved")
+                saved = f"{done} iterations are saved"
+                journal.say(f"stopped before the first iteration; {saved}. Run the same command again")
                 return None
             journal.say(f"{config.name}: actors are ready")
             session = Session(config, prompts, run, here, system, journal, interrupt, checkpoint)
@@ -104,6 +105,7 @@ class Session:
             self._journal.say("sampling and scoring the held-out prompts")
             await self._judge()
             await asyncio.to_thread(write_report, self._here, self._run)
+        self._journal.start_clock()
         while self.done < last and not self._interrupt and not self._journal.stopped_by:
             yield self.done
 

@@ -97,4 +97,4 @@ async def wanted(needs: Amounts) -> str:
         for kind, amount in needs.items()
         if amount
     ]
-    return f"each needs {', '.join(parts) or 'no resources'}; `ray status` shows pending requests"
+    return f"each needs {', '.join(parts) or 'no resources'}; one that has them may still be starting"

@@ -236,7 +236,7 @@ class Supervisor:
             if late or now() - logged_at > LOG_INTERVAL_S:
                 logged_at = now()
                 state = f"{len(self.places)} of {self._minimum} actors ready after {missing_s:.0f} s"
-                needs = await self._wanted(self.resources)
+                needs = await self._wanted(self.resources) if self.waiting else "all have started and are loading"
                 if late:
                     raise PoolStopped(f"{self.name}: {state}, longer than startup_timeout_s; {needs}")
                 logger.warning("%s: %s; %s", self.name, state, needs)

@@ -55,11 +55,16 @@ def check(
             print(_hours(config, shaped, len(prompts.heldout), fleet))
         elif private and config.rollout.device == "cpu":
             _check_memory(config)
+        right: list[str] = []
         for key, found in tried().items():
             if "untried" in found:
                 unchecked.append(f"{key}: not tried, {found['untried']}")
             elif not np.isfinite(found["scores"]).all():
                 unchecked.append(f"{key}: no score for an image of noise and the prompt {prompt!r}")
+            else:
+                right.append(key.partition(".")[2])
+    if right:
+        print(f"rewards:       {', '.join(right)} scored two images of noise")
     for line in unchecked:
         print(f"not checked:   {line}")
     if fleet or times:

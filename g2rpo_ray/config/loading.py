@@ -195,4 +195,4 @@ def _allowed(location: list[str], model: type[BaseModel]) -> str:
         section = models[0] if models and get_origin(kind) is not dict else kind  # of `Section | None`
     keys = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], keys, n=1)
-    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(keys)}"
+    return f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"allowed are {', '.join(keys)}"

@@ -35,7 +35,7 @@ class SamplerConfig(Section):
     """Classifier-free guidance in rollout and update, if model.negative_prompt is given. It doubles the evaluations."""
     kernel: Literal["flow", "dance", "cps", "ode"] | Own = "flow"
     """Kernel of a stochastic step: see docs/methods.md. `ode`: no noise, for objectives of the forward process. Or your
-    own function, `package.module:name`: see KERNELS in g2rpo_ray/algo/kernels.py."""
+    own function, `package.module:name`: docs/methods.md, "Write your own"."""
     eta: float = Field(0.7, gt=0, le=100)
     """η, noise level of a stochastic step."""
     roots: int = Field(1, ge=1, le=1024)
@@ -223,7 +223,7 @@ class CreditConfig(Section):
     normalise the sum (Flow-GRPO, DiffusionNFT and AWM as released); a common factor of all weights has no effect."""
     group: Literal["siblings", "step"] | Own = "siblings"
     """Comparison group of an edge: the edges of its parent, or all of its prompt that start at its index. Or your own
-    function, `package.module:name`: see GROUPS in g2rpo_ray/algo/tree.py."""
+    function, `package.module:name`: docs/methods.md, "Write your own"."""
     spread: Literal["group", "batch"] = "group"
     """Divisor of a difference: the std of the group's values, or that of the reward over the whole iteration."""
     granularity_weights: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = None

@@ -114,6 +114,10 @@ class Journal:
         self._tracker.rewind(done)
         self._audit = json_lines(self._run / AUDIT, done)
 
+    def start_clock(self) -> None:
+        """Estimate the time that is left from now on: the start took longer than an iteration."""
+        self._tracker.start_clock()
+
     def say(self, line: str) -> None:
         self._tracker.say(line)
 

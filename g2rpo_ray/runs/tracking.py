@@ -65,6 +65,10 @@ class Tracker:
         """Show the current phase before the progress bar; in a log file, with its next line."""
         self._bar.set_description_str(f"{self._name}, {phase}", refresh=sys.stderr.isatty())
 
+    def start_clock(self) -> None:
+        """Count the progress bar's time from now on."""
+        self._bar.unpause()
+
     def advance(self, metrics: Mapping[str, float]) -> None:
         """Move the progress bar on by an iteration, with these numbers beside it."""
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)

@@ -244,9 +244,9 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("sampler.stpes=3", ["sampler.stpes: unknown key", "did you mean steps?"]),
+        ("sampler.stpes=3", ["sampler.stpes: unknown key", "did you mean sampler.steps?"]),
         ("nonsense=3", ["nonsense: unknown key", "allowed are name, output"]),
-        ("rewards.preference.wieght=3", ["rewards.preference.wieght", "did you mean weight?"]),
+        ("rewards.preference.wieght=3", ["rewards.preference.wieght", "did you mean rewards.preference.weight?"]),
         ("rewards={rollout: {kind: ocr}}", ["rewards.rollout: this name is reserved for the rollout actors"]),
         ("eval_rewards={rollout: {kind: ocr}}", ["eval_rewards.rollout: this name is reserved"]),
         *(
@@ -493,7 +493,7 @@ def test_a_method_of_one_s_own_by_its_import_path(tmp_path, monkeypatch):
     assert load_config(str(tmp_path / "config.yaml")) == config
     with pytest.raises(ValueError, match="has a section samplr; allowed are sampler, credit, learner, evaluation"):
         load_config(None, ["method=my_methods_of_test_config.wrong"])
-    with pytest.raises(ValueError, match="credit.grp: unknown key; did you mean group"):
+    with pytest.raises(ValueError, match="credit.grp: unknown key; did you mean credit.group"):
         load_config(None, ["method=my_methods_of_test_config.misspelt"])
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from g2rpo_ray.config.resume import NO_EFFECT
+
 ROOT = Path(__file__).parents[2]
 
 PAGES = [page for folder in (ROOT, ROOT / "deploy", ROOT / "benchmarks") for page in folder.glob("*.md")]
@@ -31,3 +33,9 @@ def test_tests_that_are_named_exist(page):
     assert [file for file in files if not (ROOT / file).exists()] == []
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))
     assert {name for name in named if f"def {name}" not in tests} == set()
+
+
+def test_the_settings_that_may_change_freely_are_listed() -> None:
+    text = (ROOT / "docs" / "howto" / "resume.md").read_text()
+    listed = text.split('title="settings that change no bit"\n')[1].split("```")[0].replace("\n", " ").split(", ")
+    assert sorted(name.strip() for name in listed) == sorted(NO_EFFECT)
