@@ -10,7 +10,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_every_configuration_s_rewards_are_tried_or_told(capsys, monkeypatch):
-    """Four of the files have all rewards of all of them; the hub is not to be reached."""
+    """Five of the files have all rewards of all of them; the hub is not to be reached."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def rewards(name):
@@ -19,7 +19,8 @@ def test_every_configuration_s_rewards_are_tried_or_told(capsys, monkeypatch):
 
     names = [path.stem for path in CONFIGS.glob("*.yaml") if not load_config(str(path)).model.sources]
     every = set().union(*map(rewards, names))  # of edits, a server and the user's own pictures are needed
-    assert rewards("quickstart") | rewards("flux_hps_clip") | rewards("sd3_awm") | rewards("wan21_g2rpo") == every
+    some = ("quickstart", "flux_hps_clip", "sd3_awm", "wan21_g2rpo", "video_quickstart")
+    assert set().union(*map(rewards, some)) == every
     on_cpu = [part for name in ("hpsv2", "clip") for part in ("--set", f"rewards.{name}.resources={{CPU: 1}}")]
     assert main(["flux_hps_clip", *on_cpu]) == 1
     hps, clip = capsys.readouterr().out.splitlines()
@@ -28,6 +29,10 @@ def test_every_configuration_s_rewards_are_tried_or_told(capsys, monkeypatch):
     assert main(["sd3_awm"]) == 1
     (pickscore,) = capsys.readouterr().out.splitlines()
     assert "not tried: device: 'cuda' cannot be used" in pickscore or "not tried: model: " in pickscore
+    assert main(["video_quickstart"]) == 1
+    direction, thing = capsys.readouterr().out.splitlines()
+    assert "none of the images has a prompt that motion_direction can score; give IMAGES" in direction
+    assert "motion_thing" in thing
     small = [part for key in ("height", "width") for part in ("--set", f"model.{key}=64")]
     assert main(["wan21_g2rpo", *on_cpu[:2], *small]) == 1
     moved = capsys.readouterr().out
