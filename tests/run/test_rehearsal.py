@@ -160,7 +160,13 @@ def test_hours_need_a_rate_and_a_gpu():
         describe_hours(load_config(None, ["model.dtype=bfloat16"]), 1, H100)
 
 
-def test_the_check_tells_hours_and_money_of_devices_that_are_not_here(capsys):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder without runs: with another configuration, that of a `make run` in this one is refused."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_check_tells_hours_and_money_of_devices_that_are_not_here(elsewhere, capsys):
     rented = ["model.dtype=bfloat16", *(f"{section}.resources={{GPU: 1}}" for section in ("rollout", "learner"))]
     given = [part for one in rented for part in ("--set", one)]
     assert main([*given, "--check", "--devices", "h100:8@2.50"]) == 0
@@ -233,7 +239,7 @@ def test_a_device_with_too_little_memory_is_told_in_one_line():
         raise torch.OutOfMemoryError("Tried to allocate\n 2 GiB")
 
 
-def test_the_check_tells_the_time_of_a_run_by_a_calibration(bench, capsys):
+def test_the_check_tells_the_time_of_a_run_by_a_calibration(bench, elsewhere, capsys):
     file, _ = bench
     assert main(["--check", "--calibration", str(file)]) == 0
     printed = capsys.readouterr().out
