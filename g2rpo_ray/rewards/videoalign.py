@@ -5,6 +5,7 @@ a LoRA, which is merged here. Legend: N videos, F frames, H, W pixels.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+from g2rpo_ray.messages import one_line
 from g2rpo_ray.rewards.features import finite
 from g2rpo_ray.rewards.files import locate
 from g2rpo_ray.rewards.images import check_images
@@ -28,7 +30,8 @@ VIDEO = "<|video_pad|>"
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 256 * 28 * 28  # of a frame
 READ_FPS = 2.0  # frames read for a second of video
 LEAST_FRAMES, EVEN = 4, 2  # frames are read in pairs
-ADAPTED, SCALE = "base_model.model.", 128 / 64  # PEFT's prefix, and alpha / rank of the released LoRA
+ADAPTED, BASE = "base_model.model.", ".base_layer.weight"  # PEFT's names
+SCALE = 128 / 64  # alpha / rank of the released LoRA
 # The exact text of the model's training, with blanks at the ends of lines; other words give other scores.
 INSTRUCTION = (
     "\nYou are tasked with evaluating a generated video based on three distinct criteria: Visual Quality, Motion "
@@ -155,7 +158,7 @@ def build(
         raise ValueError(f"fps: {fps!r} given; allowed are numbers above 0, to 1000")
     torch_dtype = check_placement(device, dtype)
     path = locate("checkpoint", checkpoint, CHECKPOINT)
-    weights, of_head = split_weights(merged(read_weights(path)), path)
+    weights, of_head = split_weights(merged(read_weights(path), path), path)
     config, tokenizer = open_backbone(backbone, BACKBONE, TOKENS, weights, path)
     head = nn.Linear(config.text_config.hidden_size, 1, bias=False)
     fit_weights(head, of_head, path, f"a head on the {config.text_config.hidden_size} features of {backbone}")
@@ -163,17 +166,22 @@ def build(
     return VideoAlign(network, head, tokenizer, device, torch_dtype, part, fps)
 
 
-def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without PEFT's names, each with its LoRA added, computed in float32."""
-    found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        name = key.removeprefix(ADAPTED)
-        module, adapted, _ = name.partition(".base_layer")
-        if ".lora_" in name:
-            continue
-        if adapted:
-            low, high = (weights.get(f"{ADAPTED}{module}.lora_{each}.default.weight") for each in "AB")
-            if value.ndim == 2 and low is not None and high is not None:
-                value = (value.float() + SCALE * high.float() @ low.float()).to(value.dtype)
-        found[name.replace(".base_layer", "")] = value
+def merged(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights without PEFT's names, each with its LoRA added, computed in float32.
+
+    Raises:
+        ValueError: one line; the LoRA of a weight is missing, or one belongs to no weight.
+    """
+    named = {key.removeprefix(ADAPTED): value for key, value in weights.items()}
+    found = {name.replace(".base_layer", ""): value for name, value in named.items() if ".lora_" not in name}
+    adapted = {name.removesuffix(BASE) for name in named if name.endswith(BASE)}
+    loras = {name for name in named if ".lora_" in name}
+    expected = {f"{module}.lora_{part}.default.weight" for module in adapted for part in "AB"}
+    if loras != expected:
+        wrong = one_line(", ".join(sorted(loras ^ expected)))
+        raise ValueError(f"checkpoint: {path} has weights without their LoRA, or the reverse: {wrong}")
+    for module in adapted:
+        low, high = (named[f"{module}.lora_{part}.default.weight"].float() for part in "AB")
+        weight = found[f"{module}.weight"]
+        found[f"{module}.weight"] = (weight.float() + SCALE * high @ low).to(weight.dtype)
     return found

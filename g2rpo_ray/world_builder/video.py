@@ -18,7 +18,7 @@ from g2rpo_ray.world_builder.pipeline import SHIFT, t5_tokenizer, to_pixels
 from g2rpo_ray.world_builder.pretrain import faster, fit_autoencoder, fit_transformer, noised
 from g2rpo_ray.world_builder.world import Videos, VideoWorld
 
-CHUNK = 64  # videos that are encoded or sampled at once
+CHUNK = 64  # videos that are encoded at once
 
 
 def new_video_pipeline(world: VideoWorld) -> WanPipeline:
@@ -50,7 +50,7 @@ def new_video_pipeline(world: VideoWorld) -> WanPipeline:
 
 
 @torch.no_grad()
-def encode_videos(world: VideoWorld, vae: Any, videos: Videos) -> Tensor:
+def encode_videos(vae: Any, videos: Videos) -> Tensor:
     """Latents [N, C, f, h, w]; from now on the pipeline gives them zero mean and unit deviation, by channel."""
     vae.requires_grad_(False).eval()
     found = torch.cat([vae.encode(part).latent_dist.mode() for part in to_pixels(videos).split(CHUNK)])
@@ -106,7 +106,7 @@ def build_video(world: VideoWorld, output: Path) -> None:
     pipeline: Any = new_video_pipeline(world)
     videos, captions = world.videos()
     fit_autoencoder(pipeline.vae, videos, world.autoencoder_steps, world.autoencoder_batch, world.autoencoder_kl)
-    latents = encode_videos(world, pipeline.vae, videos)
+    latents = encode_videos(pipeline.vae, videos)
     torch.manual_seed(1)
     train_video_transformer(world, pipeline, latents, world.mislabel(captions))
     pipeline.save_pretrained(output / "pipeline")

@@ -18,10 +18,13 @@ GIVEN = {
 
 
 def test_a_run_of_videos_has_the_bits_of_one_process_and_shows_what_moves(alone: Any, tmp_path: Path) -> None:
-    """With two rollout actors."""
+    """One iteration with one rollout actor, and from its checkpoint another one with two."""
     given = run_settings("wan", tmp_path) | GIVEN
     whole = alone(**given)
-    run(tmp_path, "videos", **given, rollout__max_actors=2)
+    run(tmp_path, "videos", **given | {"iterations": 1})
+    told = run(tmp_path, "videos", **given, rollout__max_actors=2)
+    assert "| 0/2 [" not in told  # where it would begin anew
+    assert "| 1/2 [" in told
     same_lora(lora(tmp_path, "videos"), whole.result().lora)
     found = read_run(str(tmp_path / "videos"))
     assert np.isfinite(found.heldout[2]["motion"]).all()

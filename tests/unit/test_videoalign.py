@@ -148,6 +148,10 @@ def test_a_checkpoint_that_does_not_fit_is_named(folder, tmp_path):
     torch.save({name: value for name, value in weights.items() if "rm_head" not in name}, tmp_path / "headless.pth")
     with pytest.raises(ValueError, match=r"^checkpoint: .*headless\.pth does not fit a head on the 32 features"):
         built(folder, tmp_path / "headless.pth")
+    half = {name: value for name, value in weights.items() if not name.endswith("q_proj.lora_B.default.weight")}
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"^checkpoint: .*half\.pth has weights without their LoRA, .*q_proj\.lora_B"):
+        built(folder, tmp_path / "half.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"^checkpoint: .*other\.pth has no embedding of tokens"):
         built(folder, tmp_path / "other.pth")
