@@ -5,7 +5,7 @@ run's.
 """
 
 import gc
-import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,6 @@ from g2rpo_ray.messages import one_line
 from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
 from g2rpo_ray.models.estimate import learner_memory, one_velocity, operations, rollout_memory
 from g2rpo_ray.numerics import set_up_torch
-from g2rpo_ray.rehearsal.cores import usable_cores
 from g2rpo_ray.rehearsal.times import Times, pieces, total
 from g2rpo_ray.rewards import serving
 from g2rpo_ray.rewards.pictures import Picture
@@ -35,6 +34,7 @@ from g2rpo_ray.types import Images, PromptEmbedding, PromptRollout, TrunkUnit
 REPEATS = 9  # of a measurement, within the time limit; the result is the median
 PRODUCT = 4096  # rows and columns of the matrices that measure the device's rate
 PICTURES = 32  # number of images that each reward scores
+MOST_COMPETITORS, MEMORY_SHARE = 16, 0.5  # actors that work beside each other, and their share of the free memory
 
 
 class Bench:
@@ -60,20 +60,32 @@ class Bench:
 
     def run(self) -> Times:
         """Measure all parts; `found` has the other measurements: memory, rates, reproducibility."""
-        from g2rpo_ray.actors.calls import call_s  # imports Ray
-
-        config, on_cpu = self.config, self.config.rollout.device == "cpu"
         with fits("rollout.micro_batch, rollout.decode_batch"):
             times, rollouts = self._rollout()
         scores = self._rewards()
         with fits("learner.micro_batch"):
             states = self._learner(rollouts)
-        call = call_s(rollouts[0].branches[0], self._noise(config.rollout.decode_batch))
-        self._say(f"a call to an actor: {1e3 * call:.3g} ms of CPU time")
-        cores = usable_cores() if on_cpu else math.inf
-        return replace(times, states=states, scores=scores, call=call, cores=cores)
+        return self._shared(replace(times, states=states, scores=scores), rollouts[0])
 
-    def _seconds(self, work: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
+    def _shared(self, times: Times, rollout: PromptRollout) -> Times:
+        """The times with what a call costs and, on a CPU, what work costs where actors share its cores."""
+        from g2rpo_ray.actors.calls import measure  # imports Ray
+
+        config, cores = self.config, len(os.sched_getaffinity(0))
+        work = partial(_branch, _small(config), self._random, rollout)
+        actors = _competitors(config, cores) if config.rollout.device == "cpu" else 0
+        here = self._seconds(work(), "cpu") if actors else 1.0
+        images, left = self._noise(config.rollout.decode_batch), max(0.0, self._end - time.monotonic())
+        found = measure(rollout.branches[0], images, work, actors, left)
+        self._say(f"a call to an actor: {1e3 * found.call:.3g} ms of CPU time")
+        if not actors:
+            return replace(times, call=found.call)
+        slower, usable = max(1.0, found.alone / here), cores * min(1.0, found.alone / found.beside) - found.ray
+        self._say(f"a unit takes {slower:.3g} times as long in an actor as in this process")
+        self._say(f"{actors} actors on {cores} cores do the work of {usable:.3g}; Ray itself takes {found.ray:.2g}")
+        return replace(times.scaled(slower), call=found.call, cores=max(1.0, usable))
+
+    def _seconds(self, work: Callable[[], Any], device: str) -> float:
         """Median duration after one warm-up call; on one CPU thread the process's CPU time."""
         clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
@@ -86,7 +98,7 @@ class Bench:
 
         once()
         taken = [once()]
-        while len(taken) < repeats and time.monotonic() < self._end:
+        while len(taken) < REPEATS and time.monotonic() < self._end:
             taken.append(once())
         return statistics.median(taken)
 
@@ -260,6 +272,23 @@ def _small(config: Config) -> Config:
     with suppress(ValueError):  # the last steps may be untrained
         return with_settings(config, {**still, **fewer})
     return with_settings(config, still)
+
+
+def _competitors(config: Config, cores: int) -> int:
+    """Two actors for each core, since rewards, learner and driver work there, too; fewer if memory is short."""
+    fit = int(psutil.virtual_memory().available * MEMORY_SHARE / sum(rollout_memory(config).values()))
+    return max(1, min(2 * cores // config.rollout.threads, MOST_COMPETITORS, fit))
+
+
+def _branch(config: Config, random: bool, rollout: PromptRollout) -> Callable[[], Any]:
+    """The work of a rollout actor: the prompt's last branch unit."""
+    set_up_torch(config.deterministic, config.rollout.threads)
+    sampler = Sampler(config, FlowModel.skeleton(config.rollout_model, "cpu") if random else None)
+    place = TrunkUnit(0, 0, "", config.sampler.costliest)
+    unit = list(branch_units(config, rollout.tree, place))[-1]
+    assert rollout.embedding
+    assert rollout.trunk
+    return partial(sampler.branch, unit, rollout.embedding, rollout.trunk)
 
 
 def _embedding(config: Config, model: FlowModel) -> PromptEmbedding:
