@@ -63,7 +63,7 @@ def rehearse(config: Config, folder: Path, local: bool, devices: Fleet | None = 
     from g2rpo_ray.rehearsal.twin import write_twin
 
     found = look(config)
-    sizes = look_at_memory(found, devices) if devices else []
+    sizes = look_at_memory(config, found, devices) if devices else []
     for kind, lines in (("full size", sizes), ("problem", found.problems), ("not checked", found.unchecked)):
         for line in lines:
             print(f"{kind + ':':<15}{line}")

@@ -1,20 +1,18 @@
 """Estimates of memory and operations of rollout and learner, from the model's configuration files only."""
 
 import json
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from g2rpo_ray.allocations import peak_bytes
 from g2rpo_ray.config import Config
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.models.base import FlowModel, describe_model
@@ -22,6 +20,7 @@ from g2rpo_ray.models.fold import fold_lora
 from g2rpo_ray.models.lora import add_lora
 from g2rpo_ray.models.quantized import quantized_bytes
 
+TOKENS = 512  # of the longest prompt, where neither the settings nor a text encoder have a limit
 LIBRARIES = 2**30  # approximate bytes of a GPU's context and of libraries' workspaces
 
 
@@ -127,8 +126,8 @@ def fits(config: Config) -> list[Fit]:
 def full_size(config: Config) -> dict[str, dict[str, int]]:
     """Bytes on its device, by category, of each kind of actor with the configuration's own batches.
 
-    What an actor evaluates is run at full size without data, so that shapes, dtypes and devices are checked. Of the
-    encoder it is the weights alone, where the configurations of the text encoders are on this machine.
+    What an actor evaluates is run at full size without data, so that shapes, dtypes and devices are checked. The
+    encoder's are known where the configurations of the text encoders are on this machine.
 
     Raises:
         ValueError: one line; an evaluation, a decoding or a backward pass fails at this size.
@@ -141,23 +140,28 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
         raise ValueError(f"model.path: {config.model.path} fails at full size: {one_line(error, 400)}") from None
     if learner.zero_stage == 3:
         rank["weights"] = rank["weights"] // learner.ranks + GATHERED
-    if encoders := text_encoders_bytes(config):
-        found["encoder"] = {"weights": encoders}
+    if encoder := encoder_memory(config):
+        found["encoder"] = encoder
     return found
 
 
-def text_encoders_bytes(config: Config) -> int:
-    """Bytes of the text encoders' weights; 0 if their configurations are not on this machine."""
-    source = Path(config.model.location)
+def encoder_memory(config: Config) -> dict[str, int]:
+    """Bytes on the encoder's device: `weights` of the text encoders, and the peak of the tensors of an `encoding` of
+    the longest prompt by one of them. Empty if their configurations are not on this machine."""
+    source, length = Path(config.model.location), config.model.max_sequence_length or TOKENS
     index = json.loads((source / "model_index.json").read_text())
-    found = 0
+    weights, peaks = 0, [0]
     for name in describe_model(config.model)[1].text_parts:
         if (source / name / "config.json").is_file() and name.startswith("text_encoder"):
             kind = getattr(transformers, index[name][1])
-            with torch.device("meta"):
-                encoder = kind(kind.config_class.from_pretrained(source / name))
-            found += _bytes(encoder.to(getattr(torch, config.model.dtype)))
-    return found
+            settings = kind.config_class.from_pretrained(source / name)
+            most = getattr(settings.get_text_config(), "max_position_embeddings", length)
+            with torch.device("meta"), torch.inference_mode():
+                encoder = kind(settings).to(getattr(torch, config.model.dtype))
+                ids = torch.zeros(1, min(length, most), dtype=torch.long)
+                peaks.append(peak_bytes(partial(encoder, ids, output_hidden_states=True)))
+            weights += _bytes(encoder)
+    return {"weights": weights, "encoding": max(peaks)} if weights else {}
 
 
 def with_micro_batch(config: Config, n: int) -> Config:
@@ -198,53 +202,6 @@ def operations(run: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e12
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Peak of the bytes that `run` allocates."""
-    with patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention), _Allocations() as allocations:
-        run()
-    return allocations.peak
-
-
-def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Attention with the memory of a GPU's fused kernel, which keeps no scores; on meta torch would use another."""
-    result: torch.Tensor = _Attention.apply(query, key, value)
-    return result
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
-        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
-
-
-class _Allocations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor))
-        self._known.update(tensor.untyped_storage() for tensor in given)  # weights: not allocated here
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
-                self._known.add(storage)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, storage.nbytes())
-        return result
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def _bytes(module: nn.Module) -> int:

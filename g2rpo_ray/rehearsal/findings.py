@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from g2rpo_ray.config import Config
+import numpy as np
+
+from g2rpo_ray.config import Config, ModelConfig
 from g2rpo_ray.data import Prompts
 from g2rpo_ray.preflight import (
     check_adapters,
@@ -19,7 +21,9 @@ from g2rpo_ray.preflight import (
 )
 from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.published import with_shapes
-from g2rpo_ray.rewards import check_reward
+from g2rpo_ray.rewards import check_reward, serving
+from g2rpo_ray.rewards.pictures import Picture
+from g2rpo_ray.rewards.trial import trial
 
 T = TypeVar("T")
 
@@ -65,13 +69,13 @@ def look(config: Config) -> Findings:
     return found
 
 
-def look_at_memory(found: Findings, fleet: Fleet) -> list[str]:
+def look_at_memory(config: Config, found: Findings, fleet: Fleet) -> list[str]:
     """Lines about the memory of each kind of actor at full size; adds a problem if the device has less."""
     from g2rpo_ray.models.estimate import LIBRARIES, full_size
 
     shaped, lines = found.shaped, []
     sizes = None if shaped is None else found.attempt(lambda: full_size(shaped))
-    for actor, parts in (sizes or {}).items():
+    for actor, parts in {**(sizes or {}), **_servers_memory(config, found)}.items():
         total = (sum(parts.values()) + LIBRARIES) / 1e9
         listed = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
         lines.append(f"{actor}: {total:.3g} GB: {listed}, libraries {LIBRARIES / 1e9:.3g}")
@@ -81,6 +85,32 @@ def look_at_memory(found: Findings, fleet: Fleet) -> list[str]:
                 "the largest micro-batches"
             )
     return lines
+
+
+def _servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]]:
+    """Bytes on its device of each reward server with a GPU, whose model is on this machine: of its `weights`, and the
+    peak of `scoring` a batch of images of noise."""
+    import torch
+
+    sizes: dict[str, dict[str, int]] = {}
+    first = serving(config.all_rewards)
+    for key, reward in config.rewards_by_key.items():
+        name = key.partition(".")[2]
+        if reward.device != "cuda" or first[name] != name or key in found.untried or found.prompts is None:
+            continue
+        pictures = _noise(config.model, found.prompts, reward.batch_size)
+        here = reward.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+        with trial({key: here}, pictures, config.startup_timeout_s, measured=True) as tried:
+            if tested := found.attempt(lambda: tried()[key]):  # noqa: B023  # it is called at once
+                sizes[f"server of {key}"] = {part: tested[part] for part in ("weights", "scoring")}
+    return sizes
+
+
+def _noise(model: ModelConfig, prompts: Prompts, number: int) -> list[Picture]:
+    """Images or videos of noise, of the model's size, for the first training prompt."""
+    prompt, frames = prompts.train[0], [model.frames] if model.frames > 1 else []
+    noise = np.random.default_rng(0).integers(0, 256, (number, *frames, model.height, model.width, 3), np.uint8)
+    return [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
 
 
 def _look_at_reward(config: Config, key: str, found: Findings) -> None:

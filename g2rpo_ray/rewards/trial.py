@@ -60,9 +60,12 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
     """Builds a reward; returns its `scores` [N] of the images, and True as `group` if it compares groups.
 
     For such a reward all images are one group, with the first one's prompt. If `measured`, the result also has scores
-    with other images' prompts (`other`), `same` (True if a repetition gave the same bits), times and memory.
+    with other images' prompts (`other`), `same` (True if a repetition gave the same bits), times and memory: of the
+    process, and in bytes of the model's tensors (`weights`) and of those that scoring makes (`scoring`, their peak).
     """
     import torch
+
+    from g2rpo_ray.allocations import held_bytes, peak_bytes
 
     set_up_torch(True, config.threads)
     started = time.perf_counter()
@@ -77,6 +80,8 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
     begun = time.perf_counter()
     again = _scores(reward, config, pictures, prompted)
     seconds = time.perf_counter() - begun
+    weights = held_bytes()
+    scoring = peak_bytes(lambda: _scores(reward, config, pictures[: config.batch_size], prompted))
     other = first if together else _scores(reward, config, pictures, [*prompted[1:], prompted[0]])
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     return found | {
@@ -84,6 +89,8 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
         "same": first.tobytes() == again.tobytes(),
         "load_s": load_s,
         "per_s": len(pictures) / seconds,
+        "weights": weights,
+        "scoring": scoring,
         "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "gpu_gib": on_gpu / 2**30 if on_gpu else None,
     }

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import torch
 from safetensors.numpy import load_file
 
 from g2rpo_ray.commands.rehearse import main, rehearse
-from g2rpo_ray.config import load_config
+from g2rpo_ray.config import load_config, with_settings
+from g2rpo_ray.models.estimate import encoder_memory
 from g2rpo_ray.models.flux import Model
+from g2rpo_ray.paths import resolve
 from g2rpo_ray.rehearsal.devices import Device, Fleet
 from g2rpo_ray.rehearsal.findings import Findings, look, look_at_memory
+from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.small import small
+from g2rpo_ray.rehearsal.twin import write_twin
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHEAP = ("evaluation.seeds=1", "model.dtype=float32")
@@ -126,22 +131,58 @@ def test_a_model_that_is_unknown_here_has_no_twin(tmp_path, capsys):
 
 def test_memory_at_full_size_is_compared_with_a_device_and_each_kind_of_actor_too_large_is_a_problem():
     found = Findings(shaped=load_config(None))
-    lines = look_at_memory(found, Fleet("small", Device(1.0, 1.08), 1))
+    lines = look_at_memory(found.shaped, found, Fleet("small", Device(1.0, 1.08), 1))
     folder = Path(load_config(None).model.location)
     encoders = [
         load_file(file) for part in ("text_encoder", "text_encoder_2") for file in (folder / part).glob("*.safe*")
     ]
     weights = sum(tensor.nbytes for tensors in encoders for tensor in tensors.values()) / 1e9
     assert [line.split(":")[0] for line in lines] == ["rollout actor", "learner rank", "encoder"]
-    assert lines[2].endswith(f"weights {weights:.3g}, libraries 1.07")
+    assert f"GB: weights {weights:.3g}, encoding " in lines[2]
     assert [problem.split(",")[0] for problem in found.problems] == [
         "a rollout actor needs 1.09 GB", "a learner rank needs 1.09 GB",
     ]  # fmt: skip
+
+
+ENCODED = ["sd3_g2rpo", "flux2_klein_g2rpo", "wan21_g2rpo", "qwen_image_g2rpo", "qwen_image_21_edit"]
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_text_encoders_of_every_class_are_run_without_data(name, tmp_path):
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    write_twin(with_shapes(config).model, tmp_path)
+    files = [load_file(file) for file in tmp_path.glob("text_encoder*/*.safetensors")]
+    weights = sum(tensor.size for tensors in files for tensor in tensors.values())
+    short, long = (
+        encoder_memory(with_settings(config, {"model.path": str(tmp_path), "model.max_sequence_length": length}))
+        for length in (32, 64)
+    )
+    assert short["weights"] == long["weights"] == pytest.approx(2 * weights, rel=0.1)  # bfloat16; tied ones count once
+    assert 1 <= long["encoding"] / short["encoding"] <= 4  # masks grow by the square
+
+
+def test_memory_of_a_reward_on_a_gpu_is_that_of_its_weights_and_of_scoring_a_batch():
+    config = load_config(None, ["rewards.preference.resources={GPU: 1}", "rewards.preference.batch_size=4"])
+    one = load_config(None, ["rewards.preference.resources={GPU: 1}", "rewards.preference.batch_size=1"])
+    weights = torch.load(resolve(config.rewards["preference"].options["checkpoint"]), weights_only=True)["state_dict"]
+    found = [_server_memory(given) for given in (config, one)]
+    assert found[0]["weights"] == pytest.approx(4 * sum(one.numel() for one in weights.values()) / 1e9, rel=0.02)
+    assert found[0]["weights"] == found[1]["weights"]
+    assert 2 < found[0]["scoring"] / found[1]["scoring"] <= 4
+
+
+def _server_memory(config):
+    """GB by category, of the line about the only reward server on a GPU."""
+    found = look(config)
+    line = look_at_memory(config, found, Fleet.parse("h100:8"))[-1]
+    assert found.problems == []
+    assert line.startswith("server of rewards.preference: ")
+    return {part: float(size) for part, size in re.findall(r"(weights|scoring) ([\d.e-]+)", line)}
 
 
 def test_a_model_that_mixes_devices_or_shapes_is_found_at_full_size_in_a_line(monkeypatch):
     """As on a GPU, where tensors that a family makes on the CPU cannot be added to its own."""
     monkeypatch.setattr(Model, "image_ids", torch.zeros(64, 3, device="cpu"))
     found = Findings(shaped=load_config(None))
-    assert look_at_memory(found, Fleet.parse("h100:8")) == []
+    assert look_at_memory(found.shaped, found, Fleet.parse("h100:8")) == []
     assert found.problems[0].startswith("model.path: embedded:pipeline fails at full size: ")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from g2rpo_ray.allocations import peak_bytes
 from g2rpo_ray.config import load_config
 from g2rpo_ray.methods import method_names
 from g2rpo_ray.models import FlowModel, add_lora, fold_lora, lora_parameters, lora_state, one_prompt
-from g2rpo_ray.models.estimate import LIBRARIES, peak_bytes, rollout_memory, with_micro_batch
+from g2rpo_ray.models.estimate import LIBRARIES, rollout_memory, with_micro_batch
 from g2rpo_ray.models.flux import Model as FluxModel
 from g2rpo_ray.preflight import fit_batches
 from g2rpo_ray.rollout.noise import generator
