@@ -221,7 +221,9 @@ def demands(config: Config) -> list[tuple[str, int, Resources]]:
         ("rollout.resources", config.rollout.min_actors, config.rollout.resources),
         ("learner.resources", config.learner.ranks, config.learner.resources),
     ]
-    served = serving(config.all_rewards)
+    completions, served = config.rollout.completions, serving(config.all_rewards)
+    if completions.apart:
+        sections.append(("rollout.completions.resources", completions.min_actors, completions.resources))
     for key, reward in config.rewards_by_key.items():
         name = key.partition(".")[2]
         if served[name] == name:
@@ -306,11 +308,16 @@ def check_places(config: Config, nodes: Sequence[Amounts]) -> str:
                     f"{key}: room for {placed} of {number} actors, each with {each} on one node, beside the others; "
                     "lower their number or resources, or add nodes that have as much"
                 )
-    more = rollout.max_actors - rollout.min_actors
-    *_, placed = place([*(demand[1:] for demand in needed), (more, rollout.resources)], nodes)
-    if placed < more:
-        return (
-            f"has room for {rollout.min_actors + placed} rollout actors, at least rollout.min_actors="
-            f"{rollout.min_actors}; the others of rollout.max_actors={rollout.max_actors} wait for nodes"
-        )
+    above = [("rollout", rollout.min_actors, rollout.max_actors, rollout.resources)]
+    if (given := rollout.completions).apart:
+        above.append(("rollout.completions", given.min_actors, given.max_actors, given.resources))
+    more = [(most - least, resources) for _, least, most, resources in above]
+    rooms = place([*(demand[1:] for demand in needed), *more], nodes)[len(needed) :]
+    for (key, least, most, _), room in zip(above, rooms, strict=True):
+        if least + room < most:
+            kind = key.removeprefix("rollout.")
+            return (
+                f"has room for {least + room} {kind} actors, at least {key}.min_actors={least}; the others of "
+                f"{key}.max_actors={most} wait for nodes"
+            )
     return "has what the run needs"

@@ -103,18 +103,20 @@ class Collector:
         config: Config,
         embeddings: Embeddings,
         rollout: Pool,
+        completions: Pool,
         scorers: Mapping[str, Scorer],
         keep: Callable[[ray.ObjectRef], Awaitable[None]],
         timeline: list[Span],
     ):
         """
         Args:
+            completions: computes branch units, unless they are exact; may be `rollout`.
             keep: prefetches a unit's result to the learner's node, so that it survives the node that computed it.
             timeline: receives a span for each unit and score.
         """
         self._config = config
         self._embeddings = embeddings
-        self._rollout = rollout
+        self._rollout, self._completions = rollout, completions
         self._scorers = scorers
         self._keep = keep
         self._timeline = timeline
@@ -234,7 +236,7 @@ class Collector:
         priority = urgency(job.iteration, cost, isinstance(unit, TrunkUnit))
         what = f"{unit.name} with weights {job.weights.manifest.version}"
         report: UnitReport
-        refs, report = await self._rollout.call(
+        refs, report = await self._pool(unit).call(
             "compute", unit, job.weights, job.embedding, *args, priority=priority, what=what, cost=cost
         )
         assert report.evaluations == cost, f"{unit.name}: {report.evaluations} evaluations, {cost} planned"
@@ -243,6 +245,9 @@ class Collector:
         job.reports.append(report)
         job.last_image = time.perf_counter()
         return refs
+
+    def _pool(self, unit: Unit) -> Pool:
+        return self._completions if isinstance(unit, BranchUnit) and not unit.exact else self._rollout
 
     async def _score(self, unit: Unit, images: ray.ObjectRef, count: int, names: list[str]) -> dict[str, FloatArray]:
         """Scores [count] by reward; empty if there is no image. Afterwards the pool may start another unit.
@@ -257,5 +262,5 @@ class Collector:
                 *(self._scorers[name].score([images], count, unit.prompt, unit.name) for name in alone)
             )
         finally:
-            self._rollout.used()
+            self._pool(unit).used()
         return {name: np.full(count, np.nan, np.float32) for name in names} | dict(zip(alone, scores, strict=True))

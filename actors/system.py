@@ -18,7 +18,7 @@ from g2rpo_ray.actors.workers.learner import LearnerGroup
 from g2rpo_ray.actors.workers.reward import make_scorers
 from g2rpo_ray.actors.workers.rollout import RolloutActor
 from g2rpo_ray.actors.workers.weights import PublishedWeights
-from g2rpo_ray.config import Config, ray_options
+from g2rpo_ray.config import Config, Resources, ray_options
 from g2rpo_ray.runs.checkpoint import Checkpoint
 from g2rpo_ray.runs.storage import Folder
 from g2rpo_ray.types import Metadata, Span
@@ -36,14 +36,17 @@ class System:
         self._leaving: set[str] = set()
         self._embeddings = Embeddings(config, config.data.embeddings or str(run / "embeddings"), metadata)
         self._rollout = _rollout_pool(config)
+        self._completions = _completions_pool(config) if config.rollout.completions.apart else self._rollout
         self._timeline: list[Span] = []
         self._scorers = make_scorers(config, self._timeline, metadata)
         own = {name: scorer.pool for name, scorer in self._scorers.items() if scorer.pool.name == f"reward {name}"}
         self._pools = {**own, "rollout": self._rollout}
+        if self._completions is not self._rollout:
+            self._pools["completions"] = self._completions
         self._actors = {name: pool.actors for name, pool in self._pools.items()}
         self.learner = LearnerGroup(config)
         self.collector = Collector(
-            config, self._embeddings, self._rollout, self._scorers, self.learner.keep, self._timeline
+            config, self._embeddings, self._rollout, self._completions, self._scorers, self.learner.keep, self._timeline
         )
 
     async def start(self, prompts: Sequence[str], checkpoint: Checkpoint | None, say: Say) -> Literal[True]:
@@ -62,7 +65,9 @@ class System:
     async def _ready(self) -> None:
         """Wait for enough actors of each kind. ValueError if no reward can score a held-out image."""
         await asyncio.gather(
-            self._rollout.actors.wait_ready(), *(scorer.wait_ready() for scorer in self._scorers.values())
+            self._rollout.actors.wait_ready(),
+            self._completions.actors.wait_ready(),
+            *(scorer.wait_ready() for scorer in self._scorers.values()),
         )
         if all(scorer.takes_groups for scorer in self._scorers.values()):
             raise ValueError(
@@ -95,12 +100,15 @@ class System:
 
     def counts(self) -> dict[str, float]:
         """Number of actors, and faults since the last call."""
+        computing = {self._rollout, self._completions}
+        apart = {"completions/actors": len(self._completions.actors.places)} if len(computing) > 1 else {}
         return {
             "rollout/actors": len(self._rollout.actors.places),
-            "rollout/units_retried": self._rollout.retried.take(),
+            **apart,
+            "rollout/units_retried": sum(pool.retried.take() for pool in computing),
             "pool/restarts": sum(actors.restarts.take() for actors in self._actors.values()),
             "pool/hung": sum(actors.hung.take() for actors in self._actors.values()),
-            "rollout/copies": self._rollout.copied.take(),
+            "rollout/copies": sum(pool.copied.take() for pool in computing),
             "perf/lost_s": sum(pool.lost_seconds.take() for pool in self._pools.values()),
             **{f"reward/{name}/missing": scorer.missing.take() for name, scorer in self._scorers.items()},
         }
@@ -159,17 +167,33 @@ async def open_system(
 
 def _rollout_pool(config: Config) -> Pool:
     rollout = config.rollout
-    actor = RolloutActor.options(**ray_options(rollout.resources, rollout.runtime_env))  # type: ignore[attr-defined]
+    units = "exact" if rollout.completions.apart else "all"
+    return _computing_pool(config, "rollout", units, rollout.max_actors, rollout.min_actors, rollout.resources)
+
+
+def _completions_pool(config: Config) -> Pool:
+    given = config.rollout.completions
+    return _computing_pool(
+        config, "completions", "completions", given.max_actors, given.min_actors, given.resources, given.compile
+    )
+
+
+def _computing_pool(
+    config: Config, name: str, units: str, size: int, minimum: int, resources: Resources, compiled: bool = False
+) -> Pool:
+    """A pool of rollout actors that compute only such units."""
+    rollout = config.rollout
+    actor = RolloutActor.options(**ray_options(resources, rollout.runtime_env))  # type: ignore[attr-defined]
     return Pool(
-        "rollout",
-        lambda name: RayActor(actor.remote(name, config)),
-        rollout.max_actors,
-        minimum=rollout.min_actors,
+        name,
+        lambda actor_name: RayActor(actor.remote(actor_name, config, units)),
+        size,
+        minimum=minimum,
         max_restarts=rollout.max_restarts,
         patience_s=config.startup_timeout_s,
         hung_after_s=config.hung_after_s,
-        peers=not rollout.compile,
+        peers=not (compiled or rollout.compile),
         copies=True,
         max_unused=rollout.max_unscored_units,
-        resources=rollout.resources,
+        resources=resources,
     )

@@ -58,8 +58,10 @@ def _needs(config: Config) -> list[Need]:
         (reward_files(key, reward), reward.resources, reward.runtime_env)
         for key, reward in config.rewards_by_key.items()
     ]
+    apart = [(model, rollout.completions.resources, rollout.runtime_env)] if rollout.completions.apart else []
     return [
         (model, rollout.resources, rollout.runtime_env),
+        *apart,
         (model, config.data.encoder_resources, rollout.runtime_env),
         (model, learner.resources, learner.runtime_env),
         *rewards,

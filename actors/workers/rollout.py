@@ -1,7 +1,7 @@
 """The rollout actor: holds the frozen model and one version of the LoRA, and computes units."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,20 +12,23 @@ from g2rpo_ray.numerics import set_up_torch
 from g2rpo_ray.runs.audit import digests
 from g2rpo_ray.types import BranchUnit, Images, PromptEmbedding, Trunk, TrunkUnit, Unit, UnitReport
 
+if TYPE_CHECKING:
+    from g2rpo_ray.rollout.sampler import Units
+
 
 @ray.remote
 class RolloutActor(DeviceActor):
     """The Ray actor around `Sampler`. It computes a unit with the weights version of the call, or raises."""
 
-    def __init__(self, name: str, config: Config):
-        self._name, self._config = name, config
+    def __init__(self, name: str, config: Config, units: "Units" = "all"):
+        self._name, self._config, self._units = name, config, units
         self._loaded: str | None = None  # checksum of the weights
 
     def _load(self) -> None:
         from g2rpo_ray.rollout.sampler import Sampler
 
         set_up_torch(self._config.deterministic, self._config.rollout.threads)
-        self._sampler = Sampler(self._config)
+        self._sampler = Sampler(self._config, units=self._units)
 
     @ray.method(num_returns=3)
     def compute(

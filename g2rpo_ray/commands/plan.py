@@ -88,10 +88,15 @@ def _completions(config: Config, trees: Sequence[Tree]) -> list[str]:
         return []
     below = sum(tree.completions for tree in trees) / sum(tree.evaluations for tree in trees)
     kind = {"none": "in full precision"}.get(given.quantization, f"in {given.quantization}")
-    return [
+    lines = [
         f"completions:   {below:.1%} of the velocities, {kind}; log-probabilities depend only on the others. "
         f"Exact probes, not counted here: {given.probe_prompts} prompts every {given.probe_every} iterations"
     ]
+    if given.apart:
+        lines.append(
+            f"               by {given.max_actors} actors of their own, each: {_memory(config, 'completions')}"
+        )
+    return lines
 
 
 def _devices(config: Config) -> list[str]:
@@ -111,12 +116,14 @@ def _devices(config: Config) -> list[str]:
     return lines
 
 
-def _memory(config: Config) -> str:
+def _memory(config: Config, units: str = "all") -> str:
+    """What a rollout actor needs that computes these units: see `Sampler`."""
     if (shaped := with_shapes(config)) is None:
         return "memory unknown: the model's files are not on this machine"
     from g2rpo_ray.models.estimate import rollout_memory
 
-    needed = {part: size / 2**30 for part, size in rollout_memory(shaped).items()}
+    needed = {part: size / 2**30 for part, size in rollout_memory(shaped, units).items()}
     work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
-    batch = f"in batches of {config.rollout.micro_batch}"
+    completions, most = config.rollout.completions, config.rollout.micro_batch
+    batch = f"in batches of {(units == 'completions' and completions.micro_batch) or most}"
     return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB of tensors {batch}, without libraries"

@@ -9,11 +9,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from g2rpo_ray.config import load_config
-from g2rpo_ray.config.schema import MAX_ACTORS
+from g2rpo_ray.config.resources import MAX_ACTORS
 from g2rpo_ray.exits import INVALID, Parser, command
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.runs.storage import Folder
 
+POOLS = {"rollout": "rollout.max_actors", "completions": "rollout.completions.max_actors"}
+"""Settings of the sizes of pools with an option of their own."""
 ANSWER_TIMEOUT_S = 30.0  # of the run's control actor, which is otherwise idle
 
 
@@ -27,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default=load_config().name, help="name of the run (default: the quickstart's)")
     parser.add_argument("--output", default=load_config().output, help="parent of its folder (default: %(default)s)")
     parser.add_argument("--rollout", metavar="N", type=int, help="rollout actors")
+    parser.add_argument("--completions", metavar="N", type=int, help="actors of rollout.completions")
     parser.add_argument("--reward", metavar="NAME=N", action="append", default=[], help="servers of a reward")
     parser.add_argument("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else the one started here")
     return parser
@@ -42,13 +45,14 @@ def main(options: argparse.Namespace) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     try:
-        sizes = {"rollout": options.rollout} if options.rollout is not None else {}
+        given = {pool: getattr(options, pool) for pool in POOLS}
+        sizes = {pool: size for pool, size in given.items() if size is not None}
         sizes.update(_reward_size(text) for text in options.reward)
         if not sizes:
-            raise ValueError("--rollout N or --reward NAME=N: give at least one")
+            raise ValueError("--rollout N, --completions N or --reward NAME=N: give at least one")
         for pool, size in sizes.items():
             if not 1 <= size <= MAX_ACTORS:
-                option = "--rollout" if pool == "rollout" else f"--reward {pool}"
+                option = f"--{pool}" if pool in POOLS else f"--reward {pool}"
                 raise ValueError(f"{option}: {size} given; must be from 1 to {MAX_ACTORS}")
         return _ask(options.name, options.output, options.address, sizes)
     except ValueError as error:
@@ -95,15 +99,17 @@ def _ask(run: str, output: str, address: str | None, sizes: dict[str, int]) -> i
             try:
                 now = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
             except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):  # which may come first
-                setting = f"rollout.max_actors={size}" if pool == "rollout" else f"replicas={size} for {pool}"
+                setting = f"{POOLS[pool]}={size}" if pool in POOLS else f"replicas={size} for {pool}"
                 raise ValueError(
                     f"--name: run {run!r} did not answer within {ANSWER_TIMEOUT_S:.0f} s, because its control actor "
                     f"hangs or its node is down; stop the run and start it with {setting}, it resumes"
                 ) from None
             except ray.exceptions.RayActorError:
                 raise ValueError(f"--name: run {run!r} is ending; start it again with this number") from None
+            if pool not in now and pool in POOLS:
+                raise ValueError(f"--{pool}: {size} given, but in this run rollout actors compute completions")
             if pool not in now:
-                raise ValueError(f"--reward: {pool!r} given; this run has {', '.join(sorted(set(now) - {'rollout'}))}")
+                raise ValueError(f"--reward: {pool!r} given; this run has {', '.join(sorted(set(now) - set(POOLS)))}")
             print(f"{pool}: {size} actors requested")
     return 0
 

@@ -3,10 +3,11 @@
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from g2rpo_ray.algo.tree import plan_tree
 from g2rpo_ray.config.learner import LearnerConfig
+from g2rpo_ray.config.resources import MAX_ACTORS, OneDevice
 from g2rpo_ray.config.sampler import SamplerConfig
 from g2rpo_ray.config.section import Section
 
@@ -21,15 +22,45 @@ class CompletionsConfig(Section):
     """Attention backend of completions. Unset: that of `rollout`."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile)."""
+    micro_batch: int | None = Field(None, ge=1, le=4096)
+    """Maximum latents per evaluation of a completion. Unset: that of `rollout`."""
+    max_actors: int = Field(0, ge=0, le=MAX_ACTORS)
+    """Actors of a pool of their own for completions, on any devices. Trunks, probes and held-out samples stay with the
+    rollout actors. 0: rollout actors compute all."""
+    min_actors: int = Field(1, ge=1, le=MAX_ACTORS)
+    """Such actors required to start the run."""
+    resources: OneDevice = {"GPU": 1}
+    """Ray resources of one such actor. Without a GPU it computes on the CPU."""
     probe_every: int = Field(10, ge=1, le=1_000_000)
     """Iterations between probes, which also complete the first prompts exactly: `signal/agreement/completions`."""
     probe_prompts: int = Field(1, ge=0, le=1024)
     """Prompts of a probe."""
 
+    @model_validator(mode="after")
+    def _range(self) -> "CompletionsConfig":
+        if self.apart and self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors: {self.min_actors} given; may be at most max_actors={self.max_actors}")
+        return self
+
+    @property
+    def apart(self) -> bool:
+        """True if actors of their own compute completions."""
+        return self.max_actors > 0
+
+    @property
+    def need_weights(self) -> bool:
+        """True if they need weights of their own, beside those of all other velocities."""
+        return self.quantization != "none" or self.attention_backend is not None or self.compile
+
     @property
     def differ(self) -> bool:
-        """True if completions are computed differently from all other velocities."""
-        return self.quantization != "none" or self.attention_backend is not None or self.compile
+        """True if completions are computed differently from all other velocities, or on other devices."""
+        return self.need_weights or self.apart
+
+    @property
+    def device(self) -> str:
+        """Device of their own actors."""
+        return "cuda" if self.resources.get("GPU") else "cpu"
 
     def probes(self, iteration: int, slot: int) -> bool:
         """True if the prompt at `slot` of an iteration is completed both ways."""

@@ -22,6 +22,7 @@ def _one_gpu(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+MAX_ACTORS = 4096  # of a pool
 Amount = Annotated[float, Field(ge=0, le=1_000_000)]
 Resources = Annotated[dict[str, Amount], Field(max_length=32), AfterValidator(_accepted_by_ray)]
 OneDevice = Annotated[Resources, AfterValidator(_one_gpu)]

@@ -14,7 +14,8 @@ NO_EFFECT = (
     "name", "output", "iterations", "startup_timeout_s", "hung_after_s", "checkpoint.*", "tracking.*",
     "evaluation.every", "evaluation.stop_on", "*.resources*", "*.max_restarts", "rollout.min_actors",
     "rollout.runtime_env*", "learner.runtime_env*",
-    "rollout.max_actors", "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas",
+    "rollout.max_actors", "rollout.completions.max_actors", "rollout.completions.min_actors",
+    "rollout.max_unscored_units", "rollout.memory_gib", "rewards.*.replicas",
     "eval_rewards.*.replicas", "data.embeddings", "data.encoder_resources*", "learner.velocity_tolerance",
 )  # fmt: skip
 """Patterns of settings that change no bit of a result. A run resumes with any values of these only."""

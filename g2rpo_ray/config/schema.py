@@ -11,7 +11,7 @@ from g2rpo_ray.algo.tree import groups, plan_tree
 from g2rpo_ray.config.completions import CompletionsConfig, check_completions
 from g2rpo_ray.config.learner import LearnerConfig, check_learner
 from g2rpo_ray.config.prompts import listed
-from g2rpo_ray.config.resources import Device, OneDevice, Resources
+from g2rpo_ray.config.resources import MAX_ACTORS, Device, OneDevice, Resources
 from g2rpo_ray.config.sampler import CreditConfig, SamplerConfig
 from g2rpo_ray.config.section import Own, PathName, PlaceName, Section
 from g2rpo_ray.functions import as_settings, value_in_words
@@ -21,7 +21,6 @@ from g2rpo_ray.paths import resolve
 PanelName = Literal[
     "diversity", "high_frequency", "periodicity", "saturation", "exposure", "distance", "unseen", "decline"
 ]
-MAX_ACTORS = 4096  # of a pool
 MAX_FRAMES = 257
 TORCH_ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """Attention backends of diffusers whose backward pass torch makes deterministic."""
@@ -176,7 +175,7 @@ class RewardConfig(Section):
         return {name: value_in_words(value) for name, value in options.items()}
 
 
-RESERVED_NAMES = ("rollout",)  # the name of the rollout actors in `scale` and in the metrics
+RESERVED_NAMES = ("rollout", "completions")  # names of pools in `scale` and in the metrics
 
 
 def _usable_names(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo_ray.config import Config
+from g2rpo_ray.config.completions import CompletionsConfig
 from g2rpo_ray.data import read_records
 from g2rpo_ray.evaluation.adapters import Adapter, read_adapters
 from g2rpo_ray.paths import local_path, path_fault, resolve
@@ -110,6 +111,7 @@ def _without_training(config: Config) -> Config:
         "data": config.data.model_copy(update={"embeddings": embeddings}),  # prompts that a run has encoded
         "lora": config.lora.model_copy(update={"initial": None}),
         "learner": config.learner.model_copy(update={"resources": {}}),
+        "rollout": config.rollout.model_copy(update={"completions": CompletionsConfig()}),
     }
     return config.model_copy(update=changes)
 

@@ -171,6 +171,11 @@ class FlowModel:
                 set_attention_backend(network, config.attention_backend)
         return model
 
+    def move(self, device: str) -> None:
+        """Moves the loaded networks."""
+        for part in filter(None, (self.transformer, self.low_noise, self._pipeline.vae)):
+            torch.nn.Module.to(part, device)  # diffusers' own warns
+
     @property
     def lora_from(self) -> float:
         """The lowest noise level at which the network with the LoRA is evaluated."""

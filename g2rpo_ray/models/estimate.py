@@ -56,21 +56,32 @@ def _copies(config: Config) -> int:
     return int(another) + (learner.old_kl > 0)
 
 
-def rollout_memory(config: Config) -> dict[str, int]:
+def rollout_memory(config: Config, units: str = "all") -> dict[str, int]:
     """Bytes on a rollout actor's device: `weights`, and the peak of the tensors of a `velocity` and of a `decode`.
 
     A velocity of `rollout.micro_batch` latents and a VAE pass of `rollout.decode_batch` are run without data, and what
     is alive is added up: attention as a fused kernel, without `LIBRARIES`.
+
+    `units`: as in `Sampler`; `all` leaves out completions that actors of their own compute.
     """
     with torch.device("meta"), torch.inference_mode():
         model = FlowModel.skeleton(config.model)
         add_lora(model.transformer, config.lora, seed=0)
         fold_lora(model.transformer)
         latents = torch.empty(config.rollout.decode_batch, *model.latent_shape)
+        completions, batch = config.rollout.completions, config.rollout.micro_batch
+        weights = sum(map(_bytes, filter(None, (model.low_noise, model.decoder))))
+        if units != "completions" or not completions.need_weights:
+            weights += _bytes(model.transformer)
+        if units == "completions":
+            batch = completions.micro_batch or batch
+        elif not completions.apart:
+            batch = max(batch, completions.micro_batch or batch)
+        if units == "completions" or not completions.apart:
+            weights += _completing_bytes(config, model)
         return {
-            "weights": sum(map(_bytes, filter(None, (model.transformer, model.low_noise, model.decoder))))
-            + _completing_bytes(config, model),
-            "velocity": peak_bytes(one_velocity(model, config.rollout.micro_batch, config.velocity_cost > 1)),
+            "weights": weights,
+            "velocity": peak_bytes(one_velocity(model, batch, config.velocity_cost > 1)),
             "decode": peak_bytes(lambda: model.decode(latents)),
         }
 
@@ -78,7 +89,7 @@ def rollout_memory(config: Config) -> dict[str, int]:
 def _completing_bytes(config: Config, model: FlowModel) -> int:
     """Bytes of the weights of a separate transformer for completions, or 0."""
     completions = config.rollout.completions
-    if not completions.differ:
+    if not completions.need_weights:
         return 0
     return _bytes(model.transformer) if completions.quantization == "none" else quantized_bytes(model.transformer)
 
@@ -136,6 +147,8 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
     try:
         rank = learner_memory(config, learner.micro_batch, learner.gradient_checkpointing)
         found = {"rollout actor": rollout_memory(config), "learner rank": rank}
+        if config.rollout.completions.apart:
+            found["completions actor"] = rollout_memory(config, "completions")
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"model.path: {config.model.path} fails at full size: {one_line(error, 400)}") from None
     if learner.zero_stage == 3:

@@ -116,7 +116,7 @@ class Bench:
         sampler, embedding = Sampler(config, model), _embedding(config, model)
         evaluations = self._evaluations(sampler, model, embedding)
         completions = None
-        if config.rollout.completions.differ:
+        if config.rollout.completions.need_weights:
             completions = self._evaluations(sampler, sampler.completing, embedding)
         sizes = sorted({1, config.rollout.decode_batch})
         latents = {size: torch.randn(size, *model.latent_shape, device=device) for size in sizes}
@@ -139,7 +139,7 @@ class Bench:
     def _evaluations(self, sampler: Sampler, model: FlowModel, embedding: PromptEmbedding) -> dict[int, float]:
         """Seconds of an evaluation by the number of latents; a guided velocity has two evaluations."""
         config, device, found = self.config, self.config.rollout.device, {}
-        most = config.rollout.micro_batch
+        most = max(config.rollout.micro_batch, config.rollout.completions.micro_batch or 0)
         sizes = sorted({most, *(2**power for power in range(most.bit_length()))})
         with torch.inference_mode(), sampler.velocity(embedding, config.sampler.guidance, model) as velocity:
             for size in sizes:
@@ -178,7 +178,10 @@ class Bench:
             (branch_part(tree, unit, config.learner.forward), lambda: sampler.branch(unit, embedding, trunk)),
         ):
             table = times.completions if times.completions and part.edges else times.evaluations
-            known = config.velocity_cost * total(table, batch_sizes(tree, part.nodes, config.rollout.micro_batch))
+            batch = config.rollout.micro_batch
+            if part.edges:
+                batch = config.rollout.completions.micro_batch or batch
+            known = config.velocity_cost * total(table, batch_sizes(tree, part.nodes, batch))
             known += total(times.decodings, pieces(len(part.images), config.rollout.decode_batch))
             taken = self._seconds(work, config.rollout.device)
             rest.append(taken - known)

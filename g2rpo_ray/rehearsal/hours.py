@@ -82,8 +82,8 @@ class Estimate:
             if actors < config.rollout.min_actors:
                 raise ValueError(
                     f"--devices: {fleet.number} given; the run needs {ranks:g} for the learner, {others:g} for "
-                    f"rewards and at least {config.rollout.min_actors * each:g} for rollout actors; give more, or "
-                    "lower the resources"
+                    f"rewards and completions, and at least {config.rollout.min_actors * each:g} for rollout actors; "
+                    "give more, or lower the resources"
                 )
             config, devices = _split(config, actors, config.learner.ranks), actors * each + ranks + others
         times = self.times.shared(
@@ -255,10 +255,12 @@ def _advice(estimate: Estimate, now: Hours, fleet: Fleet) -> list[str]:
 
 
 def _gpus(config: Config) -> tuple[float, float, float]:
-    """Numbers of GPUs of one rollout actor, of all ranks and of all reward servers."""
+    """Numbers of GPUs of one rollout actor, of all ranks, and of all reward servers and actors of completions."""
+    completions = config.rollout.completions
     each = config.rollout.resources.get("GPU", 0)
     taken = {key: number * resources.get("GPU", 0) for key, number, resources in demands(config)}
     taken.pop("rollout.resources")
+    taken["rollout.completions.resources"] = completions.max_actors * completions.resources.get("GPU", 0)
     ranks = taken.pop("learner.resources")
     if not each or not ranks:
         raise ValueError(

@@ -165,6 +165,7 @@ class _Unit:
     images: int
     latents: int  # that it stores for the learner
     trunk: bool = False
+    branch: bool = False
 
 
 @dataclass(slots=True)
@@ -195,7 +196,11 @@ class _Run:
             "learner": _Pool(clock, 1, learner.ranks * learner.threads, handle=handle),
             **{name: _Pool(clock, reward.replicas, reward.threads, handle=handle) for name, reward in servers.items()},
         }
+        if (completions := rollout.completions).apart:
+            limit = most_unused(rollout.max_unscored_units, completions.max_actors)
+            self._pools["completions"] = _Pool(clock, completions.max_actors, rollout.threads, limit, handle)
         self._actors, self._learner = self._pools["rollout"], self._pools["learner"]
+        self._completing = self._pools.get("completions", self._actors)
         self._planned: dict[Tree, tuple[_Unit, list[_Unit]]] = {}
         self._rollouts: list[_Rollout] = []
         self._waits = defaultdict[str, float](float)
@@ -282,8 +287,9 @@ class _Run:
 
         rollout.units += 1
         rollout.trunks += unit.trunk
-        self._work_s += unit.seconds
-        self._actors.call(urgency(iteration, unit.cost, unit.trunk), unit.seconds, end)
+        pool = self._completing if unit.branch else self._actors
+        self._work_s += unit.seconds * (pool is self._actors)
+        pool.call(urgency(iteration, unit.cost, unit.trunk), unit.seconds, end)
 
     def _score(self, unit: _Unit, rewards: Iterable[str], done: Done) -> None:
         names = dict.fromkeys(self._serving[name] for name in rewards)
@@ -291,7 +297,7 @@ class _Run:
 
         def end() -> None:
             self._store(0, -unit.images)
-            self._actors.used()
+            (self._completing if unit.branch else self._actors).used()
             done()
 
         if not taken:
@@ -310,7 +316,8 @@ class _Run:
             self._until(lambda number=number: len(ended) == number)  # type: ignore[misc]
         self._update_s += ended[0] - began
         self._store(-rollout.latents, 0)
-        self._actors.delay(self._times.receive)
+        for pool in (self._actors, self._completing):
+            pool.delay(self._times.receive)
 
     def _plan(self, tree: Tree) -> tuple[_Unit, list[_Unit]]:
         if tree not in self._planned:
@@ -324,9 +331,14 @@ class _Run:
 
         cost, times = self._config.velocity_cost, self._times
         table = times.evaluations if trunk or times.completions is None else times.completions
-        batches = batch_sizes(tree, part.nodes, self._config.rollout.micro_batch)
+        rollout = self._config.rollout
+        batches = batch_sizes(
+            tree, part.nodes, rollout.micro_batch if trunk else rollout.completions.micro_batch or rollout.micro_batch
+        )
         seconds = cost * total(table, batches) + self._besides(len(part.images))
-        return _Unit(cost * part.evaluations, seconds, len(part.images), (1 + trunk) * len(part.touched), trunk)
+        return _Unit(
+            cost * part.evaluations, seconds, len(part.images), (1 + trunk) * len(part.touched), trunk, not trunk
+        )
 
     def _besides(self, images: int) -> float:
         """Seconds of a unit without its evaluations."""

@@ -25,10 +25,13 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict[str, float]:
         "learner/evaluations": update_cost(config, [prompt.tree for prompt in rollout.prompts]),
         "watch/other_versions": sum(r.weights_version != rollout.weights_version for r in rollout.reports),
         "timing_s/reward": rollout.seconds - rollout.sampling_seconds,
-        "perf/rollout_utilisation": utilisation(rollout.reports, rollout.seconds),
         "perf/images_per_s": images / rollout.seconds,
         "perf/evaluations_per_s": evaluations / rollout.seconds,
     }
+    own, completions = _by_pool(rollout.reports)
+    metrics["perf/rollout_utilisation"] = utilisation(own, rollout.seconds)
+    if completions:
+        metrics["perf/completions_utilisation"] = utilisation(completions, rollout.seconds)
     if config.rollout.completions.differ:
         metrics |= _seconds_by_kind(rollout.reports)
     for name, of_anchors in rollout.anchor_scores.items():
@@ -79,6 +82,13 @@ def _seconds_by_kind(reports: Sequence[UnitReport]) -> dict[str, float]:
         f"perf/evaluation_s/{kind}": sum(r.seconds for r in of) / sum(r.evaluations for r in of)
         for kind, of in found.items()
     }
+
+
+def _by_pool(reports: Sequence[UnitReport]) -> tuple[list[UnitReport], list[UnitReport]]:
+    """The units of rollout actors, and of actors for completions alone."""
+    apart = [report.actor.startswith("completions-") for report in reports]
+    both = [[r for r, other in zip(reports, apart, strict=True) if other == kind] for kind in (False, True)]
+    return both[0], both[1]
 
 
 def utilisation(reports: Sequence[UnitReport], seconds: float) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from g2rpo_ray.rollout.plan import branch_part, edge_key, prompt_tree, trunk_par
 from g2rpo_ray.rollout.sigmas import sigma_grid
 from g2rpo_ray.types import Branches, BranchUnit, FloatArray, Images, PromptEmbedding, SampleUnit, Trunk, TrunkUnit
 
+Units = Literal["all", "exact", "completions"]
+
 
 class Sampler:
     """The frozen model with its LoRA, which computes trunks, branches and held-out samples.
@@ -35,15 +38,23 @@ class Sampler:
     `rollout.micro_batch` fixes the batches.
     """
 
-    def __init__(self, config: Config, model: FlowModel | None = None):
-        """`model` is a loaded one without LoRA. Default: load the configuration's."""
+    def __init__(self, config: Config, model: FlowModel | None = None, units: Units = "all"):
+        """
+        Args:
+            model: a loaded one without LoRA. Default: load the configuration's.
+            units: the only units that it computes: all but cheap completions (`exact`), these alone, or all.
+        """
         self._config = config
-        self._device = config.rollout.device
-        self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
-        _prepare(self._model, config, config.rollout.compile)
-        self.completing = self._model
-        if config.rollout.completions.differ:
-            self.completing = _completing(config, self._device)
+        given = config.rollout.completions
+        self._device = given.device if units == "completions" else config.rollout.device
+        if units == "completions" and given.need_weights:
+            self._model = self.completing = _completing(config, self._device, alone=True)
+        else:
+            self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
+            _prepare(self._model, config, config.rollout.compile)
+            self.completing = self._model
+        if units == "all" and given.need_weights:
+            self.completing = _completing(config, self._device, alone=False)
             self.completing.low_noise = self._model.low_noise
         self._sigmas = sigma_grid(config.sampler, self._model)
         self._decoder = Decoder(config, self._model)
@@ -82,12 +93,13 @@ class Sampler:
             return self._noise([edge_key(self._config, unit, tree, edge) for edge in edges])
 
         decoding = self._decoder.unit(len(part.images))
-        model = self._model if unit.exact else self.completing
+        model, rollout = self._model if unit.exact else self.completing, self._config.rollout
+        cheap = None if unit.exact else rollout.completions.micro_batch
         with self.velocity(embedding, sampler.guidance, model) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, tree.branch_points[points].tolist(), x, self._sigmas, v=v,
                 kernel=sampler.kernel, eta=sampler.eta, noise=noise, keep=part.touched,
-                micro_batch=self._config.rollout.micro_batch, ended=decoding.ended,
+                micro_batch=cheap or rollout.micro_batch, ended=decoding.ended,
             )  # fmt: skip
         nodes, edges = np.array(part.touched, np.int64), np.array(part.edges, np.int64)
         return Branches(nodes, _array(grown.latents), edges, _array(grown.log_prob)), decoding.images()
@@ -149,14 +161,16 @@ def _prepare(model: FlowModel, config: Config, compiled: bool) -> None:
         compile_blocks(model.transformer)
 
 
-def _completing(config: Config, device: str) -> FlowModel:
-    """The model of `rollout.completions`."""
+def _completing(config: Config, device: str, alone: bool) -> FlowModel:
+    """The model of `rollout.completions`; `alone`: with all that no other model of its process has."""
     given = config.rollout.completions
-    model = FlowModel.load(config.completions_model, device, transformer=True, low_noise=False, weights_on="cpu")
+    model = FlowModel.load(
+        config.completions_model, device, transformer=True, vae=alone, low_noise=alone, weights_on="cpu"
+    )
     _prepare(model, config, compiled=False)
     if given.quantization != "none":
         quantize(model.transformer, given.quantization, device)
-    model.transformer.to(device)
+    model.move(device)
     if given.compile:
         compile_blocks(model.transformer)
     return model

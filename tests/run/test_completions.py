@@ -138,6 +138,59 @@ def test_their_weights_are_in_the_estimate_of_an_actor_s_memory():
     assert weights["quantization=none"] < weights["quantization=int8"] < weights["compile=true"]
 
 
+APART = ("rollout.completions.max_actors=3", "rollout.completions.resources={CPU: 1}")
+
+
+def test_actors_of_their_own_hold_one_copy_of_the_weights_and_so_do_rollout_actors():
+    one, beside = (config_of(*sets) for sets in ((), ("rollout.completions.quantization=int8",)))
+    apart = config_of(*APART, "rollout.completions.quantization=int8")
+    both, exact, cheap = rollout_memory(beside), rollout_memory(apart), rollout_memory(apart, "completions")
+    assert exact == rollout_memory(one)
+    assert cheap["weights"] < exact["weights"] < both["weights"]
+    same = rollout_memory(config_of(*APART), "completions")
+    assert same == exact
+    few = config_of(*APART, "rollout.completions.micro_batch=1")
+    assert rollout_memory(few, "completions")["velocity"] < same["velocity"]
+    assert rollout_memory(few)["velocity"] == exact["velocity"]
+
+
+def test_an_actor_of_their_own_gives_the_bits_of_one_that_computes_all():
+    config = config_of(*APART, "rollout.completions.quantization=int8")
+    (embedding,) = FlowModel.load(config.model, "cpu", text_encoders=True).encode(["a red circle"])
+    unit, tree = TrunkUnit(0, 0, "a red circle"), prompt_tree(config, 0, 0, "a red circle")
+    together, exact, cheap = (Sampler(config, units=units) for units in ("all", "exact", "completions"))
+    (trunk, _), (again, _) = (sampler.trunk(unit, embedding) for sampler in (together, exact))
+    assert np.array_equal(trunk.velocities, again.velocities)
+    for own, units in ((cheap, branch_units), (exact, exact_units)):
+        for branch in units(config, tree, unit):
+            (_, images), (_, others) = (sampler.branch(branch, embedding, trunk) for sampler in (together, own))
+            assert np.array_equal(images, others)
+
+
+def test_a_micro_batch_of_their_own_changes_no_log_probability():
+    found = []
+    for batch in (1, 3):
+        config = config_of(f"rollout.completions.micro_batch={batch}")
+        sampler = Sampler(config)
+        (embedding,) = FlowModel.load(config.model, "cpu", text_encoders=True).encode(["a red circle"])
+        unit, tree = TrunkUnit(0, 0, "a red circle"), prompt_tree(config, 0, 0, "a red circle")
+        trunk, _ = sampler.trunk(unit, embedding)
+        found.append([sampler.branch(branch, embedding, trunk) for branch in branch_units(config, tree, unit)])
+    for (mine, images), (theirs, others) in zip(*found, strict=True):
+        assert np.array_equal(mine.log_prob, theirs.log_prob)
+        assert np.abs(images.astype(float) - others).max() <= 2  # of 255: by rounding
+
+
+def test_actors_of_their_own_are_in_the_plan_and_their_number_has_a_range():
+    told = describe_plan(config_of(*APART))
+    assert "by 3 actors of their own, each: " in told
+    assert "actors of their own" not in describe_plan(config_of())
+    with pytest.raises(ValueError, match=r"^rollout.completions.min_actors: 4 given; may be at most max_actors=3$"):
+        config_of(*APART, "rollout.completions.min_actors=4")
+    with pytest.raises(ValueError, match=r"^rollout.completions: .* of the velocities"):
+        load_config(None, [*APART, "method=mix_grpo"])
+
+
 def test_what_a_device_or_an_installation_lacks_is_one_line(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^rollout.completions.quantization: float8 given; not usable on cpu: "

@@ -95,6 +95,7 @@ def test_a_rehearsal_keeps_what_a_run_does_and_makes_smaller_how_much(name, tmp_
     }  # fmt: skip
     assert {key for key in differ if key.startswith("rollout.")} <= {
         "rollout.resources.GPU", "rollout.resources.CPU", "rollout.device", "rollout.max_actors",
+        "rollout.completions.resources.GPU", "rollout.completions.resources.CPU",
     }  # fmt: skip
     assert settings[1]["learner"]["lr_iterations"] == config.iterations  # so the rate is that of the run's beginning
 

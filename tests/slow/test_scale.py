@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.runs import actors_of, finish, kill_all, start, wait_for
 
+APART = {"rollout__completions__max_actors": 1, "rollout__completions__resources": "{CPU: 0}"}
+RUNS = {"one": {}, "two": APART}
 LOOK = "rollout: resized from 1 to 2 actors"
 
 
@@ -19,7 +21,7 @@ def scale(output, *arguments):
 
 @pytest.mark.cluster
 def test_two_private_runs_on_a_machine_are_told_apart(tmp_path):
-    processes = {name: start(tmp_path, name, iterations=400) for name in ("one", "two")}
+    processes = {name: start(tmp_path, name, iterations=400, **given) for name, given in RUNS.items()}
     try:
         for name, process in processes.items():
             wait_for(process, lambda name=name: "actors are ready" in log(tmp_path, name))
@@ -33,6 +35,11 @@ def test_two_private_runs_on_a_machine_are_told_apart(tmp_path):
         assert done.returncode == 0, done.stderr
         wait_for(processes["one"], lambda: LOOK in log(tmp_path, "one"))
         assert LOOK not in log(tmp_path, "two")
+        refused = scale(tmp_path, "--name", "one", "--completions", "2")
+        assert "--completions: 2 given, but in this run rollout actors" in refused.stderr
+        done = scale(tmp_path, "--name", "two", "--completions", "2")
+        assert done.returncode == 0, done.stderr
+        wait_for(processes["two"], lambda: "completions: resized from 1 to 2 actors" in log(tmp_path, "two"))
         (control,) = actors_of(processes["one"], "ray::Control")
         control.suspend()
         hung = scale(tmp_path, "--name", "one", "--rollout", "1")

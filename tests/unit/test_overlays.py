@@ -96,7 +96,7 @@ def with_component(tmp_path: Path, name: str, component: str) -> list[Manifest]:
     return mine
 
 
-@pytest.mark.parametrize("component", ["redis", "tls"])
+@pytest.mark.parametrize("component", ["redis", "tls", "completions"])
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_component_fits_each_overlay(tmp_path, name, component):
     manifests = with_component(tmp_path, name, component)
@@ -121,6 +121,14 @@ def test_redis_is_reached_by_the_head_and_outlives_it(tmp_path):
     assert len(secrets) == 1
     (claim,) = references(redis, "persistentVolumeClaim", "claimName")
     assert claim in [one["metadata"]["name"] for one in manifests if one["kind"] == "PersistentVolumeClaim"]
+
+
+def test_the_group_for_completions_is_one_of_rollout_with_a_resource_of_its_own(tmp_path):
+    of = groups(cluster_of(only(with_component(tmp_path, "gpu-20", "completions"), "RayJob")))
+    assert list(of) == ["learner", "rollout", "reward", "completions"]
+    assert of["completions"]["resources"] == {"CPU": "6", "GPU": "1", "completions": "1"}
+    assert of["completions"]["template"] == of["rollout"]["template"]
+    assert of["completions"]["minReplicas"] < of["completions"]["maxReplicas"]
 
 
 def test_with_redis_the_pods_wait_for_a_new_head(tmp_path):

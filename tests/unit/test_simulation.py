@@ -167,6 +167,12 @@ async def measured(config):
     pool = Pool(
         "rollout", partial(Device, config), actors, minimum=actors, max_unused=config.rollout.max_unscored_units
     )
+    completing, given = pool, config.rollout.completions
+    if given.apart:
+        completing = Pool(
+            "completions", partial(Device, config), given.max_actors, minimum=given.max_actors,
+            max_unused=config.rollout.max_unscored_units,
+        )  # fmt: skip
     scorers = {
         name: Scorer(name, reward, Pool(f"reward {name}", partial(Device, config), reward.replicas), [], {})
         for name, reward in config.all_rewards.items()
@@ -178,8 +184,8 @@ async def measured(config):
     async def keep(result):
         await asyncio.sleep(PREFETCH_S)
 
-    collector = Collector(config, SimpleNamespace(refs=refs), pool, scorers, keep, [])
-    pools = [pool, *(scorer.pool for scorer in scorers.values())]
+    collector = Collector(config, SimpleNamespace(refs=refs), pool, completing, scorers, keep, [])
+    pools = [*{pool, completing}, *(scorer.pool for scorer in scorers.values())]
     async with asyncio.TaskGroup() as group:
         for one in pools:
             one.start(group)
@@ -196,6 +202,7 @@ async def measured(config):
     "settings",
     [
         {"rollout.max_actors": 3},
+        {"rollout.max_actors": 2, "rollout.completions.max_actors": 3, "rollout.completions.probe_prompts": 0},
         {"rollout.max_actors": 5, "rollout.members_per_unit": 3, "data.prompts_per_iteration": 3},
         {"rollout.max_actors": 2, "rollout.max_unscored_units": 1, "rewards.preference.replicas": 2},
         {"rollout.max_actors": 4, "method": "flow_grpo", "data.prompts_per_iteration": 6},

@@ -78,7 +78,8 @@ def _patch(manifests: list[Manifest], target: Manifest, patch: Any) -> list[Mani
     if isinstance(patch, list):
         for manifest in found:
             for change in patch:
-                _json_patch(manifest, **change)
+                source = change.pop("from", None)
+                _json_patch(manifest, **change, **({} if source is None else {"value": at(manifest, source[1:], "/")}))
         return manifests
     assert patch.get("$patch") == "delete", "of merges, only the one that deletes"
     return [manifest for manifest in manifests if not any(manifest is one for one in found)]
@@ -87,6 +88,10 @@ def _patch(manifests: list[Manifest], target: Manifest, patch: Any) -> list[Mani
 def _json_patch(manifest: Manifest, op: str, path: str, value: Any = None) -> None:
     parent_path, _, leaf = path.removeprefix("/").rpartition("/")
     parent = at(manifest, parent_path, "/")
+    if op == "copy":
+        assert (leaf, type(parent)) == ("-", list), "of copies, only those to the end of a list"
+        parent.append(copy.deepcopy(value))
+        return
     key: Any = int(leaf) if isinstance(parent, list) else leaf.replace("~1", "/")
     if op == "add":
         assert isinstance(parent, dict)
