@@ -15,9 +15,12 @@ from g2rpo_ray.config.section import Section
 class CompletionsConfig(Section):
     """Computation of the velocities below the stochastic edges, on which only scores depend."""
 
-    quantization: Literal["none", "int8", "int8_weights", "float8", "float8_weights"] = "none"
+    quantization: Literal[
+        "none", "int8", "int8_weights", "float8", "float8_weights", "int4_weights", "nvfp4", "nvfp4_weights"
+    ] = "none"
     """Quantization of the linear layers of the transformer's blocks by torchao (`pip install g2rpo_ray[completions]`):
-    weights and activations, or weights only. `float8` needs a GPU of compute capability 8.9."""
+    weights and activations, or weights only. `float8` needs a GPU of compute capability 8.9, `nvfp4` of 10.0, and
+    `int4_weights` on a GPU the package `mslk` and `model.dtype: bfloat16`."""
     attention_backend: str | None = None
     """Attention backend of completions. Unset: that of `rollout`."""
     compile: bool = False

@@ -91,7 +91,11 @@ def _completing_bytes(config: Config, model: FlowModel) -> int:
     completions = config.rollout.completions
     if not completions.need_weights:
         return 0
-    return _bytes(model.transformer) if completions.quantization == "none" else quantized_bytes(model.transformer)
+    return (
+        _bytes(model.transformer)
+        if completions.quantization == "none"
+        else quantized_bytes(model.transformer, completions.quantization)
+    )
 
 
 def fitting_micro_batch(config: Config, memory: int) -> int:
