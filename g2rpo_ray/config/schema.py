@@ -51,6 +51,9 @@ class ModelConfig(Section):
     sources: int = Field(0, ge=0, le=10)
     """Maximum source images of a prompt, for editing pipelines; 0: prompts are text only. The estimate of memory
     assumes this many sources of the result's size."""
+    source_area: int | None = Field(None, ge=1024, le=2**24)
+    """Pixels, about, at which the model sees a source; FLUX.2 sees a smaller one as it is. Fewer are cheaper. Unset: as
+    the pipeline does, about a megapixel; its own call does not know this setting."""
     max_sequence_length: int | None = Field(None, gt=0, le=1024)
     """Tokens to which a prompt is truncated or padded. Unset: the pipeline's default."""
     attention_backend: str | None = None

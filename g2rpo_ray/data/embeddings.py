@@ -69,6 +69,7 @@ def fingerprint(config: ModelConfig) -> str:
     version = metadata.version("diffusers").rpartition(".")[0]  # importing it takes seconds
     digest = hashlib.sha256(f"{LAYOUT}\0{version}\0{config.dtype}\0{config.max_sequence_length}\0".encode())
     digest.update(f"{config.family}\0".encode() if config.family else b"")
+    digest.update(f"{config.source_area}\0".encode() if config.source_area else b"")
     root = Path(resolve(config.path))
     if not root.is_dir():
         digest.update(f"{config.path}\0{config.revision}".encode())

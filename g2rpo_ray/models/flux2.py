@@ -50,7 +50,7 @@ class Model(EditingModel):
     def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
         processor, patch = self._pipeline.image_processor, 2 * self._scale
         processor.check_image_input(picture)
-        picture = processor._resize_if_exceeds_area(picture, SOURCE_AREA)
+        picture = processor._resize_if_exceeds_area(picture, self._config.source_area or SOURCE_AREA)
         height, width = picture.height // patch * patch, picture.width // patch * patch
         pixels = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
         latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None)

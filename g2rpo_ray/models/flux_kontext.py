@@ -1,5 +1,6 @@
 """FLUX.1 Kontext: FLUX.1 that edits one source, which it sees at one of seventeen sizes of about a megapixel."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ class Model(EditingModel, flux.Model):
         sizes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
         _, width, height = min((abs(ratio - width / height), width, height) for width, height in sizes)
         processor, patch = self._pipeline.image_processor, 2 * self._scale
-        size = height // patch * patch, width // patch * patch
+        smaller = math.sqrt((self._config.source_area or width * height) / (width * height))
+        size = tuple(max(patch, int(side * smaller) // patch * patch) for side in (height, width))
         pixels = processor.preprocess(processor.resize(picture, *size), *size).to(self._device, self._dtype)
         latent = self._pipeline._encode_vae_image(pixels, None)
         rows, columns = latent.shape[2] // 2, latent.shape[3] // 2

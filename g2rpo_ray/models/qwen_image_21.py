@@ -17,6 +17,7 @@ from g2rpo_ray.models.base import ATTENTION, FlowModel
 from g2rpo_ray.models.editing import EditingModel, Layout
 from g2rpo_ray.types import PromptEmbedding, StoredTensor
 
+LEAST = 32  # pixels of a side, of which the pipeline's are multiples
 SOURCE_SIDE = 1024  # a source is seen with about the square of it in pixels: `output_resolution` of the pipeline
 TEMPLATE_TOKENS = 24  # around a prompt in its embedding, about
 SLOT = 4  # latent tokens to a token of the text encoder that stands for a part of a picture
@@ -78,8 +79,14 @@ class Model(EditingModel, qwen_image.Model):
 
     def _options(self, sources: Sequence[Image]) -> dict[str, Any]:
         resize = self._pipeline.image_processor.resize
-        seen = [resize(picture.convert("RGBA"), *_size(picture)) for picture in sources]
+        seen = [resize(picture.convert("RGBA"), *self._size_of(picture)) for picture in sources]
         return {"device": self._device, "image": seen or None}
+
+    def _size_of(self, picture: Image) -> tuple[int, int]:
+        """Height and width at which text encoder and VAE see a source."""
+        area = self._config.source_area or SOURCE_SIDE * SOURCE_SIDE
+        width, height, _ = published.calculate_dimensions(area, picture.width / picture.height)
+        return max(LEAST, height), max(LEAST, width)
 
     def _encode(self, prompt: str, negative: bool, **options: Any) -> dict[str, Tensor]:
         embeds, _, slots = self._pipeline.encode_prompt(self._shortened(prompt), **options)
@@ -106,7 +113,9 @@ class Model(EditingModel, qwen_image.Model):
         return replace(embedding, tensors={**embedding.tensors, "image_pad_mask": StoredTensor.of(slots)})
 
     def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
-        pixels = self._pipeline.image_processor.preprocess(picture.convert("RGBA"), *_size(picture)).unsqueeze(2)
+        pixels = self._pipeline.image_processor.preprocess(picture.convert("RGBA"), *self._size_of(picture)).unsqueeze(
+            2
+        )
         latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None).squeeze(2)  # a frame
         return self._pack(latent)[0], (latent.shape[2], latent.shape[3])
 
@@ -182,9 +191,3 @@ def _runs(mask: Tensor) -> list[tuple[int, int]]:
 
 def _without_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def _size(picture: Image) -> tuple[int, int]:
-    """Height and width at which text encoder and VAE see a source."""
-    width, height, _ = published.calculate_dimensions(SOURCE_SIDE * SOURCE_SIDE, picture.width / picture.height)
-    return height, width

@@ -12,6 +12,7 @@ from torch import Tensor
 from g2rpo_ray.models import qwen_image
 from g2rpo_ray.models.editing import EditingModel, Layout
 
+LEAST = 32  # pixels of a side, of which the pipeline's are multiples
 SEEN_TOKENS = 196  # of a source in the text encoder, about
 
 
@@ -32,7 +33,7 @@ class Model(EditingModel, qwen_image.Model):
         return {"prompt_embeds": (self.text_tokens + seen, self.network["joint_attention_dim"])}
 
     def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
-        size = _size(picture, published.VAE_IMAGE_SIZE)
+        size = _size(picture, self._config.source_area or published.VAE_IMAGE_SIZE)
         pixels = self._pipeline.image_processor.preprocess(picture, *size).unsqueeze(2)  # a frame
         latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None).squeeze(2)
         return self._pack(latent)[0], (latent.shape[2] // 2, latent.shape[3] // 2)
@@ -52,4 +53,4 @@ class Model(EditingModel, qwen_image.Model):
 def _size(picture: Image, area: int) -> tuple[int, int]:
     """Height and width of a picture that has about so many pixels."""
     width, height = published.calculate_dimensions(area, picture.width / picture.height)
-    return height, width
+    return max(LEAST, height), max(LEAST, width)

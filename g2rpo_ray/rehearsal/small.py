@@ -39,7 +39,8 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
         "output": str(folder), "iterations": ITERATIONS,
         "model.path": str(folder / "twin"), "model.height": _size(config.model.height, patch),
         "model.width": _size(config.model.width, patch),
-        "model.frames": min(config.model.frames, FRAMES), "model.max_sequence_length": tokens,
+        "model.frames": min(config.model.frames, FRAMES),
+        "model.source_area": SMALL * SMALL if config.model.sources else None, "model.max_sequence_length": tokens,
         "data.prompts_per_iteration": min(config.data.prompts_per_iteration, fewest),
         "data.heldout_prompts": heldout, "data.embeddings": str(folder / "embeddings"),
         "data.encoder_resources": {"CPU": 0}, "data.encoder_device": "auto",
@@ -66,7 +67,7 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
 def differences(config: Config, rehearsed: Config) -> list[str]:
     """The settings that differ, as `key now (before)`, without paths, devices and rewards."""
     keys = (
-        "iterations", "model.height", "model.width", "model.frames", "model.max_sequence_length",
+        "iterations", "model.height", "model.width", "model.frames", "model.source_area", "model.max_sequence_length",
         "data.prompts_per_iteration",
         "evaluation.seeds", "rollout.max_actors", "rollout.completions.max_actors",
         "rollout.max_staleness", "learner.ranks", "learner.warmup",

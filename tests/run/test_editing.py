@@ -307,3 +307,17 @@ def test_the_encoder_stores_sources_with_prompts_and_negative_prompts_once(tmp_p
     assert [part.missing for part in encode_prompts(config, str(tmp_path / "store"), prompts.train)] == [0]
     text = config.model.model_copy(update={"sources": 0})
     assert fingerprint(text) != fingerprint(config.model)  # the VAE encodes sources
+
+
+@families
+def test_the_size_of_a_source_may_be_given(family: str) -> None:
+    """In place of the pipeline's constant, with the same tokens; a fingerprint tells both apart."""
+    area = {"qwen_image_edit_plus": 48 * 32, "qwen_image_21": SIDE * SIDE}.get(family, 2048)
+    found = [loaded(family), load(family, source_area=area), load(family, source_area=4 * area)]
+    usual, given, large = (
+        encoded(model, "make it red", [WIDE], None).tensors["source_latents"].data for model in found
+    )
+    if family.startswith("qwen"):
+        assert np.array_equal(usual, given)
+    assert len(given) * 2 < len(large) <= 8 * len(given)
+    assert fingerprint(settings(family)) != fingerprint(settings(family, source_area=area))

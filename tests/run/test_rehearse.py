@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+import json
 import multiprocessing
 import re
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from g2rpo_ray.commands.rehearse import main, rehearse
@@ -35,12 +38,12 @@ def process():
         yield pool
 
 
-def rehearsed(file: Path, folder: Path) -> tuple[bool, str]:
+def rehearsed(file: Path, folder: Path, given: Sequence[str] = ()) -> tuple[bool, str]:
     """Whether nothing was wrong, and what was printed."""
     config = load_config(file)
     fewer = FEWER[config.sampler.group_size > 1]
     prompts = f"data.prompts_per_iteration={config.learner.updates_per_rollout}"
-    config = load_config(file, [*CHEAP, fewer, prompts])
+    config = load_config(file, [*CHEAP, fewer, prompts, *given])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         fine = rehearse(config, folder, local=True)
     return fine, printed.getvalue()
@@ -59,6 +62,20 @@ def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_pa
     fine, printed = process.submit(rehearsed, file, tmp_path).result()
     assert not fine
     assert "problem:       data.heldout_prompts: cannot read edits/" in printed
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if needs_pictures(file)], ids=lambda file: file.stem)
+def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path):
+    (tmp_path / "edits").mkdir()
+    for number in range(6):
+        Image.new("RGB", (96, 64), (40 * number, 90, 10)).save(tmp_path / "edits" / f"{number}.png")
+    rows = [json.dumps({"prompt": f"make it {number} times as red", "source": f"{number}.png"}) for number in range(6)]
+    for name, part in (("train", rows[:4]), ("heldout", rows[4:])):
+        (tmp_path / "edits" / f"{name}.jsonl").write_text("\n".join(part))
+    given = [f"data.{name}_prompts={tmp_path}/edits/{name}.jsonl" for name in ("train", "heldout")]
+    fine, printed = process.submit(rehearsed, file, tmp_path / "twin", given).result()
+    assert fine, printed
+    assert "model.source_area 4096 (None)" in printed
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not needs_pictures(file)], ids=lambda file: file.stem)
