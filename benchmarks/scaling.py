@@ -152,7 +152,7 @@ def measure(actors: int, prompts: int, members: int, seconds: float, hosts: int,
             scores: Any = {name: _Scores() for name in config.all_rewards}
             embeddings: Any = _Embeddings(ray.put(np.zeros(8)))
             keeper = Keeper(ray.get_runtime_context().get_node_id(), 600)
-            collector = Collector(config, embeddings, pool, scores, keeper.keep, [])
+            collector = Collector(config, embeddings, pool, pool, scores, keeper.keep, [])
             pool.start(group)
             await pool.actors.wait_ready()
             for iteration in range(repeats + 1):
