@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,27 +20,9 @@ def held_bytes() -> int:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Peak of the bytes that `run` allocates."""
-    with patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention), _Allocations() as allocations:
+    with _Allocations() as allocations:
         run()
     return allocations.peak
-
-
-def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """Attention with the memory of a GPU's fused kernel, which keeps no scores; on meta torch would use another."""
-    result: torch.Tensor = _Attention.apply(query, key, value)
-    return result
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros_like(query)
-        ctx.save_for_backward(query, key, value, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
-        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
 
 
 class _Allocations(TorchDispatchMode):

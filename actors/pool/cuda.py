@@ -40,7 +40,8 @@ def check_cuda(config: Config) -> list[str]:
 def uses_cuda(config: Config) -> bool:
     """Whether any actor of a run computes on a GPU."""
     rewards = [reward.device for reward in config.all_rewards.values()]
-    return "cuda" in (config.rollout.device, config.learner.device, config.data.encoder_device, *rewards)
+    apart = [config.rollout.completions.device] if config.rollout.completions.apart else []
+    return "cuda" in (config.rollout.device, config.learner.device, config.data.encoder_device, *rewards, *apart)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -45,7 +46,7 @@ def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str,
     trained = sum(p.numel() for p in model.transformer.parameters() if p.requires_grad)
     with torch.device("meta"):
         velocity = one_velocity(model, states, config.velocity_cost > 1)
-        passes = peak_bytes(lambda: velocity().square().sum().backward())
+        passes = _peak(lambda: velocity().square().sum().backward())
     return {"weights": weights, "adapter": (TRAINED + COPY * _copies(config)) * trained, "states": passes}
 
 
@@ -81,8 +82,8 @@ def rollout_memory(config: Config, units: str = "all") -> dict[str, int]:
             weights += _completing_bytes(config, model)
         return {
             "weights": weights,
-            "velocity": peak_bytes(one_velocity(model, batch, config.velocity_cost > 1)),
-            "decode": peak_bytes(lambda: model.decode(latents)),
+            "velocity": _peak(one_velocity(model, batch, config.velocity_cost > 1)),
+            "decode": _peak(lambda: model.decode(latents)),
         }
 
 
@@ -176,7 +177,7 @@ def encoder_memory(config: Config) -> dict[str, int]:
             with torch.device("meta"), torch.inference_mode():
                 encoder = kind(settings).to(getattr(torch, config.model.dtype))
                 ids = torch.zeros(1, min(length, most), dtype=torch.long)
-                peaks.append(peak_bytes(partial(encoder, ids, output_hidden_states=True)))
+                peaks.append(_peak(partial(encoder, ids, output_hidden_states=True)))
             weights += _bytes(encoder)
     return {"weights": weights, "encoding": max(peaks)} if weights else {}
 
@@ -219,6 +220,30 @@ def operations(run: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e12
+
+
+def _peak(run: Callable[[], Any]) -> int:
+    """Peak of the bytes that `run` allocates on a GPU, where attention is fused."""
+    with patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention):
+        return peak_bytes(run)
+
+
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Attention with the memory of a GPU's fused kernel, which keeps no scores; on meta torch would use another."""
+    result: torch.Tensor = _Attention.apply(query, key, value)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(query)
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
 
 
 def _bytes(module: nn.Module) -> int:

@@ -21,7 +21,7 @@ import torch
 from g2rpo_ray.config import Config, ModelConfig, with_settings
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
-from g2rpo_ray.models.estimate import learner_memory, one_velocity, operations, rollout_memory
+from g2rpo_ray.models.estimate import LIBRARIES, learner_memory, one_velocity, operations, rollout_memory
 from g2rpo_ray.numerics import set_up_torch
 from g2rpo_ray.rehearsal.times import Times, pieces, total
 from g2rpo_ray.rewards import serving
@@ -279,7 +279,8 @@ def _small(config: Config) -> Config:
 
 def _competitors(config: Config, cores: int) -> int:
     """Two actors for each core, since rewards, learner and driver work there, too; fewer if memory is short."""
-    fit = int(psutil.virtual_memory().available * MEMORY_SHARE / sum(rollout_memory(config).values()))
+    each = sum(rollout_memory(config).values()) + LIBRARIES
+    fit = int(psutil.virtual_memory().available * MEMORY_SHARE / each)
     return max(1, min(2 * cores // config.rollout.threads, MOST_COMPETITORS, fit))
 
 

@@ -28,7 +28,11 @@ Found = dict[str, Any]
 
 @contextmanager
 def trial(
-    rewards: Mapping[str, RewardConfig], pictures: Sequence[Picture], limit_s: float, measured: bool = False
+    rewards: Mapping[str, RewardConfig],
+    pictures: Sequence[Picture],
+    limit_s: float,
+    measured: bool = False,
+    sized: bool = False,
 ) -> Iterator[Callable[[], dict[str, Found]]]:
     """Starts to build the rewards and to score the images with each.
 
@@ -38,6 +42,7 @@ def trial(
         rewards: by key.
         pictures: to score.
         limit_s: time limit for each reward, in seconds.
+        sized: the results are those of `sizes` in place of `probe`'s.
         measured: see `probe`; rewards with `device: cuda` are then tried without a GPU too.
 
     Raises:
@@ -45,7 +50,7 @@ def trial(
     """
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe(duplex=False)
-    process = spawning.Process(target=_try, args=(there, dict(rewards), list(pictures), measured))
+    process = spawning.Process(target=_try, args=(there, dict(rewards), list(pictures), measured, sized))
     with children_ignore_interrupts():
         process.start()
     there.close()  # the end of the process is the end of the pipe
@@ -60,12 +65,9 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
     """Builds a reward; returns its `scores` [N] of the images, and True as `group` if it compares groups.
 
     For such a reward all images are one group, with the first one's prompt. If `measured`, the result also has scores
-    with other images' prompts (`other`), `same` (True if a repetition gave the same bits), times and memory: of the
-    process, and in bytes of the model's tensors (`weights`) and of those that scoring makes (`scoring`, their peak).
+    with other images' prompts (`other`), `same` (True if a repetition gave the same bits), times and memory.
     """
     import torch
-
-    from g2rpo_ray.allocations import held_bytes, peak_bytes
 
     set_up_torch(True, config.threads)
     started = time.perf_counter()
@@ -80,8 +82,6 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
     begun = time.perf_counter()
     again = _scores(reward, config, pictures, prompted)
     seconds = time.perf_counter() - begun
-    weights = held_bytes()
-    scoring = peak_bytes(lambda: _scores(reward, config, pictures[: config.batch_size], prompted))
     other = first if together else _scores(reward, config, pictures, [*prompted[1:], prompted[0]])
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     return found | {
@@ -89,11 +89,18 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
         "same": first.tobytes() == again.tobytes(),
         "load_s": load_s,
         "per_s": len(pictures) / seconds,
-        "weights": weights,
-        "scoring": scoring,
         "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "gpu_gib": on_gpu / 2**30 if on_gpu else None,
     }
+
+
+def sizes(config: RewardConfig, pictures: Sequence[Picture]) -> Found:
+    """Bytes of a reward's tensors: the model's (`weights`), and the peak of those that scoring makes (`scoring`)."""
+    from g2rpo_ray.allocations import held_bytes, peak_bytes
+
+    set_up_torch(True, config.threads)
+    reward = open_reward(config)
+    return {"weights": held_bytes(), "scoring": peak_bytes(lambda: _scores(reward, config, pictures, pictures))}
 
 
 def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Found:
@@ -110,7 +117,13 @@ def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Foun
     return found
 
 
-def _try(answers: Connection, rewards: Mapping[str, RewardConfig], pictures: Sequence[Picture], measured: bool) -> None:
+def _try(
+    answers: Connection,
+    rewards: Mapping[str, RewardConfig],
+    pictures: Sequence[Picture],
+    measured: bool,
+    sized: bool,
+) -> None:
     """Sends the result of each reward, or the error as `wrong`."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -118,7 +131,8 @@ def _try(answers: Connection, rewards: Mapping[str, RewardConfig], pictures: Seq
     for config in rewards.values():
         try:
             reason = _untried(config, measured)
-            answers.send({"untried": reason} if reason else probe(config, pictures, measured))
+            found = sizes(config, pictures) if sized else None
+            answers.send(found or ({"untried": reason} if reason else probe(config, pictures, measured)))
         except (Exception, SystemExit) as error:
             reason = one_line(error, 400)
             answers.send({"wrong": reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"})

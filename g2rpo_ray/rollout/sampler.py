@@ -57,7 +57,7 @@ class Sampler:
             self.completing = _completing(config, self._device, alone=False)
             self.completing.low_noise = self._model.low_noise
         self._sigmas = sigma_grid(config.sampler, self._model)
-        self._decoder = Decoder(config, self._model)
+        self._decoder = Decoder(config, self._model, self._device)
         self.evaluations = 0
         """Velocity evaluations since the start, counted per latent."""
 

@@ -171,6 +171,18 @@ def test_an_actor_of_their_own_gives_the_bits_of_one_that_computes_all():
             assert np.array_equal(images, others)
 
 
+def test_their_actors_may_have_no_gpu_where_rollout_actors_have_one():
+    mixed = config_of(*APART, "rollout.resources={GPU: 1}")
+    assert (mixed.rollout.device, mixed.rollout.completions.device) == ("cuda", "cpu")
+    (embedding,) = FlowModel.load(mixed.model, "cpu", text_encoders=True).encode(["a red circle"])
+    unit, tree = TrunkUnit(0, 0, "a red circle"), prompt_tree(mixed, 0, 0, "a red circle")
+    on_cpu, completing = Sampler(config_of(*APART)), Sampler(mixed, units="completions")
+    trunk, _ = on_cpu.trunk(unit, embedding)
+    for branch in branch_units(mixed, tree, unit):
+        (_, images), (_, others) = (sampler.branch(branch, embedding, trunk) for sampler in (on_cpu, completing))
+        assert np.array_equal(images, others)
+
+
 def test_a_micro_batch_of_their_own_changes_no_log_probability():
     found = []
     for batch in (1, 3):
