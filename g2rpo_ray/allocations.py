@@ -1,47 +1,114 @@
-"""Counts the bytes of tensors: those that exist, and the peak of those that a computation makes."""
+"""Counts the bytes of tensors: those that exist, and the peak of those that a computation makes, also without data."""
 
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.fx.experimental._config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from g2rpo_ray.without_data import META
+
+
+def tensor_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
 
 def held_bytes() -> int:
-    """Bytes of all tensors that this process holds; tensors that share memory count once."""
+    """Bytes of all tensors on the meta device that this process holds; tensors that share memory count once."""
     gc.collect()
-    held = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
+    held = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found.is_meta]
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
     return sum(storages.values())
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Peak of the bytes that `run` allocates."""
-    with _Allocations() as allocations:
+def peak_bytes(run: Callable[[], Any], device: str = META) -> int:
+    """Peak of the bytes that `run` allocates on a device."""
+    with Allocations("all", device) as allocations:
         run()
-    return allocations.peak
+    return allocations.peaks["all"]
 
 
-class _Allocations(TorchDispatchMode):
-    def __init__(self) -> None:
+class Allocations(TorchDispatchMode):
+    """While it is active, counts the bytes that are allocated on a device, by category.
+
+    On the meta device attention is one fused kernel, which keeps no scores, as on a GPU.
+    """
+
+    def __init__(self, category: str, device: str = META) -> None:
+        """`category`: of all that has no category of its own."""
         super().__init__()
-        self.live = self.peak = 0
+        self.peaks = {category: 0}
+        """Largest bytes at any time, by category."""
+        self._live = {category: 0}
+        self._category, self._device = category, device
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
+        self._attention = fused if device == META else nullcontext()
+
+    def __enter__(self) -> "Allocations":
+        self._attention.__enter__()
+        entered: Allocations = super().__enter__()
+        return entered
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._attention.__exit__(*raised)
+
+    def apart(self, category: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The function `run`, with a category of its own for what it allocates."""
+        self.peaks[category] = self._live[category] = 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before, self._category = self._category, category
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._category = before
+
+        return counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor))
         self._known.update(tensor.untyped_storage() for tensor in given)  # weights: not allocated here
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
-                self._known.add(storage)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, storage.nbytes())
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device:
+                self._count(tensor.untyped_storage())
         return result
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        category, size = self._category, storage.nbytes()
+        self._live[category] += size
+        self.peaks[category] = max(self.peaks[category], self._live[category])
+        weakref.finalize(storage, self._free, category, size)
+
+    def _free(self, category: str, size: int) -> None:
+        self._live[category] -= size
+
+
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Attention with the memory of a GPU's fused kernel; on meta torch would use another."""
+    result: torch.Tensor = _Attention.apply(query, key, value)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        result = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])

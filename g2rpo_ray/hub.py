@@ -2,15 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from g2rpo_ray.config import Config, RewardConfig
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.paths import resolve
 from g2rpo_ray.rewards.files import is_hub_file, is_hub_id
-from g2rpo_ray.rewards.options import FILE_OPTIONS, FOLDER_OPTIONS, SERVER_OPTIONS, WITHOUT_WEIGHTS, option_defaults
+from g2rpo_ray.rewards.options import (
+    FILE_OPTIONS,
+    FOLDER_OPTIONS,
+    SERVER_OPTIONS,
+    WITHOUT_WEIGHTS,
+    check_reward,
+    option_defaults,
+)
 from g2rpo_ray.rewards.registry import KINDS
 
+NETWORK = "transformer/config.json"
 SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations, tokenizers
 
 
@@ -38,19 +47,33 @@ class HubFiles:
                 "gated models; or run `g2rpo fetch` with the same HF_HOME where the hub can be reached"
             ) from None
 
-    def _fetch(self) -> Path:
+    def cached(self) -> Path | None:
+        """The path in the cache if an earlier download is there; of a pipeline, if its configurations are."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.is_pipeline:
+            found = try_to_load_from_cache(self.name, NETWORK, revision=self.revision)
+            return Path(found).parents[1] if isinstance(found, str) else None
+        try:
+            path = self._fetch(local_files_only=True)
+        except (OSError, ValueError):  # the hub client's are both
+            return None
+        weights = path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+        return path if weights or not self.weights else None
+
+    def _fetch(self, local_files_only: bool = False) -> Path:
         from huggingface_hub import hf_hub_download, snapshot_download
 
         if is_hub_file(self.name):
-            return Path(hf_hub_download(*self.name.split(":", 1)))
+            return Path(hf_hub_download(*self.name.split(":", 1), local_files_only=local_files_only))
         if self.is_pipeline:
             from diffusers import DiffusionPipeline
 
             return Path(DiffusionPipeline.download(self.name, revision=self.revision))  # its components, in one format
-        patterns = [*SMALL_FILES, *(["*.safetensors"] if self.weights else [])]
-        found = Path(snapshot_download(self.name, allow_patterns=patterns))
+        get = partial(snapshot_download, self.name, local_files_only=local_files_only)
+        found = Path(get(allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if self.weights else [])]))
         if self.weights and not any(found.glob("*.safetensors")):
-            snapshot_download(self.name, allow_patterns=["*.bin"])
+            get(allow_patterns=["*.bin"])
         return found
 
 
@@ -60,6 +83,13 @@ def model_files(config: Config) -> list[HubFiles]:
     if config.model.is_local or not is_hub_id(path):
         return []
     return [HubFiles("model.path", path, config.model.revision, is_pipeline=True)]
+
+
+def unchecked_files(key: str, reward: RewardConfig) -> list[str]:
+    """A line for each file or server of a reward that is not on this machine; raises as `check_reward`."""
+    lines = check_reward(key, reward)
+    here = [f"{files.key}: " for files in (reward_files(key, reward) if lines else ()) if files.cached()]
+    return [line for line in lines if not line.startswith(tuple(here))]
 
 
 def reward_files(key: str, reward: RewardConfig) -> list[HubFiles]:

@@ -123,11 +123,11 @@ def check_models(config: Config) -> list[str]:
     Raises:
         ValueError: one line with the key, the given value and the expected one.
     """
-    from g2rpo_ray.rewards import check_reward
+    from g2rpo_ray.hub import unchecked_files
 
     unchecked = check_model(config)
     for key, reward in config.rewards_by_key.items():
-        unchecked += check_reward(key, reward)
+        unchecked += unchecked_files(key, reward)
     return unchecked
 
 

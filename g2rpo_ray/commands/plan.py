@@ -103,7 +103,7 @@ def _devices(config: Config) -> list[str]:
     """The largest micro-batches on devices of common sizes."""
     if (shaped := with_shapes(config)) is None:
         return []
-    from g2rpo_ray.models.estimate import fits
+    from g2rpo_ray.rehearsal.full_size import fits
 
     lines = []
     for fit in fits(shaped):

@@ -164,9 +164,7 @@ class FlowModel:
             torch.set_default_dtype(default)
         for part in filter(None, (model.transformer, model.low_noise, model._pipeline.vae)):
             torch.nn.Module.to(part, model._dtype).requires_grad_(False).eval()  # diffusers' own warns
-        if device == "meta":
-            model._read_no_data()
-        elif config.attention_backend is not None:
+        if device != "meta" and config.attention_backend is not None:
             for network in filter(None, (model.transformer, model.low_noise)):
                 set_attention_backend(network, config.attention_backend)
         return model
@@ -265,9 +263,14 @@ class FlowModel:
         return Conditioning(self._arguments_of(embeddings), self._arguments_of(away))
 
     def random_embedding(self, prompt: str, generator: torch.Generator) -> PromptEmbedding:
-        """Noise of the shape and dtype of the longest prompt's embedding, for measurements."""
-        shapes = self.stored_shapes().items()
-        drawn = {name: torch.randn(shape, generator=generator, device="cpu").to(self._dtype) for name, shape in shapes}
+        """Noise of the shape and dtype of the longest prompt's embedding, for measurements; a mask has no padding."""
+
+        def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+            if name.endswith("_mask"):
+                return torch.ones(shape, dtype=torch.bool, device="cpu")
+            return torch.randn(shape, generator=generator, device="cpu").to(self._dtype)
+
+        drawn = {name: draw(name, shape) for name, shape in self.stored_shapes().items()}
         return PromptEmbedding(prompt, {name: StoredTensor.of(tensor) for name, tensor in drawn.items()})
 
     def _arguments_of(self, embeddings: Sequence[PromptEmbedding]) -> dict[str, Any]:
@@ -382,9 +385,6 @@ class FlowModel:
     def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
         """Classifier-free guidance from the velocities of prompt and negative prompt, at noise levels [N]."""
         return unguided + self.guidance_scale * (v - unguided)
-
-    def _read_no_data(self) -> None:
-        """Replaces code that reads data of arguments, which the meta device does not have."""
 
     def _guides(self) -> bool:
         """True if the pipeline has classifier-free guidance."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 
@@ -26,12 +25,6 @@ class Model(FlowModel):
 
     def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
         return -super()._predict(x, 1 - sigma, text)
-
-    def _read_no_data(self) -> None:
-        def lengths(_: Any, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return given[0], torch.ones(given[1].shape, dtype=torch.int64, device="cpu")
-
-        self.transformer.rope_embedder.register_forward_pre_hook(lengths)
 
     def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
         guided = super()._guide(v, unguided, sigma)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import diffusers
@@ -161,20 +160,6 @@ class Model(EditingModel, qwen_image.Model):
         )[0]  # fmt: skip
         return output[:, -x.shape[1] :].float()
 
-    def _read_no_data(self) -> None:
-        def mask_on_host(_: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            slots = sum(map(prod, named["img_shapes"][0])) // SLOT
-            mask = torch.zeros(named["img_mask"].shape, dtype=torch.bool, device="cpu")
-            mask[:, -slots:] = True
-            return given, named | {"img_mask": mask}
-
-        def on_meta(_: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return tuple(map(_without_data, given)), {name: _without_data(value) for name, value in named.items()}
-
-        self.transformer.register_forward_pre_hook(mask_on_host, with_kwargs=True)
-        for module in (*self.transformer.transformer_blocks, self.transformer.norm_out):
-            module.register_forward_pre_hook(on_meta, with_kwargs=True)
-
     def _guide(self, v: Tensor, unguided: Tensor, sigma: Tensor) -> Tensor:
         return FlowModel._guide(self, v, unguided, sigma)
 
@@ -187,7 +172,3 @@ def _runs(mask: Tensor) -> list[tuple[int, int]]:
     """Where it is true: first places, and those behind the last ones."""
     ends = torch.diff(mask.int(), prepend=mask.new_zeros(1).int(), append=mask.new_zeros(1).int()).nonzero().flatten()
     return list(zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True))
-
-
-def _without_data(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value

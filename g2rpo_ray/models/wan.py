@@ -24,7 +24,6 @@ class Model(VideoVae, FlowModel):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._by_level = True
         self.low_noise = self._pipeline.transformer_2
         second = self._config.guidance_scale_2
         self._low_scale = self.guidance_scale if second is None else second
@@ -63,7 +62,7 @@ class Model(VideoVae, FlowModel):
         return unguided + scale.view(-1, *[1] * (v.ndim - 1)) * (v - unguided)
 
     def _predict(self, x: Tensor, sigma: Tensor, text: Mapping[str, Any]) -> Tensor:
-        if self.low_noise is None or not self._by_level:
+        if self.low_noise is None:
             return self._of_one(self.transformer, x, sigma, text)
         high, v = self._is_high(sigma), torch.empty_like(x)
         for rows, each in ((high, self.transformer), (~high, self.low_noise)):
@@ -77,9 +76,6 @@ class Model(VideoVae, FlowModel):
             _, tall, wide = self.network["patch_size"]
             time = time[:, None].expand(-1, x.shape[2] * (self.rows // tall) * (self.columns // wide))
         return self._output_of(network, x, time, text)
-
-    def _read_no_data(self) -> None:
-        self._by_level = False  # both networks have the same shape
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)

@@ -21,8 +21,9 @@ import torch
 from g2rpo_ray.config import Config, ModelConfig, with_settings
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.models import FlowModel, lora_parameters, manifest_of, verify
-from g2rpo_ray.models.estimate import LIBRARIES, learner_memory, one_velocity, operations, rollout_memory
+from g2rpo_ray.models.estimate import LIBRARIES, one_velocity, operations, rollout_memory
 from g2rpo_ray.numerics import set_up_torch
+from g2rpo_ray.rehearsal.full_size import learner_memory
 from g2rpo_ray.rehearsal.times import Times, pieces, total
 from g2rpo_ray.rewards import serving
 from g2rpo_ray.rewards.pictures import Picture

@@ -8,6 +8,7 @@ import numpy as np
 
 from g2rpo_ray.config import Config, ModelConfig
 from g2rpo_ray.data import Prompts
+from g2rpo_ray.hub import unchecked_files
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.preflight import (
     check_adapters,
@@ -22,7 +23,7 @@ from g2rpo_ray.preflight import (
 )
 from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.published import with_shapes
-from g2rpo_ray.rewards import check_reward, serving
+from g2rpo_ray.rewards import serving
 from g2rpo_ray.rewards.pictures import Picture
 from g2rpo_ray.rewards.trial import trial
 
@@ -72,7 +73,8 @@ def look(config: Config) -> Findings:
 
 def look_at_memory(config: Config, found: Findings, fleet: Fleet) -> list[str]:
     """Lines about the memory of each kind of actor at full size; adds a problem if the device has less."""
-    from g2rpo_ray.models.estimate import LIBRARIES, full_size
+    from g2rpo_ray.models.estimate import LIBRARIES
+    from g2rpo_ray.rehearsal.full_size import full_size
 
     shaped, lines = found.shaped, []
     sizes = None if shaped is None else found.attempt(lambda: full_size(shaped))
@@ -91,8 +93,6 @@ def look_at_memory(config: Config, found: Findings, fleet: Fleet) -> list[str]:
 def _servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]]:
     """Bytes on its device of each reward server with a GPU, whose model is on this machine: of its `weights`, and the
     peak of `scoring` a batch of images of noise."""
-    import torch
-
     sizes: dict[str, dict[str, int]] = {}
     first = serving(config.all_rewards)
     for key, reward in config.rewards_by_key.items():
@@ -100,11 +100,10 @@ def _servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]
         if reward.device != "cuda" or first[name] != name or key in found.untried or found.prompts is None:
             continue
         pictures = _noise(config.model, found.prompts, reward.batch_size)
-        here = reward.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
         try:
-            with trial({key: here}, pictures, config.startup_timeout_s, sized=True) as tried:
+            with trial({key: reward}, pictures, config.startup_timeout_s, sized=True) as tried:
                 sizes[f"server of {key}"] = tried()[key]
-        except ValueError as error:  # on a CPU a large model may take too long: no problem of the run
+        except ValueError as error:  # such as a user's own that reads its tensors: no problem of the run
             found.unchecked.append(f"memory of {one_line(error)}")
     return sizes
 
@@ -119,7 +118,7 @@ def _noise(model: ModelConfig, prompts: Prompts, number: int) -> list[Picture]:
 def _look_at_reward(config: Config, key: str, found: Findings) -> None:
     reward, records = config.rewards_by_key[key], found.prompts.records if found.prompts else {}
     wrong = len(found.problems)
-    absent = found.attempt(lambda: check_reward(key, reward)) or []
+    absent = found.attempt(lambda: unchecked_files(key, reward)) or []
     found.unchecked += absent
     found.attempt(lambda: check_prompts_of(key, reward, records))
     reasons = [*found.problems[wrong:], *absent]

@@ -95,12 +95,23 @@ def probe(config: RewardConfig, pictures: Sequence[Picture], measured: bool = Tr
 
 
 def sizes(config: RewardConfig, pictures: Sequence[Picture]) -> Found:
-    """Bytes of a reward's tensors: the model's (`weights`), and the peak of those that scoring makes (`scoring`)."""
+    """Bytes of a reward's tensors on its device: the model's (`weights`), and the peak of those that scoring makes
+    (`scoring`). The model is read, but the images are scored without data.
+
+    Raises:
+        ValueError: one line; the reward cannot be built, or its code needs data.
+    """
     from g2rpo_ray.allocations import held_bytes, peak_bytes
+    from g2rpo_ray.without_data import META, without_data
 
     set_up_torch(True, config.threads)
-    reward = open_reward(config)
-    return {"weights": held_bytes(), "scoring": peak_bytes(lambda: _scores(reward, config, pictures, pictures))}
+    with without_data():
+        reward = open_reward(config.model_copy(update={"device": META}))
+        try:
+            scoring = peak_bytes(lambda: _scores(reward, config, pictures, pictures))
+        except (RuntimeError, TypeError, IndexError, KeyError) as error:
+            raise ValueError(f"fails at full size without data: {one_line(error, 300)}") from None
+        return {"weights": held_bytes(), "scoring": scoring}
 
 
 def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Found:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from g2rpo_ray.allocations import peak_bytes
 from g2rpo_ray.config import Config, LoraConfig, load_config
 from g2rpo_ray.learner.batch import BatchShape, RankMetrics, micro_batches, spread
 from g2rpo_ray.learner.copies import Copies
@@ -26,6 +27,7 @@ from g2rpo_ray.rollout.plan import branch_units, prompt_tree
 from g2rpo_ray.rollout.sampler import Sampler
 from g2rpo_ray.rollout.sigmas import sigma_grid
 from g2rpo_ray.types import PromptEmbedding, PromptRollout, SampleUnit, TrunkUnit
+from g2rpo_ray.without_data import without_data
 from g2rpo_ray.worlds.quickstart import PREFERENCE_ARCHITECTURE, PREFERENCE_CHECKPOINT
 from tests.support.emulated_device import CUDA, EmulatedGpu
 from tests.support.geneval_files import IMAGES as PHOTOS
@@ -414,10 +416,23 @@ def reward(
     return score
 
 
-@pytest.mark.parametrize("kind", ["hpsv2", *LOADED, "hpsv3", "videoalign", "mask2former", "owl", "dino"])
+REWARDS = ["hpsv2", *LOADED, "hpsv3", "videoalign", "mask2former", "owl", "dino"]
+
+
+@pytest.mark.parametrize("kind", REWARDS)
 def test_scores_of_rewards_are_the_cpus(kind: str, reward: Callable[..., np.ndarray]) -> None:
     expected = reward(kind, device="cpu", dtype="bfloat16")
     with EmulatedGpu() as gpu:
         found = reward(kind, device="cuda", dtype="bfloat16")
     assert_same([found], [expected])
     assert gpu.to_device.total() > 10
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards_run_without_data(kind: str, reward: Callable[..., np.ndarray]) -> None:
+    def bytes_of(device: str) -> int:
+        return peak_bytes(lambda: reward(kind, device=device, dtype="bfloat16"), device)
+
+    with without_data():
+        found = bytes_of("meta")
+    assert 0.1 < found / bytes_of("cpu") < 3  # images are prepared on the CPU

@@ -115,3 +115,19 @@ def test_what_cannot_be_fetched_is_one_line(repos, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: model.path: cannot download tiny/none (")
     assert "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_fetched_is_rehearsed_and_its_memory_known(repos, tmp_path):
+    sets = ["model.path=tiny/pipeline", "rewards.preference.options.checkpoint=tiny/hps:HPS.pt",
+            "rewards.preference.resources={GPU: 1}"]  # fmt: skip
+    arguments = [part for one in sets for part in ("--set", one)]
+    rehearsal = ["-m", "g2rpo_ray.rehearse", *arguments, "--local", "--devices", "h100:8", "--output"]
+    before = call(tmp_path / "home", "", *rehearsal, str(tmp_path / "before"))
+    assert "rehearsed:     no; a twin needs" in before.stdout
+    with serve_hub(repos) as hub:
+        assert call(tmp_path / "home", hub, "-m", "g2rpo_ray.fetch", *arguments).returncode == 0
+    after = call(tmp_path / "home", "", *rehearsal, str(tmp_path / "after"))
+    assert after.returncode == 0, after.stdout + after.stderr
+    assert "full size:     rollout actor: " in after.stdout
+    assert "full size:     server of rewards.preference: " in after.stdout
+    assert "stand-in:" not in after.stdout

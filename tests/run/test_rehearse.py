@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 
 from g2rpo_ray.commands.rehearse import main, rehearse
 from g2rpo_ray.config import load_config, with_settings
-from g2rpo_ray.models.estimate import encoder_memory
 from g2rpo_ray.models.flux import Model
 from g2rpo_ray.paths import resolve
 from g2rpo_ray.rehearsal.devices import Device, Fleet
 from g2rpo_ray.rehearsal.findings import Findings, look, look_at_memory
+from g2rpo_ray.rehearsal.full_size import encoder_memory
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.small import small
 from g2rpo_ray.rehearsal.twin import write_twin

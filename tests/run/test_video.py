@@ -156,7 +156,7 @@ def test_memory_counts_both_networks() -> None:
     )
     network = sum(p.numel() * p.element_size() for p in FlowModel.skeleton(settings("wan")).transformer.parameters())
     assert two["weights"] - one["weights"] == network
-    assert two["velocity"] == one["velocity"]
+    assert one["velocity"] < two["velocity"] < 1.3 * one["velocity"]  # rows of each network are copied
 
 
 def test_memory_and_the_object_store_count_all_frames() -> None:

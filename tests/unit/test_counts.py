@@ -264,7 +264,7 @@ def test_memory_is_estimated_without_weights(model):
         del a
         return b + 1
 
-    assert peak_bytes(run) == 2 * 4000
+    assert peak_bytes(run, "cpu") == 2 * 4000
     config = load_config()
     transformer = FlowModel.load(config.model, "cpu", transformer=True).transformer
     base = sum(p.numel() for p in transformer.parameters()) + sum(

@@ -20,7 +20,7 @@ from g2rpo_ray.config import load_config
 from g2rpo_ray.learner.batch import BatchShape
 from g2rpo_ray.methods import method_names
 from g2rpo_ray.models import lora_shapes
-from g2rpo_ray.models.estimate import learner_memory
+from g2rpo_ray.rehearsal.full_size import learner_memory
 from g2rpo_ray.rollout.cost import learner_states, object_store_bytes, update_cost
 from g2rpo_ray.rollout.plan import (
     branch_part,
