@@ -23,13 +23,14 @@ from g2rpo_ray.rollout.metrics import rollout_metrics
 from g2rpo_ray.runs.audit import audit_line
 from g2rpo_ray.runs.checkpoint import (
     Checkpoint,
+    best_checkpoint,
     find_checkpoint,
     finish_checkpoint,
     is_evaluated,
     judge_checkpoint,
     new_checkpoint,
 )
-from g2rpo_ray.runs.journal import Journal, is_finished, summarize
+from g2rpo_ray.runs.journal import Journal, has_declined, is_finished, summarize
 from g2rpo_ray.runs.lease import Lease
 from g2rpo_ray.runs.storage import Folder
 from g2rpo_ray.runs.tracking import Sink
@@ -105,6 +106,8 @@ class Session:
             self._journal.say("sampling and scoring the held-out prompts")
             await self._judge()
             await asyncio.to_thread(write_report, self._here, self._run)
+        if self.done > self._journal.first and not await self._is_unjudged():
+            await self._answer_decline()  # if the evaluation of the checkpoint was interrupted
         self._journal.start_clock()
         while self.done < last and not self._interrupt and not self._journal.stopped_by:
             yield self.done
@@ -136,9 +139,11 @@ class Session:
         Raises:
             LearnerLost: its node is being drained; its work is saved.
         """
-        self.done, system = done, self._system
+        self.done, system, lora = done, self._system, self._weights.manifest.checksum
         judged = self._due(self._config.evaluation.every)
         evaluated, score = await self._evaluate(update.metrics["lora/distance"]) if judged else (False, None)
+        if evaluated and await self._answer_decline():
+            score = None  # the checkpoint has another policy than the evaluated one
         decision = self._budget.learn(done - 1, update.alignment)
         if decision:
             self._journal.say(decision_in_words(self._config, decision))
@@ -146,7 +151,7 @@ class Session:
         metrics = {**rollout_metrics(rollout, self._config), **update.metrics, **chosen}
         units = {report.unit: report.digests for report in sorted(rollout.reports, key=lambda report: report.unit)}
         audit = audit_line(rollout.weights, units, list(self._config.rewards), rollout.prompts)
-        audit |= {"lora": self._weights.manifest.checksum, "code": code_version()}
+        audit |= {"lora": lora, "code": code_version()}
         self._journal.iteration(done, metrics, system.counts(), system.take_spans(), audit)
         if judged and done < self._config.iterations:
             await asyncio.to_thread(write_report, self._here, self._run)
@@ -234,6 +239,32 @@ class Session:
         if samples is None or (averaged and ema is None):
             return False, None
         return True, self._journal.heldout(self.done, samples, distance, ema)
+
+    async def _answer_decline(self) -> bool:
+        """Do what `evaluation.on_decline` says about the evaluation just made. True if the learner is another one.
+
+        After finer completions, the next decline is one from that evaluation on: the policy needs time to recover.
+        """
+        every, answer = self._config.evaluation.every, self._config.evaluation.on_decline
+        answered = self._budget.declines
+        if answer == "continue" or self.done in answered or self.done == self._config.iterations:
+            return False
+        if not every or self.done % every:  # an evaluation at the end of a run that was extended later
+            return False
+        since = answered[-1] if answered and answer == "finer" else 0
+        if self._journal.stopped_by or not has_declined(self._config, self._here, self.done, since):
+            return False
+        stride = self._budget.decline(self.done)
+        if stride is None:
+            self._journal.say("the trained rewards fell; completions are as fine as they can be, and the run goes on")
+            return False
+        best = best_checkpoint(self._run) if answer == "rewind" else None
+        learner = f" and the learner of iteration {best.iteration}" if best else ""
+        self._journal.say(f"the trained rewards fell; the run goes on with stride {stride}{learner}")
+        if best:
+            await self._system.start_learner(best)
+            await self.publish(self.done)
+        return best is not None
 
     async def _samples(self, kind: str) -> Samples:
         """Held-out samples of the trained LoRA, or of its average."""

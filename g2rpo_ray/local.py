@@ -96,7 +96,8 @@ class LocalRun:
         from g2rpo_ray.rollout.sampler import Sampler
 
         self.config, self.prompts = config, read_run_prompts(config)
-        self._budget = Budget(config, checkpoint.budget if checkpoint else None)
+        self.budget = Budget(config, checkpoint.budget if checkpoint else None)
+        """The choices of the run. It makes no evaluations by itself, so `evaluation.on_decline` has no effect."""
         self._on_progress = on_progress
         if embeddings is None:
             per_iteration = config.data.prompts_per_iteration
@@ -148,7 +149,7 @@ class LocalRun:
         self.sampler.load_weights(self.weights)
         per_iteration = self.config.data.prompts_per_iteration
         drawn = iteration_prompts(self.prompts.train, per_iteration, self.config.seed, iteration)
-        choice = self._budget.choice(iteration)
+        choice = self.budget.choice(iteration)
         return [self._prompt(TrunkUnit(iteration, slot, prompt, choice)) for slot, prompt in enumerate(drawn)]
 
     def update(self, iteration: int, rollouts: Sequence[PromptRollout]) -> dict[str, float]:
@@ -163,7 +164,7 @@ class LocalRun:
         _set_threads(self.config.learner.threads)
         batch = BatchShape.of(shards, self.config.learner, on_policy=not self._staleness(iteration))
         updated = self.engine.update(shards[0], batch)
-        chosen = self._budget.metrics(iteration, self._budget.learn(iteration, updated.alignment))
+        chosen = self.budget.metrics(iteration, self.budget.learn(iteration, updated.alignment))
         return {**reduce_metrics([updated]), **reward_metrics(rollouts, self.config), **chosen}
 
     def _staleness(self, iteration: int) -> int:
@@ -180,7 +181,7 @@ class LocalRun:
         last = False
         while not last:
             metrics, done = self.step(done), done + 1
-            following = iteration_cost(self.config, train, done, self._budget.choice(done))
+            following = iteration_cost(self.config, train, done, self.budget.choice(done))
             last = done == self.config.iterations or self.cost + following > budget
             due = last or self.cost >= look * budget / looks
             look = int(self.cost * looks / budget) + 1

@@ -35,6 +35,7 @@ def describe_plan(config: Config) -> str:
             f"{'no' if sampler.kernel == 'ode' else sampler.stochastic_edges} stochastic edges, "
             f"granularities {strides}",
             *_auto(config),
+            *_declines(config),
             f"a prompt:      {about}{mean.evaluations:g} velocity evaluations, {mean.images:g} images to score, "
             f"{mean.states:g} learner states" + (", with guidance counted twice" if cost > 1 else ""),
             f"an iteration:  {prompts} prompts, {prompts} trunk units, {prompts * len(units)} branch units of "
@@ -78,6 +79,23 @@ def _auto(config: Config) -> list[str]:
     return [
         f"auto:          {least:g} to {most:g} evaluations per prompt, {probe:g} per probe; {prompts} probes every "
         f"{auto.every} iterations; the run: {low:g} to {high:g}. Below: the costliest choice, without probes"
+    ]
+
+
+def _declines(config: Config) -> list[str]:
+    """What a prompt costs after declines, by `evaluation.on_decline`."""
+    answer, sampler = config.evaluation.on_decline, config.sampler
+    if answer == "continue":
+        return []
+    costs = []
+    stride = sampler.all_strides[0] // 2
+    while stride:
+        trees = possible_trees(config, Choice((stride,), sampler.all_branch_steps))
+        costs.append(f"λ={stride} {config.velocity_cost * sum(tree.evaluations for tree in trees) / len(trees):g}")
+        stride //= 2
+    return [
+        f"on_decline:    {answer}: each decline halves the stride, for evaluations per prompt of {', '.join(costs)}. "
+        "Below: without a decline"
     ]
 
 

@@ -83,6 +83,24 @@ def _nearest(folder: Folder, done: int) -> "Checkpoint | None":
     return read_checkpoint(Folder(origin["checkpoint"])) if origin else None
 
 
+def _declines(folder: Folder, config: "Config", first: int, last: int) -> list[int]:
+    """The iterations before `last` after which completions became finer: see `evaluation.on_decline`.
+
+    Raises:
+        ValueError: one line; between `first` and `last` the run went back to another learner.
+    """
+    from g2rpo_ray.runs.checkpoint import find_checkpoint
+
+    newest = None if config.evaluation.on_decline == "continue" else find_checkpoint(folder)
+    declines = [done for done in ((newest and newest.budget) or {}).get("declines", []) if done < last]
+    if declines and declines[-1] > first and config.evaluation.on_decline == "rewind":
+        raise ValueError(
+            f"--iteration: {last} given; after iteration {declines[-1]} the run went back to its best checkpoint, and "
+            "its checkpoint of that iteration is deleted; give an iteration up to that one, or after a later checkpoint"
+        )
+    return declines
+
+
 def _check_settings(folder: Folder, config: "Config") -> None:
     """Raises ValueError, in one line, if settings or prompts are not those of the run's checkpoints."""
     from g2rpo_ray.config.resume import changes_in_words, differences, settings
@@ -118,7 +136,9 @@ def _replay(
     from g2rpo_ray.runs.audit import audit_line, first_difference, take_scores
 
     first = checkpoint.iteration if checkpoint else 0
+    declines = _declines(folder, config, first, last)
     run, asked = _local(folder, config, checkpoint, range(first, last))
+    run.budget.declines = declines
     rewards, whole = list(config.rewards), config.learner.ranks == 1
     for iteration in range(first, last):
         rollouts, line = run.rollout(iteration), lines.get(iteration + 1)

@@ -42,6 +42,8 @@ def settings(
     values = config.model_dump(mode="json")
     if config.learner.lr_schedule != "constant":
         values["learner"]["lr_iterations"] = config.learner.lr_iterations or config.iterations
+    if config.evaluation.on_decline != "continue":
+        values["evaluation"]["answered_every"] = config.evaluation.every  # else it changes no bit
     for key, prompts in (("train_prompts", train), ("heldout_prompts", heldout)):
         suffixes = (
             f"\0{json.dumps(metadata[prompt], sort_keys=True, default=str)}" if prompt in metadata else ""

@@ -176,7 +176,7 @@ class SamplerConfig(Section):
 
     def decided(self, choice: Choice | None, probing: bool = False) -> "SamplerConfig":
         """The settings of a prompt, without `auto`. A probe trains the same steps as other prompts."""
-        if not self.is_auto:
+        if not self.is_auto and choice is None:
             return self
         choice = choice or self.cheapest
         if not probing:

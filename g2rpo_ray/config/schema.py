@@ -232,6 +232,10 @@ class EvaluationConfig(Section):
     stop_on: tuple[PanelName, ...] = ()
     """Numbers of the hacking panel (docs/rewards.md) that end the run with its best checkpoint when they pass their
     limits."""
+    on_decline: Literal["continue", "finer", "rewind"] = "continue"
+    """What follows an evaluation at which the trained rewards are significantly below their best one (`decline` of the
+    hacking panel): a warning only; completions of half of the stride from then on; or also the learner of the best
+    checkpoint. The last two need one stride above 1."""
 
 
 class CheckpointConfig(Section):
@@ -309,7 +313,25 @@ class Config(Section):
         self._check_frames()
         check_learner(self.learner, self.sampler, self.data.prompts_per_iteration, self.iterations)
         check_completions(self.rollout.completions, self.sampler, self.learner)
+        self._check_decline()
         return self
+
+    def _check_decline(self) -> None:
+        """Raises ValueError, in one line, if `evaluation.on_decline` has nothing to make finer."""
+        answer, strides = self.evaluation.on_decline, self.sampler.strides
+        if answer == "continue":
+            return
+        if strides == "auto" or len(strides) != 1 or strides[0] == 1:
+            given = "auto" if strides == "auto" else list(strides)
+            raise ValueError(
+                f"evaluation.on_decline: {answer} given, which makes completions finer, but sampler.strides is "
+                f"{given}; give one stride above 1, such as [8], or continue"
+            )
+        if answer == "rewind" and self.rollout.max_staleness:
+            raise ValueError(
+                "evaluation.on_decline: rewind given, but with rollout.max_staleness the next rollout has begun when "
+                "an evaluation ends; give finer, or set rollout.max_staleness to 0"
+            )
 
     def _check_frames(self) -> None:
         count = self.model.frames

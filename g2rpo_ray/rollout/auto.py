@@ -59,9 +59,10 @@ DECISIONS = TypeAdapter(list[Decision])
 
 
 class Budget:
-    """The choices of a run. The choice of iteration k is based on probes up to iteration k − 1 − max_staleness.
+    """The choices of a run: by `auto`, or finer completions after declines (`evaluation.on_decline`).
 
-    These are finished when its sampling starts, with any number of actors and after a resume.
+    The choice of iteration k is based on probes and evaluations up to iteration k − 1 − max_staleness. These are
+    finished when its sampling starts, with any number of actors and after a resume.
     """
 
     def __init__(self, config: Config, saved: Mapping[str, Any] | None = None) -> None:
@@ -71,17 +72,21 @@ class Budget:
         alike = {"bounds": self._bounds, "rule": RULE}
         known = saved and self._sampler.is_auto and {name: saved.get(name) for name in alike} == alike
         self._decisions = DECISIONS.validate_python(saved["decisions"]) if saved and known else []
+        answered = saved and config.evaluation.on_decline != "continue"
+        self.declines: list[int] = list(saved.get("declines", [])) if saved and answered else []
+        """Numbers of iterations after which a decline made completions finer."""
 
     @property
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, of JSON types."""
         decisions = DECISIONS.dump_python(self._decisions, mode="json")
-        return {"bounds": self._bounds, "rule": RULE, "decisions": decisions}
+        return {"bounds": self._bounds, "rule": RULE, "decisions": decisions, "declines": self.declines}
 
     def choice(self, iteration: int) -> Choice | None:
-        """The choice for an iteration; None without `auto`."""
+        """The choice for an iteration; None if it has all that the settings say."""
         if not self._sampler.is_auto:
-            return None
+            before = [done for done in self.declines if done + self._config.rollout.max_staleness <= iteration]
+            return self._finer(len(before)) if before else None
         made = [decision.choice for decision in self._decisions if decision.since <= iteration]
         return made[-1] if made else self._sampler.cheapest
 
@@ -94,13 +99,24 @@ class Budget:
         self._decisions = [*self._decisions[-2:], decision]  # earlier ones may apply to some further iterations
         return decision
 
+    def decline(self, done: int) -> int | None:
+        """Halves the stride from the next iteration on, after `done` of them. Returns the new one; None if there is no
+        finer one."""
+        if self._finer(len(self.declines)).strides == (1,):
+            return None
+        self.declines.append(done)
+        return self._finer(len(self.declines)).strides[0]
+
+    def _finer(self, declines: int) -> Choice:
+        return Choice((max(1, self._sampler.all_strides[0] >> declines),), self._sampler.all_branch_steps)
+
     def metrics(self, iteration: int, decision: Decision | None) -> dict[str, float]:
         """Metrics `choice/*` of an iteration, and `probe/*` of its decision, if it probed."""
         choice = self.choice(iteration)
         if choice is None:
             return {}
         named: dict[str, float] = {}
-        if self._sampler.strides == "auto":
+        if self._sampler.strides == "auto" or not self._sampler.is_auto:
             named["choice/stride"] = choice.strides[0]
         if self._sampler.branch_steps == "auto":
             named |= {f"choice/step/{s}": float(s in choice.branch_steps) for s in self._sampler.all_branch_steps}

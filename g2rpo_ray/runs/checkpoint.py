@@ -153,6 +153,12 @@ def find_checkpoint(run: Folder, most: int | None = None) -> Checkpoint | None:
     return None
 
 
+def best_checkpoint(run: Folder) -> Checkpoint | None:
+    """The checkpoint with the best held-out scores; None if no policy of a checkpoint has any."""
+    checkpoints = run / "checkpoints"
+    return read_checkpoint(checkpoints / checkpoints.read(BEST).decode().strip()) if checkpoints.exists(BEST) else None
+
+
 def read_checkpoint(folder: Folder) -> Checkpoint:
     """Read and verify the checkpoint in a folder.
 

@@ -22,7 +22,7 @@ from g2rpo_ray.config.schema import PanelName
 from g2rpo_ray.messages import number
 from g2rpo_ray.runs.audit import AUDIT
 from g2rpo_ray.runs.checkpoint import is_evaluated
-from g2rpo_ray.runs.hacking import hacked, panel, tripped
+from g2rpo_ray.runs.hacking import decline, hacked, panel, tripped
 from g2rpo_ray.runs.lease import LeaseLost
 from g2rpo_ray.runs.start import SOURCES, first_iteration, origin_in_words, read_origin
 from g2rpo_ray.runs.storage import Folder, replace_text
@@ -287,6 +287,17 @@ def summarize(config: Config, run: Path, done: int) -> str:
     tables = [before_and_after(comparisons, list(config.rewards))]
     tables += ["Its average (lora_ema/):", before_and_after(averaged, list(config.rewards))] if averaged else []
     return "\n\n".join(tables) + note
+
+
+def has_declined(config: Config, run: Path, done: int, since: int) -> bool:
+    """Whether the trained rewards after `done` iterations are significantly below the best evaluation from `since` on.
+
+    Evaluations at the end of a run that was extended later do not count, for they depend on where it ended.
+    """
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    every, first = config.evaluation.every, first_iteration(Folder(run))
+    regular = [at for at in evaluations_before(run, done) if at >= since and (at == first or at % every == 0)]
+    return decline(_read_scores(run, done), weights, [_read_scores(run, at) for at in regular]) < 0
 
 
 def evaluations_before(run: Path, done: int) -> list[int]:

@@ -286,3 +286,30 @@ def test_the_plan_tells_the_range(method):
         trees = [prompt_tree(config, iteration, slot, "x", choice) for iteration in range(7) for slot in prompts]
         slack = 1.1 if config.sampler.branch_schedule == "draw" else 1  # there the plan has means
         assert low / slack <= sum(tree.evaluations for tree in trees) <= high * slack
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_declines_halve_the_stride_for_what_begins_after_them(staleness):
+    sets = ["sampler.strides=[8]", "sampler.branch_steps=[3, 4]", "evaluation.on_decline=finer"]
+    config = load_config(None, [*sets, f"rollout.max_staleness={staleness}"])
+    budget = Budget(config)
+    assert budget.choice(99) is None
+    assert budget.decline(5) == 4
+    assert budget.choice(4 + staleness) is None
+    assert budget.choice(5 + staleness).strides == (4,)
+    assert prompt_tree(config, 9, 0, "x", budget.choice(9)).strides == (4,)
+    assert sorted({s.branch_step for s in prompt_tree(config, 9, 0, "x", budget.choice(9)).subtrees}) == [3, 4]
+    resumed = Budget(config, json.loads(json.dumps(budget.state)))
+    assert [resumed.decline(done) for done in (7, 8, 9)] == [2, 1, None]
+    assert [resumed.choice(done + staleness).strides[0] for done in (5, 6, 7, 8, 50)] == [4, 4, 2, 1, 1]
+    assert budget.metrics(9, None) == {"choice/stride": 4}
+    otherwise = load_config(None, [*sets[:2], f"rollout.max_staleness={staleness}"])
+    assert Budget(otherwise, budget.state).choice(9) is None  # a run from this checkpoint that asks for nothing
+
+
+@pytest.mark.parametrize("given", ["[1]", "[1, 2]", "auto"])
+def test_an_answer_to_declines_needs_a_stride_to_make_finer(given):
+    with pytest.raises(ValueError, match=r"^evaluation.on_decline: finer given"):
+        load_config(None, [f"sampler.strides={given}", "evaluation.on_decline=finer"])
+    with pytest.raises(ValueError, match=r"^evaluation.on_decline: rewind given, but with rollout.max_staleness"):
+        load_config(None, ["sampler.strides=[8]", "evaluation.on_decline=rewind", "rollout.max_staleness=1"])
