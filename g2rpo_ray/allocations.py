@@ -10,9 +10,8 @@ from unittest.mock import patch
 import torch
 import torch.fx.experimental._config
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from g2rpo_ray.without_data import META
+from g2rpo_ray.without_data import META, tensors_in
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:
@@ -75,11 +74,12 @@ class Allocations(TorchDispatchMode):
         return counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor))
-        self._known.update(tensor.untyped_storage() for tensor in given)  # weights: not allocated here
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((*args, *kwargs.values())):
+            self._known.add(tensor.untyped_storage())  # weights: not allocated here
+        result = func(*args, **kwargs)
+        for tensor in tensors_in([result]):
+            if tensor.device.type == self._device:
                 self._count(tensor.untyped_storage())
         return result
 

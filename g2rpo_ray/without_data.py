@@ -3,7 +3,7 @@
 An operation fails there for a wrong shape, dtype or device, as it would on a GPU, and takes no memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -12,16 +12,16 @@ import torch
 import torch.fx.experimental._config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 META = "meta"
-READS = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero)
-INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-PRODUCTS = tuple(
+READS = {torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero}
+INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
+PRODUCTS = {
     getattr(torch.ops.aten, name)
     for name in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolution", "conv1d", "conv2d", "conv3d")
-)
+}
 SMALL, LARGE = 64, 2**16  # elements of tensors whose data is kept: of floats, such as noise levels, and of integers
 
 
@@ -34,6 +34,17 @@ def without_data() -> Iterator[None]:
         yield
 
 
+def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments or results, which may be in lists."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [each for each in value if isinstance(each, torch.Tensor)]
+    return found
+
+
 class _KnownOrZero(TorchDispatchMode):
     """Keeps the data of small tensors on the CPU, for code that reads sizes, masks and positions; of all others a copy
     to the host is zeros."""
@@ -44,18 +55,18 @@ class _KnownOrZero(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func.overloadpacket in READS:
+        tensors, operation = tensors_in((*args, *kwargs.values())), func.overloadpacket
+        if operation in READS:
             return self._on_host(args[0]).item() if args[0].is_meta else func(*args, **kwargs)
-        if func.overloadpacket is torch.ops.aten.copy_ and args[1].is_meta and not args[0].is_meta:
+        if operation is torch.ops.aten.copy_ and args[1].is_meta and not args[0].is_meta:
             return args[0].copy_(self._on_host(args[1]))
-        if any(map(_is_cpu, tree_leaves((args[1:], kwargs)))) and tensors and tensors[0].is_meta:
+        if tensors and tensors[0].is_meta and any(map(_is_cpu, (*args[1:], *kwargs.values()))):
             return func(self._on_host(tensors[0]), *args[1:], **kwargs)
-        if func.overloadpacket in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:  # meta does not check it
+        if operation in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:  # meta does not check it
             raise RuntimeError(
                 f"{func}: expected one dtype, found {', '.join(str(tensor.dtype) for tensor in tensors)}"
             )
-        if func.overloadpacket in INDEXING:
+        if operation in INDEXING:
             args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
         try:
             result = func(*args, **kwargs)
@@ -64,12 +75,11 @@ class _KnownOrZero(TorchDispatchMode):
                 raise
             # its size depends on data; all else fails again
             return tree_map(self._on_meta, self._computed(func, args, kwargs))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
-        known = all(not tensor.is_meta or tensor in self._known for tensor in tensors)
-        if not made or not known or not all(map(_is_small, made)):
+        made = [tensor for tensor in tensors_in([result]) if tensor.is_meta]
+        if not made or not all(map(_is_small, made)) or any(t.is_meta and t not in self._known for t in tensors):
             return result
         data = self._computed(func, args, kwargs)
-        found = [leaf for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+        found = tensors_in([data])
         if [tensor.shape for tensor in made] != [tensor.shape for tensor in found]:  # its size depends on data
             return tree_map(self._on_meta, data)
         self._known.update(zip(made, found, strict=True))

@@ -65,10 +65,10 @@ def states_of(
     found: dict[StepKey, list[Any]] = {step.key: [] for step in batch.steps}
     spare: list[Any] = []
     for rollout in shard:
-        credit, latents = _credit(config, rollout, batch, metrics), _latents(rollout)
+        credit, latents = _credit(config, rollout, batch, metrics), latents_of(rollout)
         if np.isfinite(rollout.scores).any():  # else it is a copy for a rank without prompts
             metrics.add("watch/duplicate_children", _duplicates(rollout.tree, latents))
-        made = image_states if config.learner.forward else _edge_states
+        made = image_states if config.learner.forward else edge_states
         for key, state in made(config, rollout, batch.prompts, latents, *credit):
             spare.append(replace(state, valid=torch.zeros_like(state.valid)))
             if key in found:
@@ -79,12 +79,12 @@ def states_of(
 def all_states(rollout: PromptRollout) -> Iterator[State]:
     """The states of a probe, of all stochastic edges, trained or not, without advantages."""
     nothing = torch.zeros(len(rollout.tree.source))
-    made = _maker(rollout, _latents(rollout), nothing, nothing)
+    made = _maker(rollout, latents_of(rollout), nothing, nothing)
     for node in np.unique(rollout.tree.source).tolist():
         yield made(node, np.flatnonzero(rollout.tree.source == node))
 
 
-def _edge_states(
+def edge_states(
     config: Config,
     rollout: PromptRollout,
     prompts: int,
@@ -154,7 +154,7 @@ def _granularity_weights(config: Config, tree: Tree) -> Sequence[float] | None:
     return config.credit.granularity_weights
 
 
-def _latents(rollout: PromptRollout) -> dict[int, FloatArray]:
+def latents_of(rollout: PromptRollout) -> dict[int, FloatArray]:
     """The latents that the learner needs, by node."""
     points = dict(zip(rollout.tree.branch_points.tolist(), rollout.trunk.latents, strict=True))
     below = (zip(unit.nodes.tolist(), unit.latents, strict=True) for unit in rollout.branches)

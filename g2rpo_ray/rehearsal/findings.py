@@ -78,7 +78,7 @@ def look_at_memory(config: Config, found: Findings, fleet: Fleet) -> list[str]:
 
     shaped, lines = found.shaped, []
     sizes = None if shaped is None else found.attempt(lambda: full_size(shaped))
-    for actor, parts in {**(sizes or {}), **_servers_memory(config, found)}.items():
+    for actor, parts in {**(sizes or {}), **servers_memory(config, found)}.items():
         total = (sum(parts.values()) + LIBRARIES) / 1e9
         listed = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
         lines.append(f"{actor}: {total:.3g} GB: {listed}, libraries {LIBRARIES / 1e9:.3g}")
@@ -90,7 +90,7 @@ def look_at_memory(config: Config, found: Findings, fleet: Fleet) -> list[str]:
     return lines
 
 
-def _servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]]:
+def servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]]:
     """Bytes on its device of each reward server with a GPU, whose model is on this machine: of its `weights`, and the
     peak of `scoring` a batch of images of noise."""
     sizes: dict[str, dict[str, int]] = {}

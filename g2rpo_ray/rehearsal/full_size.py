@@ -6,9 +6,11 @@ backward pass, a text encoder.
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from g2rpo_ray.config import Config
 from g2rpo_ray.config.completions import CompletionsConfig
 from g2rpo_ray.learner.batch import BatchShape, RankMetrics
 from g2rpo_ray.learner.copies import Copies
-from g2rpo_ray.learner.forward import ForwardLoss
-from g2rpo_ray.learner.loss import EdgeLoss, states_of
+from g2rpo_ray.learner.forward import ForwardLoss, image_states
+from g2rpo_ray.learner.loss import EdgeLoss, edge_states, latents_of
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.models import FlowModel, add_lora, fold_lora, lora_parameters
 from g2rpo_ray.models.base import describe_model
@@ -85,7 +87,7 @@ def unit_memory(config: Config, branch: bool) -> dict[str, int]:
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=plain)})
     tree = prompt_tree(config, UNIT.iteration, UNIT.slot, UNIT.prompt)
     with without_data():
-        model = FlowModel.skeleton(config.model)
+        model = _skeleton(config)
         sampler, embedding = Sampler(config, model), longest_prompt(config, model)
         with Allocations("units") as allocations:
             model.decode = allocations.apart("decode", model.decode)  # type: ignore[method-assign]
@@ -104,7 +106,7 @@ def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str,
     learner = config.learner.model_copy(update={"device": META})
     config = config.model_copy(update={"learner": learner})
     with without_data():
-        model = FlowModel.skeleton(config.model)
+        model = _skeleton(config)
         weights = tensor_bytes(model.transformer)
         add_lora(model.transformer, config.lora, seed=0)
         fold_lora(model.transformer)
@@ -113,9 +115,13 @@ def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str,
         lora = lora_parameters(model.transformer)
         copies = _copies(config, {name: parameter.detach() for name, parameter in lora.items()})
         rollout, metrics = _rollout(config, model), RankMetrics()
-        batch = BatchShape.of([[rollout]], learner)
-        step = batch.steps[0]
-        some = list(itertools.islice(itertools.cycle(states_of(config, [rollout], batch, metrics)[step.key]), states))
+        step = BatchShape.of([[rollout]], learner).steps[0]
+        edges = len(rollout.tree.source)
+        made: Iterator[tuple[Any, Any]] = (image_states if learner.forward else edge_states)(
+            config, rollout, 1, latents_of(rollout), torch.zeros(edges), torch.ones(edges, dtype=torch.bool)
+        )
+        some = list(itertools.islice((state for _, state in made), states))  # a few: they are on the host
+        some = list(itertools.islice(itertools.cycle(some), states))
         kind = ForwardLoss if learner.forward else EdgeLoss
         loss = kind(config, model, model.transformer, sigma_grid(config.sampler, model), copies)
 
@@ -153,6 +159,13 @@ def _rollout(config: Config, model: FlowModel) -> PromptRollout:
     scores = np.zeros((len(config.credit_weights), len(tree.leaf)), np.float32)
     trunk, embedding = Trunk(zeros(points), zeros(points)), longest_prompt(config, model)
     return PromptRollout(0, 0, UNIT.prompt, tree, scores, embedding, trunk, tuple(branches))
+
+
+def _skeleton(config: Config) -> FlowModel:
+    """The model without data, and with zeros for noise, which is drawn on the host."""
+    model = FlowModel.skeleton(config.model)
+    model.initial_noise = lambda generator: torch.zeros(()).expand(model.latent_shape)  # type: ignore[method-assign]
+    return model
 
 
 def _zeros(shape: tuple[int, ...]) -> FloatArray:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from g2rpo_ray.config import load_config, with_settings
 from g2rpo_ray.models.flux import Model
 from g2rpo_ray.paths import resolve
 from g2rpo_ray.rehearsal.devices import Device, Fleet
-from g2rpo_ray.rehearsal.findings import Findings, look, look_at_memory
+from g2rpo_ray.rehearsal.findings import Findings, look, look_at_memory, servers_memory
 from g2rpo_ray.rehearsal.full_size import encoder_memory
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.small import small
@@ -55,16 +54,28 @@ def needs_pictures(file: Path) -> bool:
 
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
+COMMON = ("quickstart", "sd3_diffusion_nft", "flux2_klein_edit", "wan22_a14b_g2rpo")
+"""One of each kind of model. The others are slow tests, which CI runs."""
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if needs_pictures(file)], ids=lambda file: file.stem)
+def files(pictures: bool) -> list[object]:
+    """The configurations whose prompts need pictures, or the others."""
+    slow = [() if file.stem in COMMON else pytest.mark.slow for file in FILES]
+    return [
+        pytest.param(file, marks=marks, id=file.stem)
+        for file, marks in zip(FILES, slow, strict=True)
+        if needs_pictures(file) == pictures
+    ]
+
+
+@pytest.mark.parametrize("file", files(pictures=True))
 def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_path):
     fine, printed = process.submit(rehearsed, file, tmp_path).result()
     assert not fine
     assert "problem:       data.heldout_prompts: cannot read edits/" in printed
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if needs_pictures(file)], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", files(pictures=True))
 def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path):
     (tmp_path / "edits").mkdir()
     for number in range(6):
@@ -78,7 +89,7 @@ def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path
     assert "model.source_area 4096 (None)" in printed
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not needs_pictures(file)], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", files(pictures=False))
 def test_every_configuration_is_rehearsed_and_nothing_is_wrong_with_it(file, process, tmp_path):
     fine, printed = process.submit(rehearsed, file, tmp_path).result()
     assert fine, printed
@@ -183,19 +194,14 @@ def test_memory_of_a_reward_on_a_gpu_is_that_of_its_weights_and_of_scoring_a_bat
     config = load_config(None, ["rewards.preference.resources={GPU: 1}", "rewards.preference.batch_size=4"])
     one = load_config(None, ["rewards.preference.resources={GPU: 1}", "rewards.preference.batch_size=1"])
     weights = torch.load(resolve(config.rewards["preference"].options["checkpoint"]), weights_only=True)["state_dict"]
-    found = [_server_memory(given) for given in (config, one)]
-    assert found[0]["weights"] == pytest.approx(4 * sum(one.numel() for one in weights.values()) / 1e9, rel=0.02)
+    found = []
+    for given in (config, one):
+        looked = look(given)
+        found.append(servers_memory(given, looked)["server of rewards.preference"])
+        assert looked.problems == []
+    assert found[0]["weights"] == pytest.approx(4 * sum(one.numel() for one in weights.values()), rel=0.02)
     assert found[0]["weights"] == found[1]["weights"]
     assert 2 < found[0]["scoring"] / found[1]["scoring"] <= 4
-
-
-def _server_memory(config):
-    """GB by category, of the line about the only reward server on a GPU."""
-    found = look(config)
-    line = look_at_memory(config, found, Fleet.parse("h100:8"))[-1]
-    assert found.problems == []
-    assert line.startswith("server of rewards.preference: ")
-    return {part: float(size) for part, size in re.findall(r"(weights|scoring) ([\d.e-]+)", line)}
 
 
 def test_a_model_that_mixes_devices_or_shapes_is_found_at_full_size_in_a_line(monkeypatch):

@@ -329,7 +329,8 @@ def run_jobs(ranks, jobs, directory):
     store = serve("127.0.0.1")
     with pytest.raises(OSError, match="in use"):
         socket.create_server(("127.0.0.1", store.port))  # it is bound already
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["g2rpo_ray.learner.engine"])  # which takes longer to import than to train
     processes = [context.Process(target=work, args=(rank, ranks, store.port, jobs, directory)) for rank in range(ranks)]
     for process in processes:
         process.start()
