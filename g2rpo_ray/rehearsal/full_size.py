@@ -53,9 +53,9 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
     learner, completions = config.learner, config.rollout.completions
     try:
         rank = learner_memory(config, learner.micro_batch, learner.gradient_checkpointing)
-        found = {"rollout actor": _actor(config), "learner rank": rank}
+        found = {"rollout actor": actor_memory(config), "learner rank": rank}
         if completions.apart:
-            found["completions actor"] = _actor(config, "completions")
+            found["completions actor"] = actor_memory(config, "completions")
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"model.path: {config.model.path} fails at full size: {one_line(error, 400)}") from None
     if learner.zero_stage == 3:
@@ -65,7 +65,7 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
     return found
 
 
-def _actor(config: Config, units: str = "all") -> dict[str, int]:
+def actor_memory(config: Config, units: str = "all") -> dict[str, int]:
     """Bytes of an actor for these units (see `Sampler`), as by `rollout_memory`, with whole units for a velocity."""
     memory, completions = rollout_memory(config, units), config.rollout.completions
     own = completions.micro_batch if units == "completions" or not completions.apart else None

@@ -154,9 +154,15 @@ def find_checkpoint(run: Folder, most: int | None = None) -> Checkpoint | None:
 
 
 def best_checkpoint(run: Folder) -> Checkpoint | None:
-    """The checkpoint with the best held-out scores; None if no policy of a checkpoint has any."""
+    """The checkpoint with the best held-out scores; None if none has any, or if it is damaged, with a warning."""
     checkpoints = run / "checkpoints"
-    return read_checkpoint(checkpoints / checkpoints.read(BEST).decode().strip()) if checkpoints.exists(BEST) else None
+    if not checkpoints.exists(BEST):
+        return None
+    try:
+        return read_checkpoint(checkpoints / checkpoints.read(BEST).decode().strip())
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:

@@ -117,6 +117,7 @@ def test_what_cannot_be_fetched_is_one_line(repos, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_rehearsed_and_its_memory_known(repos, tmp_path):
     sets = ["model.path=tiny/pipeline", "rewards.preference.options.checkpoint=tiny/hps:HPS.pt",
             "rewards.preference.resources={GPU: 1}"]  # fmt: skip

@@ -8,7 +8,7 @@ from g2rpo_ray.config import load_config
 from g2rpo_ray.learner.loss import EdgeLoss
 from g2rpo_ray.models import FlowModel
 from g2rpo_ray.models.estimate import rollout_memory
-from g2rpo_ray.rehearsal.full_size import UNIT, full_size, learner_memory, longest_prompt, unit_memory
+from g2rpo_ray.rehearsal.full_size import UNIT, actor_memory, full_size, learner_memory, longest_prompt, unit_memory
 from g2rpo_ray.rollout.plan import branch_units, prompt_tree
 from g2rpo_ray.rollout.sampler import Sampler
 
@@ -39,15 +39,16 @@ def test_a_unit_takes_the_bytes_that_it_takes_where_it_is_computed(name):
 
 def test_a_unit_takes_as_much_as_its_largest_evaluation_and_its_latents():
     full, small = load_config(), load_config(None, ["rollout.micro_batch=4096"])
-    assert 1 <= full_size(full)["rollout actor"]["units"] / rollout_memory(full)["velocity"] < 1.1
-    assert full_size(small)["rollout actor"]["units"] < rollout_memory(small)["velocity"] / 10  # it has few latents
+    assert 1 <= actor_memory(full)["units"] / rollout_memory(full)["velocity"] < 1.1
+    assert actor_memory(small)["units"] < rollout_memory(small)["velocity"] / 10  # it has few latents
 
 
 def test_completions_by_actors_of_their_own_have_their_own_batches():
     sets = ["rollout.completions.max_actors=1", "rollout.completions.resources={CPU: 1}"]
-    found = full_size(load_config(None, [*sets, "rollout.completions.micro_batch=2"]))
-    assert found["completions actor"]["units"] < found["rollout actor"]["units"] / 2
-    assert found["completions actor"]["weights"] == found["rollout actor"]["weights"]
+    config = load_config(None, [*sets, "rollout.completions.micro_batch=2"])
+    exact, cheap = actor_memory(config), actor_memory(config, "completions")
+    assert cheap["units"] < exact["units"] / 2
+    assert cheap["weights"] == exact["weights"]
 
 
 def test_the_learner_counts_what_its_loss_evaluates():
