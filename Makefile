@@ -1,7 +1,7 @@
 # make run: train the embedded default.  make test: the quick ones; CI runs all.  make docs: the site.  All set up .venv first, once.
-# JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes 4 GB and keeps two cores busy.
+# JOBS: test files at a time, 0 for one and no other process; one with Ray in it takes 4 GB. Three keep two cores busy.
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION := $(if $(filter 3.%,$(PYTHON)),--python-version $(PYTHON))

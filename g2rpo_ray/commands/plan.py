@@ -142,6 +142,6 @@ def _memory(config: Config, units: str = "all") -> str:
 
     needed = {part: size / 2**30 for part, size in rollout_memory(shaped, units).items()}
     work = needed["velocity"] + needed["decode"]  # the VAE decodes beside the last velocities
-    completions, most = config.rollout.completions, config.rollout.micro_batch
-    batch = f"in batches of {(units == 'completions' and completions.micro_batch) or most}"
+    rollout = config.rollout
+    batch = f"in batches of {rollout.completions_batch if units == 'completions' else rollout.micro_batch}"
     return f"{needed['weights']:.2g} GiB of weights and {work:.2g} GiB of tensors {batch}, without libraries"

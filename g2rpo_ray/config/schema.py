@@ -134,6 +134,11 @@ class RolloutConfig(Section):
             raise ValueError(f"min_actors: {self.min_actors} given; may be at most max_actors={self.max_actors}")
         return self
 
+    @property
+    def completions_batch(self) -> int:
+        """Maximum latents per evaluation of a completion."""
+        return self.completions.micro_batch or self.micro_batch
+
 
 Frames = Literal["all", "first", "last"] | tuple[Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)], ...]
 

@@ -38,9 +38,9 @@ def rollout_memory(config: Config, units: str = "all") -> dict[str, int]:
         if units != "completions" or not completions.need_weights:
             weights += tensor_bytes(model.transformer)
         if units == "completions":
-            batch = completions.micro_batch or batch
+            batch = config.rollout.completions_batch
         elif not completions.apart:
-            batch = max(batch, completions.micro_batch or batch)
+            batch = max(batch, config.rollout.completions_batch)
         if units == "completions" or not completions.apart:
             weights += _completing_bytes(config, model)
         return {

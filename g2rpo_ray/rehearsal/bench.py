@@ -140,7 +140,7 @@ class Bench:
     def _evaluations(self, sampler: Sampler, model: FlowModel, embedding: PromptEmbedding) -> dict[int, float]:
         """Seconds of an evaluation by the number of latents; a guided velocity has two evaluations."""
         config, device, found = self.config, self.config.rollout.device, {}
-        most = max(config.rollout.micro_batch, config.rollout.completions.micro_batch or 0)
+        most = max(config.rollout.micro_batch, config.rollout.completions_batch)
         sizes = sorted({most, *(2**power for power in range(most.bit_length()))})
         with torch.inference_mode(), sampler.velocity(embedding, config.sampler.guidance, model) as velocity:
             for size in sizes:
@@ -178,9 +178,7 @@ class Bench:
             (branch_part(tree, unit, config.learner.forward), lambda: sampler.branch(unit, embedding, trunk)),
         ):
             table = times.completions if times.completions and part.edges else times.evaluations
-            batch = config.rollout.micro_batch
-            if part.edges:
-                batch = config.rollout.completions.micro_batch or batch
+            batch = config.rollout.completions_batch if part.edges else config.rollout.micro_batch
             known = config.velocity_cost * total(table, batch_sizes(tree, part.nodes, batch))
             known += total(times.decodings, pieces(len(part.images), config.rollout.decode_batch))
             taken = self._seconds(work, config.rollout.device)

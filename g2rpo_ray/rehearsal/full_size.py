@@ -68,8 +68,8 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
 def actor_memory(config: Config, units: str = "all") -> dict[str, int]:
     """Bytes of an actor for these units (see `Sampler`), as by `rollout_memory`, with whole units for a velocity."""
     memory, completions = rollout_memory(config, units), config.rollout.completions
-    own = completions.micro_batch if units == "completions" or not completions.apart else None
-    branches = own or config.rollout.micro_batch
+    cheap = units == "completions" or not completions.apart  # else the branch units are exact probes
+    branches = config.rollout.completions_batch if cheap else config.rollout.micro_batch
     peaks = [unit_memory(with_micro_batch(config, branches), branch=True)]
     if units == "all":
         peaks.append(unit_memory(config, branch=False))

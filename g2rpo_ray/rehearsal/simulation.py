@@ -332,9 +332,7 @@ class _Run:
         cost, times = self._config.velocity_cost, self._times
         table = times.evaluations if trunk or times.completions is None else times.completions
         rollout = self._config.rollout
-        batches = batch_sizes(
-            tree, part.nodes, rollout.micro_batch if trunk else rollout.completions.micro_batch or rollout.micro_batch
-        )
+        batches = batch_sizes(tree, part.nodes, rollout.micro_batch if trunk else rollout.completions_batch)
         seconds = cost * total(table, batches) + self._besides(len(part.images))
         return _Unit(
             cost * part.evaluations, seconds, len(part.images), (1 + trunk) * len(part.touched), trunk, not trunk

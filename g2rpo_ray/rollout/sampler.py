@@ -94,12 +94,11 @@ class Sampler:
 
         decoding = self._decoder.unit(len(part.images))
         model, rollout = self._model if unit.exact else self.completing, self._config.rollout
-        cheap = None if unit.exact else rollout.completions.micro_batch
         with self.velocity(embedding, sampler.guidance, model) as velocity:
             grown = grow(
                 velocity, tree, part.nodes, tree.branch_points[points].tolist(), x, self._sigmas, v=v,
                 kernel=sampler.kernel, eta=sampler.eta, noise=noise, keep=part.touched,
-                micro_batch=cheap or rollout.micro_batch, ended=decoding.ended,
+                micro_batch=rollout.micro_batch if unit.exact else rollout.completions_batch, ended=decoding.ended,
             )  # fmt: skip
         nodes, edges = np.array(part.touched, np.int64), np.array(part.edges, np.int64)
         return Branches(nodes, _array(grown.latents), edges, _array(grown.log_prob)), decoding.images()

@@ -37,6 +37,7 @@ from tests.support.learner_groups import (  # noqa: F401  fixtures
     STAGES,
     WORLDS,
     advantages,
+    few,
     jobs,
     pipeline,
     policy,
@@ -49,7 +50,7 @@ from tests.support.learner_groups import (  # noqa: F401  fixtures
 from tests.support.runs import descendants, title_of
 
 # all groups work through their jobs before the first test
-pytestmark = [pytest.mark.core, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.timeout(1500)
 
 
 # The reference: one process, one edge at a time, torch's own AdamW and clipping, every formula written out.
@@ -175,6 +176,7 @@ def is_that_of_a_plain_program(name, result, jobs, expected):
         assert metrics[key] == pytest.approx(value, **close), key
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("ranks", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", [*SCHEDULES, "kl"])
@@ -342,6 +344,7 @@ def test_a_bfloat16_base_has_a_float32_lora(jobs, results):
     assert 0.5e-7 < np.abs(moved[moved != 0]).mean() < 4e-7  # three steps of 1e-7, lost if it were bfloat16
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("ranks", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_exact(stage, ranks, results):
@@ -406,6 +409,7 @@ def with_group(config, body):
     return asyncio.run(main())
 
 
+@pytest.mark.core
 def test_group(cluster, pipeline, rollouts, results, tmp_path):
     async def learn(group):
         await group.start(120)

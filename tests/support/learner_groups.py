@@ -362,7 +362,14 @@ def rollouts(pipeline):
 
 
 @pytest.fixture(scope="module")
-def jobs(pipeline, rollouts):
+def few(request):
+    """Whether only tests that are `core` were asked for, as by `make test`: they need the jobs of one rank alone."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return all(item.get_closest_marker("core") for item in here)
+
+
+@pytest.fixture(scope="module")
+def jobs(few, pipeline, rollouts):
     """What two ranks do, and one rank in part."""
 
     def job(updates=1, shards=rollouts, model=None, on_policy=True, **learner):
@@ -382,6 +389,8 @@ def jobs(pipeline, rollouts):
     for stage in STAGES:
         found["kl", stage] = job(kl_beta=30, zero_stage=stage, micro_batch=2)
         found["twice", stage] = job(updates=2, zero_stage=stage, velocity_tolerance=NOT_ON_POLICY)
+    if few:
+        return found
     found["drifted"] = job(shards=drifted, zero_stage=2)
     found["drifted, and used"] = job(shards=drifted, old_log_prob="rollout")
     found["stale"] = job(shards=drifted, on_policy=False, old_log_prob="rollout")
@@ -421,7 +430,7 @@ def jobs(pipeline, rollouts):
 
 
 @pytest.fixture(scope="module")
-def results(jobs, rollouts, tmp_path_factory):
+def results(few, jobs, rollouts, tmp_path_factory):
     """{number of ranks: {job: result}}; each group resumes its own checkpoints, one of three ranks those of two."""
     directory = tmp_path_factory.mktemp("learner")
     found = {}
@@ -434,6 +443,8 @@ def results(jobs, rollouts, tmp_path_factory):
             todo["second half", stage] = replace(twice, updates=1, load=file)
             todo["untouched", stage] = replace(twice, updates=0, load=file, save=file + "-again")
         found[ranks] = run_jobs(ranks, todo, directory / f"ranks-{ranks}")
+    if few:
+        return found, directory
     moved = {
         ("moved", stage): Job(
             with_ranks(jobs["twice", stage].config, 3), rollouts, load=str(directory / f"checkpoint-2-{stage % 3 + 1}")
