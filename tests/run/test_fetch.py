@@ -22,6 +22,16 @@ FlowModel.load(config.model, "cpu", transformer=True, vae=True, text_encoders=Tr
 print(locate("checkpoint", config.rewards["preference"].options["checkpoint"], ""))
 """
 
+HERE = """
+import sys
+from g2rpo_ray.config import load_config
+from g2rpo_ray.hub import unchecked_files
+from g2rpo_ray.rehearsal.published import with_shapes
+config = load_config(None, sys.argv[1:])
+print(with_shapes(config) and with_shapes(config).model.is_local)
+print([line.split(": ")[0] for key, reward in config.rewards_by_key.items() for line in unchecked_files(key, reward)])
+"""
+
 
 def repository(folder, *names):
     for name in names:
@@ -91,6 +101,9 @@ def test_what_a_judge_is_asked_is_no_file_to_fetch():
 
 def test_what_is_fetched_is_all_that_is_loaded_and_no_more(repos, tmp_path):
     arguments = [part for one in sets() for part in ("--set", one)]
+    absent = call(tmp_path / "home", "", "-c", HERE, *sets()).stdout.splitlines()
+    assert absent[0] == "None"
+    assert len(absent[1].split(",")) == 5  # the checkpoint of one reward, and two of each of the others
     with serve_hub(repos) as hub:
         done = call(tmp_path / "home", hub, "-m", "g2rpo_ray.commands.main", "fetch", *arguments)
         assert done.returncode == 0, done.stderr
@@ -106,6 +119,8 @@ def test_what_is_fetched_is_all_that_is_loaded_and_no_more(repos, tmp_path):
     loaded = call(tmp_path / "home", "", "-c", LOAD, *sets())  # without the hub
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip().endswith("HPS.pt")
+    here = call(tmp_path / "home", "", "-c", HERE, *sets())
+    assert here.stdout.splitlines() == ["True", "[]"], here.stderr
 
 
 def test_what_cannot_be_fetched_is_one_line(repos, tmp_path):
@@ -115,20 +130,3 @@ def test_what_cannot_be_fetched_is_one_line(repos, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: model.path: cannot download tiny/none (")
     assert "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_what_was_fetched_is_rehearsed_and_its_memory_known(repos, tmp_path):
-    sets = ["model.path=tiny/pipeline", "rewards.preference.options.checkpoint=tiny/hps:HPS.pt",
-            "rewards.preference.resources={GPU: 1}"]  # fmt: skip
-    arguments = [part for one in sets for part in ("--set", one)]
-    rehearsal = ["-m", "g2rpo_ray.rehearse", *arguments, "--local", "--devices", "h100:8", "--output"]
-    before = call(tmp_path / "home", "", *rehearsal, str(tmp_path / "before"))
-    assert "rehearsed:     no; a twin needs" in before.stdout
-    with serve_hub(repos) as hub:
-        assert call(tmp_path / "home", hub, "-m", "g2rpo_ray.fetch", *arguments).returncode == 0
-    after = call(tmp_path / "home", "", *rehearsal, str(tmp_path / "after"))
-    assert after.returncode == 0, after.stdout + after.stderr
-    assert "full size:     rollout actor: " in after.stdout
-    assert "full size:     server of rewards.preference: " in after.stdout
-    assert "stand-in:" not in after.stdout

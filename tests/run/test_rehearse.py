@@ -1,19 +1,12 @@
 """Every configuration of the package rehearsed on the twin of its model; what is wrong with one, all of it."""
 
-import contextlib
-import io
-import json
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
 
-from g2rpo_ray.commands.rehearse import main, rehearse
+from g2rpo_ray.commands.rehearse import main
 from g2rpo_ray.config import load_config, with_settings
 from g2rpo_ray.models.flux import Model
 from g2rpo_ray.paths import resolve
@@ -23,82 +16,29 @@ from g2rpo_ray.rehearsal.full_size import encoder_memory
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.small import small
 from g2rpo_ray.rehearsal.twin import write_twin
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-CHEAP = ("evaluation.seeds=1", "model.dtype=float32")
-FEWER = {True: "sampler.group_size=3", False: "sampler.roots=4"}  # images to compare: siblings, or chains
-
-
-@pytest.fixture(scope="module")
-def process():
-    """One that is not the tests' own: DeepSpeed stays in it."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
+from tests.support.rehearsals import (  # noqa: F401  a fixture
+    CONFIGS,
+    assert_edits_are_rehearsed,
+    assert_nothing_is_wrong,
+    assert_pictures_are_missed,
+    files,
+    process,
+)
 
 
-def rehearsed(file: Path, folder: Path, given: Sequence[str] = ()) -> tuple[bool, str]:
-    """Whether nothing was wrong, and what was printed."""
-    config = load_config(file)
-    fewer = FEWER[config.sampler.group_size > 1]
-    prompts = f"data.prompts_per_iteration={config.learner.updates_per_rollout}"
-    config = load_config(file, [*CHEAP, fewer, prompts, *given])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        fine = rehearse(config, folder, local=True)
-    return fine, printed.getvalue()
-
-
-def needs_pictures(file: Path) -> bool:
-    """Whether its prompts are the user's own, with source pictures: they are not in the package."""
-    return str(load_config(file).data.train_prompts).startswith("edits/")
-
-
-FILES = sorted(CONFIGS.glob("*.yaml"))
-COMMON = ("quickstart", "sd3_diffusion_nft", "flux2_klein_edit", "wan22_a14b_g2rpo")
-"""One of each kind of model. The others are slow tests, which CI runs."""
-
-
-def files(pictures: bool) -> list[object]:
-    """The configurations whose prompts need pictures, or the others."""
-    slow = [() if file.stem in COMMON else pytest.mark.slow for file in FILES]
-    return [
-        pytest.param(file, marks=marks, id=file.stem)
-        for file, marks in zip(FILES, slow, strict=True)
-        if needs_pictures(file) == pictures
-    ]
-
-
-@pytest.mark.parametrize("file", files(pictures=True))
+@pytest.mark.parametrize("file", files(common=True, pictures=True))
 def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_path):
-    fine, printed = process.submit(rehearsed, file, tmp_path).result()
-    assert not fine
-    assert "problem:       data.heldout_prompts: cannot read edits/" in printed
+    assert_pictures_are_missed(file, process, tmp_path)
 
 
-@pytest.mark.parametrize("file", files(pictures=True))
+@pytest.mark.parametrize("file", files(common=True, pictures=True))
 def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path):
-    (tmp_path / "edits").mkdir()
-    for number in range(6):
-        Image.new("RGB", (96, 64), (40 * number, 90, 10)).save(tmp_path / "edits" / f"{number}.png")
-    rows = [json.dumps({"prompt": f"make it {number} times as red", "source": f"{number}.png"}) for number in range(6)]
-    for name, part in (("train", rows[:4]), ("heldout", rows[4:])):
-        (tmp_path / "edits" / f"{name}.jsonl").write_text("\n".join(part))
-    given = [f"data.{name}_prompts={tmp_path}/edits/{name}.jsonl" for name in ("train", "heldout")]
-    fine, printed = process.submit(rehearsed, file, tmp_path / "twin", given).result()
-    assert fine, printed
-    assert "model.source_area 4096 (None)" in printed
+    assert_edits_are_rehearsed(file, process, tmp_path)
 
 
-@pytest.mark.parametrize("file", files(pictures=False))
+@pytest.mark.parametrize("file", files(common=True, pictures=False))
 def test_every_configuration_is_rehearsed_and_nothing_is_wrong_with_it(file, process, tmp_path):
-    fine, printed = process.submit(rehearsed, file, tmp_path).result()
-    assert fine, printed
-    assert "\nrehearsed:     2 iterations of " in printed
-    assert "problem:" not in printed
-    config = load_config(file)
-    on_the_hub = not config.model.is_local  # as its rewards are
-    assert printed.count("\nstand-in:") == (len(config.rewards) if on_the_hub else 0)
-    assert list((tmp_path / config.name / "lora").glob("*.safetensors"))
+    assert_nothing_is_wrong(file, process, tmp_path)
 
 
 def changed(before: object, after: object, key: str = "") -> set[str]:
