@@ -22,7 +22,8 @@ def tensor_bytes(module: torch.nn.Module) -> int:
 def held_bytes() -> int:
     """Bytes of all tensors on the meta device that this process holds; tensors that share memory count once."""
     gc.collect()
-    held = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found.is_meta]
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    held = [tensor for tensor in tensors if tensor.is_meta]
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
     return sum(storages.values())
 
