@@ -98,7 +98,7 @@ class _KnownOrZero(TorchDispatchMode):
 
     def _here(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return self._on_host(leaf) if leaf.is_meta else leaf
+            return self._known.get(leaf, torch.zeros((), dtype=leaf.dtype).expand(leaf.shape)) if leaf.is_meta else leaf
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:

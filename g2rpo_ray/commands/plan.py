@@ -124,7 +124,11 @@ def _devices(config: Config) -> list[str]:
     from g2rpo_ray.rehearsal.full_size import fits
 
     lines = []
-    for fit in fits(shaped):
+    try:
+        found = fits(shaped)
+    except ValueError as error:  # a user's own code may need data, and run all the same
+        return [f"memory:        of learner ranks unknown: {error}"]
+    for fit in found:
         learner = "learner does not fit; use more learner.ranks, or smaller images"
         if fit.states:
             checkpointing = "with" if fit.checkpointed else "without"

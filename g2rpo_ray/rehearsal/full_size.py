@@ -7,6 +7,7 @@ backward pass, a text encoder.
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,18 +52,24 @@ def full_size(config: Config) -> dict[str, dict[str, int]]:
         ValueError: one line; a unit, a decoding or a backward pass fails at this size.
     """
     learner, completions = config.learner, config.rollout.completions
-    try:
+    with _errors_in_a_line(config):
         rank = learner_memory(config, learner.micro_batch, learner.gradient_checkpointing)
         found = {"rollout actor": actor_memory(config), "learner rank": rank}
         if completions.apart:
             found["completions actor"] = actor_memory(config, "completions")
-    except (RuntimeError, TypeError, IndexError, KeyError) as error:
-        raise ValueError(f"model.path: {config.model.path} fails at full size: {one_line(error, 400)}") from None
     if learner.zero_stage == 3:
         rank["weights"] = rank["weights"] // learner.ranks + GATHERED
     if encoder := encoder_memory(config):
         found["encoder"] = encoder
     return found
+
+
+@contextmanager
+def _errors_in_a_line(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a user's own model, kernel or objective may raise any
+        raise ValueError(f"model.path: {config.model.path} fails at full size: {one_line(error, 400)}") from None
 
 
 def actor_memory(config: Config, units: str = "all") -> dict[str, int]:
@@ -209,9 +216,14 @@ class Fit:
 
 
 def fits(config: Config) -> list[Fit]:
-    """Fits on devices of common sizes; a rank without gradient checkpointing, else with it, else also with ZeRO 3."""
-    one, two = (sum(rollout_memory(with_micro_batch(config, n)).values()) for n in (1, 2))
-    passes = {checkpointed: learner_memory(config, 1, checkpointed) for checkpointed in (False, True)}
+    """Fits on devices of common sizes; a rank without gradient checkpointing, else with it, else also with ZeRO 3.
+
+    Raises:
+        ValueError: one line; an evaluation or a backward pass fails without data.
+    """
+    with _errors_in_a_line(config):
+        one, two = (sum(rollout_memory(with_micro_batch(config, n)).values()) for n in (1, 2))
+        passes = {checkpointed: learner_memory(config, 1, checkpointed) for checkpointed in (False, True)}
     weights, adapter = passes[True]["weights"], passes[True]["adapter"]
     found = []
     for gigabytes in DEVICES:

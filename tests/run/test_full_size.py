@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from g2rpo_ray.allocations import Allocations
+from g2rpo_ray.commands.plan import describe_plan
 from g2rpo_ray.config import load_config
 from g2rpo_ray.learner.loss import EdgeLoss
 from g2rpo_ray.models import FlowModel
@@ -65,3 +66,11 @@ def test_a_loss_that_fails_at_full_size_is_a_line(monkeypatch):
     monkeypatch.setattr(EdgeLoss, "_on_device", lambda self, array: torch.tensor(array))  # it stays on the CPU
     with pytest.raises(ValueError, match=r"^model.path: embedded:pipeline fails at full size: "):
         full_size(load_config())
+
+
+def test_what_only_the_check_cannot_evaluate_is_a_line_of_the_plan(monkeypatch):
+    monkeypatch.setattr(EdgeLoss, "_on_device", lambda self, array: torch.tensor(array))  # it stays on the CPU
+    plan = describe_plan(load_config()).splitlines()
+    (line,) = [line for line in plan if line.startswith("memory:        of learner ranks unknown: ")]
+    assert "fails at full size" in line
+    assert not any(line.startswith("on 24 GB") for line in plan)

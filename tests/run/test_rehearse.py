@@ -16,29 +16,12 @@ from g2rpo_ray.rehearsal.full_size import encoder_memory
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.small import small
 from g2rpo_ray.rehearsal.twin import write_twin
-from tests.support.rehearsals import (  # noqa: F401  a fixture
-    CONFIGS,
-    assert_edits_are_rehearsed,
-    assert_nothing_is_wrong,
-    assert_pictures_are_missed,
-    files,
-    process,
-)
+from tests.support.rehearsals import CONFIGS, cases, process  # noqa: F401  a fixture
 
 
-@pytest.mark.parametrize("file", files(common=True, pictures=True))
-def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_path):
-    assert_pictures_are_missed(file, process, tmp_path)
-
-
-@pytest.mark.parametrize("file", files(common=True, pictures=True))
-def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path):
-    assert_edits_are_rehearsed(file, process, tmp_path)
-
-
-@pytest.mark.parametrize("file", files(common=True, pictures=False))
-def test_every_configuration_is_rehearsed_and_nothing_is_wrong_with_it(file, process, tmp_path):
-    assert_nothing_is_wrong(file, process, tmp_path)
+@pytest.mark.parametrize(("check", "file"), cases(common=True))
+def test_every_configuration_is_rehearsed(check, file, process, tmp_path):
+    check(file, process, tmp_path)
 
 
 def changed(before: object, after: object, key: str = "") -> set[str]:

@@ -2,25 +2,9 @@
 
 import pytest
 
-from tests.support.rehearsals import (  # noqa: F401  a fixture
-    assert_edits_are_rehearsed,
-    assert_nothing_is_wrong,
-    assert_pictures_are_missed,
-    files,
-    process,
-)
+from tests.support.rehearsals import cases, process  # noqa: F401  a fixture
 
 
-@pytest.mark.parametrize("file", files(common=False, pictures=True))
-def test_of_edits_the_pictures_that_are_not_here_are_named(file, process, tmp_path):
-    assert_pictures_are_missed(file, process, tmp_path)
-
-
-@pytest.mark.parametrize("file", files(common=False, pictures=True))
-def test_edits_of_pictures_are_rehearsed_at_a_small_size(file, process, tmp_path):
-    assert_edits_are_rehearsed(file, process, tmp_path)
-
-
-@pytest.mark.parametrize("file", files(common=False, pictures=False))
-def test_every_configuration_is_rehearsed_and_nothing_is_wrong_with_it(file, process, tmp_path):
-    assert_nothing_is_wrong(file, process, tmp_path)
+@pytest.mark.parametrize(("check", "file"), cases(common=False))
+def test_the_other_configurations_are_rehearsed_too(check, file, process, tmp_path):
+    check(file, process, tmp_path)

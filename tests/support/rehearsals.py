@@ -29,15 +29,6 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def files(common: bool, pictures: bool) -> list[object]:
-    """The common configurations or all others: those whose prompts are the user's own, with pictures, or the others."""
-    return [
-        pytest.param(file, id=file.stem)
-        for file in sorted(CONFIGS.glob("*.yaml"))
-        if (file.stem in COMMON) == common and _needs_pictures(file) == pictures
-    ]
-
-
 def _needs_pictures(file: Path) -> bool:
     return str(load_config(file).data.train_prompts).startswith("edits/")
 
@@ -53,13 +44,13 @@ def _rehearsed(file: Path, folder: Path, given: Sequence[str] = ()) -> tuple[boo
     return fine, printed.getvalue()
 
 
-def assert_pictures_are_missed(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
+def _pictures_are_missed(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
     fine, printed = process.submit(_rehearsed, file, folder).result()
     assert not fine
     assert "problem:       data.heldout_prompts: cannot read edits/" in printed
 
 
-def assert_edits_are_rehearsed(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
+def _edits_are_rehearsed(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
     """With six pictures, at a small size."""
     (folder / "edits").mkdir()
     for number in range(6):
@@ -73,7 +64,7 @@ def assert_edits_are_rehearsed(file: Path, process: ProcessPoolExecutor, folder:
     assert "model.source_area 4096 (None)" in printed
 
 
-def assert_nothing_is_wrong(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
+def _nothing_is_wrong(file: Path, process: ProcessPoolExecutor, folder: Path) -> None:
     fine, printed = process.submit(_rehearsed, file, folder).result()
     assert fine, printed
     assert "\nrehearsed:     2 iterations of " in printed
@@ -82,3 +73,14 @@ def assert_nothing_is_wrong(file: Path, process: ProcessPoolExecutor, folder: Pa
     on_the_hub = not config.model.is_local  # as its rewards are
     assert printed.count("\nstand-in:") == (len(config.rewards) if on_the_hub else 0)
     assert list((folder / config.name / "lora").glob("*.safetensors"))
+
+
+def cases(common: bool) -> list[object]:
+    """Checks of the common configurations or of all others, each with a file."""
+    found = []
+    for file in sorted(CONFIGS.glob("*.yaml")):
+        pictures = [_pictures_are_missed, _edits_are_rehearsed]
+        for check in pictures if _needs_pictures(file) else [_nothing_is_wrong]:
+            if (file.stem in COMMON) == common:
+                found.append(pytest.param(check, file, id=f"{file.stem}{check.__name__}"))
+    return found
