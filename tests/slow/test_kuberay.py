@@ -18,6 +18,7 @@ from g2rpo_ray.runs.checkpoint import find_checkpoint
 from g2rpo_ray.runs.storage import Folder
 from tests.support.runs import (
     PATIENCE,
+    ROLLOUT_BACK,
     command,
     head_command,
     kill_all,
@@ -201,7 +202,7 @@ def test_a_run_goes_on_when_its_head_is_lost_and_another_starts_from_redis(tmp_p
         kill_at_work(run, "RolloutActor.compute")
         assert run.wait(PATIENCE) == 0, (tmp_path / "nodes.log").read_text()
         assert not any(line.get("learner/restarts") for line in metrics(tmp_path, "headless"))
-        recovery(tmp_path, "headless", "rollout-0 on 127.0.0.1", "rollout-1 on 127.0.0.1")
+        recovery(tmp_path, "headless", " died: ", ROLLOUT_BACK)
         same_lora(lora(tmp_path, "headless"), long_bits.result().lora)
     finally:
         for node in (head, run):

@@ -179,11 +179,16 @@ def metrics(output: Path, name: str) -> list[dict]:
     return read_lines(output / name / "metrics.jsonl")
 
 
+ROLLOUT_BACK = r"rollout-\d+ on .* is ready"  # of any number: the first replacement can fail, on a node that just died
+
+REWARD_BACK = r"reward preference-\d+ on .* is ready"
+
+
 def recovery(output: Path, name: str, lost: str, back: str) -> float:
-    """Seconds from the line of the run's log that has `lost` to the next one that has `back`."""
+    """Seconds from the line of the run's log where `lost` is found to the next one with `back`; patterns of `re`."""
     log = (output / name / "run.log").read_text().splitlines()
     lines = iter(log)
-    first, second = (next((line for line in lines if part in line), None) for part in (lost, back))
+    first, second = (next((line for line in lines if re.search(part, line)), None) for part in (lost, back))
     assert None not in (first, second), f"{lost!r} or {back!r} after it is not in the log:\n" + "\n".join(log[-40:])
     times = [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in (first, second)]
     seconds = (times[1] - times[0]).total_seconds()
