@@ -215,9 +215,9 @@ class LocalRun:
         export_lora(os.fspath(folder), self.engine.lora_state(), self.config.lora, family.pipeline_class)
 
     def _prompt(self, unit: TrunkUnit) -> PromptRollout:
-        place = (unit.iteration, unit.slot, unit.prompt)
+        place, rollout = (unit.iteration, unit.slot, unit.prompt), self.config.rollout
         tree, embedding = prompt_tree(self.config, *place, unit.choice), self._embeddings[unit.prompt]
-        _set_threads(self.config.rollout.threads)
+        _set_threads(rollout.threads)
         trunk, of_anchors = self.sampler.trunk(unit, embedding)
         self.units[unit.name] = digests(trunk, of_anchors)
 
@@ -226,7 +226,7 @@ class LocalRun:
             branches: list[Branches] = []
             found: list[tuple[Part, dict[str, FloatArray]]] = []
             for branch in units:
-                _set_threads(self.config.rollout.threads)
+                _set_threads(rollout.threads if branch.exact else rollout.completions_threads)
                 made, images = self.sampler.branch(branch, embedding, trunk)
                 self.units[branch.name] = digests(made, images)
                 scores_by_name = {name: self._score(name, images, unit.prompt) for name in self.config.rewards}

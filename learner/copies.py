@@ -26,6 +26,7 @@ class Copies:
     """`average` moves toward the policy after each update (`old_decay`), `ema` after each optimizer step (`ema`)."""
 
     learner: LearnerConfig
+    device: str
     keeps: bool  # True to keep versions, to sample with or to evaluate again
     averages: dict[str, LoraState]
     versions: dict[int, LoraState]  # the newest published one and the one before
@@ -37,13 +38,19 @@ class Copies:
 
     @classmethod
     def of(
-        cls, learner: LearnerConfig, rank: int, lora: Lora, saved: Mapping[str, LoraState], version: int | None
+        cls,
+        learner: LearnerConfig,
+        device: str,
+        rank: int,
+        lora: Lora,
+        saved: Mapping[str, LoraState],
+        version: int | None,
     ) -> "Copies":
         """The copies of a run; `saved` and `version` (of BEHAVIOUR) are a checkpoint's. New averages equal the LoRA."""
         wanted = {AVERAGE: learner.old_decay, EMA: learner.ema}
         averages = {kind: saved.get(kind) or lora() for kind, given in wanted.items() if given is not None}
         versions = {} if version is None else {version: saved[BEHAVIOUR]}
-        return cls(learner, rank == 0 or learner.forward or learner.evaluates_old, averages, versions)
+        return cls(learner, device, rank == 0 or learner.forward or learner.evaluates_old, averages, versions)
 
     def publish(self, version: int, lora: Lora) -> LoraState:
         """The next sampling policy: the LoRA, or its average if `average_samples`."""
@@ -90,4 +97,4 @@ class Copies:
         self.averages[kind] = {name: decay * before[name] + (1 - decay) * lora[name] for name in lora}
 
     def _on_device(self, state: LoraState) -> dict[str, Tensor]:
-        return {name: torch.tensor(array, device=self.learner.device) for name, array in state.items()}
+        return {name: torch.tensor(array, device=self.device) for name, array in state.items()}

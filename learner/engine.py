@@ -121,7 +121,7 @@ class LearnerEngine:
             for key in MOMENTS:
                 self._set_moments(key, saved[key])
         copies, version = ({}, None) if saved is None else (saved["copies"], saved.get("behaviour"))
-        self.copies = Copies.of(self._learner, rank, self.lora_state, copies, version)
+        self.copies = Copies.of(self._learner, self._device, rank, self.lora_state, copies, version)
         sigmas = sigma_grid(config.sampler, self._model)
         check_trained(config, sigmas, self._model.lora_from)
         loss: Any = ForwardLoss if self._learner.forward else EdgeLoss

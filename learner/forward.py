@@ -77,7 +77,7 @@ class ForwardLoss:
 
     def __call__(self, states: Sequence[ImageState], step: StepShape, metrics: RankMetrics) -> list[Part]:
         """(part of the loss, metrics) of each state, divided by the step's number of edges."""
-        device = self._learner.device
+        device = self._model.device
         x0 = torch.stack([torch.tensor(state.latent) for state in states]).to(device)
         noise = torch.stack([self._noise(state) for state in states]).to(device)
         places = torch.tensor([state.place for state in states], dtype=torch.float64)

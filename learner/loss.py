@@ -249,7 +249,7 @@ class EdgeLoss:
         return x, sigma, lambda x, sigma: self._model.velocity(x, sigma, conditioning)
 
     def _on_device(self, array: FloatArray) -> Tensor:
-        return torch.tensor(array, device=self._learner.device)
+        return torch.tensor(array, device=self._model.device)
 
     def _step(self, state: State, x: Tensor, velocity: Tensor) -> Transition:
         """The rescored step of the state's edges from x [1, L, D] by its velocity [1, L, D]."""

@@ -27,7 +27,9 @@ class RolloutActor(DeviceActor):
     def _load(self) -> None:
         from g2rpo_ray.rollout.sampler import Sampler
 
-        set_up_torch(self._config.deterministic, self._config.rollout.threads)
+        rollout = self._config.rollout
+        threads = rollout.completions_threads if self._units == "completions" else rollout.threads
+        set_up_torch(self._config.deterministic, threads)
         self._sampler = Sampler(self._config, units=self._units)
 
     @ray.method(num_returns=3)

@@ -170,8 +170,8 @@ def _prepare(config: Config) -> None:
     set_up_torch(config.deterministic, config.rollout.threads)  # as in a rollout actor, for the same bits
     if config.rollout.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "rollout.device: cuda given, but torch finds no GPU on this machine; give "
-            "--set rollout.device=auto --set 'rollout.resources={CPU: 1}'"
+            "rollout.resources: GPU given, but torch finds no GPU on this machine; give "
+            "--set 'rollout.resources={CPU: 1}'"
         )
 
 

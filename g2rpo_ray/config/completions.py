@@ -7,12 +7,11 @@ from pydantic import Field, model_validator
 
 from g2rpo_ray.algo.tree import plan_tree
 from g2rpo_ray.config.learner import LearnerConfig
-from g2rpo_ray.config.resources import MAX_ACTORS, OneDevice
+from g2rpo_ray.config.resources import MAX_ACTORS, ActorSection, OneDevice
 from g2rpo_ray.config.sampler import SamplerConfig
-from g2rpo_ray.config.section import Section
 
 
-class CompletionsConfig(Section):
+class CompletionsConfig(ActorSection):
     """Computation of the velocities below the stochastic edges, on which only scores depend."""
 
     quantization: Literal[
@@ -33,7 +32,7 @@ class CompletionsConfig(Section):
     min_actors: int = Field(1, ge=1, le=MAX_ACTORS)
     """Such actors required to start the run."""
     resources: OneDevice = {"GPU": 1}
-    """Ray resources of one such actor. Without a GPU it computes on the CPU."""
+    """Ray resources of one such actor; its device and threads follow from them, as in `rollout`."""
     probe_every: int = Field(10, ge=1, le=1_000_000)
     """Iterations between probes, which also complete the first prompts exactly: `signal/agreement/completions`."""
     probe_prompts: int = Field(1, ge=0, le=1024)
@@ -59,11 +58,6 @@ class CompletionsConfig(Section):
     def differ(self) -> bool:
         """True if completions are computed differently from all other velocities, or on other devices."""
         return self.need_weights or self.apart
-
-    @property
-    def device(self) -> str:
-        """Device of their own actors."""
-        return "cuda" if self.resources.get("GPU") else "cpu"
 
     def probes(self, iteration: int, slot: int) -> bool:
         """True if the prompt at `slot` of an iteration is completed both ways."""

@@ -4,24 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from g2rpo_ray.config.resources import Device, OneDevice
+from g2rpo_ray.config.resources import ActorSection, OneDevice
 from g2rpo_ray.config.sampler import SamplerConfig
-from g2rpo_ray.config.section import Own, Section
+from g2rpo_ray.config.section import Own
 
 FORWARD = ("nft", "awm", "awm_t", "awm_t2", "awm_huber", "awm_ghuber")  # objectives of the forward process
 MAX_SUBSTEPS = 16  # of a subpath: the activations of all its passes are held at once
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class LearnerConfig(Section):
+class LearnerConfig(ActorSection):
     ranks: int = Field(1, ge=1, le=256)
     """DeepSpeed ranks, each a Ray actor. They change the result only by rounding."""
-    threads: int = Field(1, ge=1, le=256)
-    """CPU threads of one rank."""
     resources: OneDevice = {"GPU": 1}
-    """Ray resources of one rank. Several ranks need a whole GPU each, or no GPU."""
-    device: Device = Field("auto", validate_default=True)
-    """Device of the ranks. `auto`: the GPU that Ray assigned if `resources` has one, else the CPU."""
+    """Ray resources of one rank; its device and threads follow from them, as in `rollout`. Several ranks need a whole
+    GPU each, or no GPU."""
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed's ZeRO stage: 1 partitions the optimizer's state over the ranks, 2 also the gradients, 3 also all
     weights. 2 saves at most 4 bytes per trained parameter and reduces gradients at each micro-batch, 1 at each step."""

@@ -19,6 +19,9 @@ from g2rpo_ray.paths import local_path, resolve
 
 QUICKSTART = "embedded:config.yaml"
 PACKAGED = Path(resolve("embedded:prompts")).parent
+PLACED = "remove it: GPU and CPU in the resources beside it decide"
+REMOVED = {"device": PLACED, "encoder_device": PLACED, "threads": PLACED}
+"""What to do about a setting of an earlier version, by the key's last part."""
 MAX_STEPS = 1000  # the bound of sampler.steps
 OF_A_UNION = re.compile(
     r"(constrained-)?(float|int|str)|(literal|tuple|constrained|function-after|union|dict)\[.*"
@@ -170,7 +173,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":  # our own validators name the key themselves
         line = ".".join([*location, first["msg"].removeprefix("Value error, ")])
     elif first["type"] == "extra_forbidden":
-        line = f"{'.'.join(location)}: unknown key; {_allowed(location, model)}"
+        line = f"{'.'.join(location)}: unknown key; {REMOVED.get(location[-1]) or _allowed(location, model)}"
     elif first["type"] == "missing":
         line = f"{'.'.join(location)}: missing; add it to the file"
         line += f" or give --set {'.'.join(location)}=..." if model is Config else ""

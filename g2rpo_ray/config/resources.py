@@ -1,10 +1,11 @@
 """Devices and Ray resources of actors."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationInfo
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field
+
+from g2rpo_ray.config.section import Section
 
 
 def _accepted_by_ray(resources: dict[str, float]) -> dict[str, float]:
@@ -28,23 +29,28 @@ Resources = Annotated[dict[str, Amount], Field(max_length=32), AfterValidator(_a
 OneDevice = Annotated[Resources, AfterValidator(_one_gpu)]
 
 
-def _assigned(device: str, info: ValidationInfo) -> str:
-    """Resolves `auto` by the resources of the same section. An actor that reserves no GPU can see all GPUs."""
-    key = str(info.field_name).replace("device", "resources")
-    if key not in info.data:  # invalid, and refused for that
-        return device
-    gpus = info.data[key].get("GPU", 0)
-    if device == "cuda" and not gpus:
-        reason = f"{key} has no GPU, so all such actors would share GPU 0; add GPU: 1 to {key}, or give auto"
-        raise PydanticCustomError("device", "{reason}", {"reason": reason})
-    if device == "cpu" and gpus:
-        reason = f"{key} reserves GPU: {gpus:g}, which would idle; remove GPU from {key}, or give auto"
-        raise PydanticCustomError("device", "{reason}", {"reason": reason})
-    return "cuda" if gpus else "cpu"
+MAX_THREADS = 256
 
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], AfterValidator(_assigned)]
-"""Declare it after the resources of its section, with `validate_default=True`. Validation replaces `auto`."""
+def device_of(resources: Resources) -> str:
+    """The GPU that Ray assigns if the resources have one, else the CPU: an actor that reserves no GPU can see all."""
+    return "cuda" if resources.get("GPU") else "cpu"
+
+
+class ActorSection(Section):
+    """A section with the Ray resources of one actor, which decide its device and its number of threads."""
+
+    resources: Resources = {"GPU": 1}
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`."""
+        return device_of(self.resources)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads: a whole number of CPUs, at least 1. On a CPU the last bits of a result can depend on it."""
+        return min(MAX_THREADS, max(1, int(self.resources.get("CPU", 1))))
 
 
 def ray_options(resources: Resources, runtime_env: Mapping[str, Any] | None = None) -> dict[str, Any]:

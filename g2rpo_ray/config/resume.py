@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from g2rpo_ray.config.schema import Config
@@ -40,6 +42,9 @@ def settings(
         metadata: by prompt, for those that have any; part of the digest.
     """
     values = config.model_dump(mode="json")
+    for key, value in placement(config).items():
+        *parents, leaf = key.split(".")
+        reduce(getitem, parents, values)[leaf] = value
     if config.learner.lr_schedule != "constant":
         values["learner"]["lr_iterations"] = config.learner.lr_iterations or config.iterations
     if config.evaluation.on_decline != "continue":
@@ -53,6 +58,21 @@ def settings(
         digest = hashlib.sha256(lines.encode()).hexdigest()
         values["data"][key] = f"{len(prompts)} prompts, sha256 {digest[:16]}"
     return values
+
+
+def placement(config: Config) -> dict[str, str | int]:
+    """Device and threads of each kind of actor, by dotted key: of the resources, all that can change a bit.
+
+    Threads are 1 on a GPU, where they change none.
+    """
+    sections = {"rollout": config.rollout, "learner": config.learner}
+    if config.rollout.completions.apart:
+        sections["rollout.completions"] = config.rollout.completions
+    for name in ("rewards", "eval_rewards"):
+        sections |= {f"{name}.{key}": reward for key, reward in getattr(config, name).items()}
+    devices = {f"{key}.device": section.device for key, section in sections.items()}
+    threads = {f"{key}.threads": 1 if one.device == "cuda" else one.threads for key, one in sections.items()}
+    return {**devices, **threads, "data.encoder_device": config.data.encoder_device}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:

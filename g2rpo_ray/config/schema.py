@@ -11,7 +11,7 @@ from g2rpo_ray.algo.tree import groups, plan_tree
 from g2rpo_ray.config.completions import CompletionsConfig, check_completions
 from g2rpo_ray.config.learner import LearnerConfig, check_learner
 from g2rpo_ray.config.prompts import listed
-from g2rpo_ray.config.resources import MAX_ACTORS, Device, OneDevice, Resources
+from g2rpo_ray.config.resources import MAX_ACTORS, ActorSection, OneDevice, Resources, device_of
 from g2rpo_ray.config.sampler import CreditConfig, SamplerConfig
 from g2rpo_ray.config.section import Own, PathName, PlaceName, Section
 from g2rpo_ray.functions import as_settings, value_in_words
@@ -88,14 +88,12 @@ class LoraConfig(Section):
     """Adapter to start from, with its own alpha: file or folder, in a format of docs/models.md."""
 
 
-class RolloutConfig(Section):
+class RolloutConfig(ActorSection):
     min_actors: int = Field(1, ge=1, le=MAX_ACTORS)
     """Rollout actors required to start the run. The result does not depend on their number."""
     max_actors: int = Field(1, ge=1, le=MAX_ACTORS)
     """Rollout actors always requested. They join as the cluster finds room, and autoscalers see the demand. The
     learner and reward servers have priority: if they cannot be placed, rollout actors above min_actors end."""
-    threads: int = Field(1, ge=1, le=256)
-    """CPU threads of one actor."""
     micro_batch: int = Field(8, ge=1, le=4096)
     """Maximum latents per velocity evaluation. Results depend on it by rounding."""
     memory_gib: float | None = Field(None, gt=0, le=1_000_000)
@@ -120,9 +118,8 @@ class RolloutConfig(Section):
     """Maximum units whose images wait for scores; at least two per rollout actor are allowed. Beyond that rollout
     waits for the reward servers."""
     resources: OneDevice = {"GPU": 1}
-    """Ray resources of one actor. A custom resource pins it to its worker group."""
-    device: Device = Field("auto", validate_default=True)
-    """Device of the rollout actors. `auto`: the GPU that Ray assigned if `resources` has one, else the CPU."""
+    """Ray resources of one actor. With GPU it computes on the GPU that Ray assigns, else on the CPU, by as many threads
+    as CPU (at least 1). A custom resource pins it to its worker group."""
     max_restarts: int = Field(100, ge=0, le=1_000_000)
     """Maximum deaths of rollout actors, in total, before the run fails."""
     runtime_env: dict[str, Any] = {}
@@ -139,11 +136,16 @@ class RolloutConfig(Section):
         """Maximum latents per evaluation of a completion."""
         return self.completions.micro_batch or self.micro_batch
 
+    @property
+    def completions_threads(self) -> int:
+        """CPU threads of an actor that computes completions."""
+        return self.completions.threads if self.completions.apart else self.threads
+
 
 Frames = Literal["all", "first", "last"] | tuple[Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)], ...]
 
 
-class RewardConfig(Section):
+class RewardConfig(ActorSection):
     kind: str
     """A kind of docs/rewards.md, or `module:factory` for your own; in Python also a function."""
     weight: float = Field(1.0, gt=0, le=1000)
@@ -159,12 +161,8 @@ class RewardConfig(Section):
     reward of images gives the mean of their scores."""
     retries: int = Field(2, ge=0, le=100)
     """Retries of a failed or non-finite score before it counts as missing."""
-    threads: int = Field(1, ge=1, le=256)
-    """CPU threads of one server."""
     resources: Resources = {"GPU": 1}
-    """Ray resources of one server."""
-    device: Device = Field("auto", validate_default=True)
-    """Device of the servers, for rewards that have an argument `device`. `auto`: as in `rollout`."""
+    """Ray resources of one server; its device and threads follow from them, as in `rollout`."""
     max_restarts: int = Field(100, ge=0, le=1_000_000)
     """Maximum deaths of servers, in total, before the run fails."""
     win_rate: bool = False
@@ -217,9 +215,12 @@ class DataConfig(Section):
     embeddings: PlaceName | None = None
     """Folder or URI of the encoded prompts (Parquet), to share between runs. Unset: in the run directory."""
     encoder_resources: OneDevice = {"GPU": 1}
-    """Ray resources of the prompt encoder, released when all prompts are encoded."""
-    encoder_device: Device = Field("auto", validate_default=True)
-    """Device of the prompt encoder. `auto`: as in `rollout`."""
+    """Ray resources of the prompt encoder, released when all prompts are encoded. With GPU it computes on a GPU."""
+
+    @property
+    def encoder_device(self) -> str:
+        """`cuda` or `cpu`."""
+        return device_of(self.encoder_resources)
 
 
 class EvaluationConfig(Section):

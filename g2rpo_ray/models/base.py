@@ -95,7 +95,9 @@ class FlowModel:
     def __init__(self, config: ModelConfig, device: str, pipeline: Any, description: Description) -> None:
         self.transformer = pipeline.transformer
         self.network, self.autoencoder = description.network, description.autoencoder
-        self._pipeline, self._config, self._device = pipeline, config, device
+        self._pipeline, self._config = pipeline, config
+        self.device = device
+        """Of the inputs and results of its methods."""
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._scale = self.vae_scale(description.autoencoder)
         self.rows, self.columns = config.height // self._scale, config.width // self._scale  # of the VAE's latent
@@ -276,7 +278,7 @@ class FlowModel:
     def _arguments_of(self, embeddings: Sequence[PromptEmbedding]) -> dict[str, Any]:
         names = embeddings[0].tensors
         columns = {name: [self._in_dtype(e.tensors[name].tensor()) for e in embeddings] for name in names}
-        return {name: on_device(value, self._device) for name, value in self._collate(columns).items()}
+        return {name: on_device(value, self.device) for name, value in self._collate(columns).items()}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """dx/dσ at (x, sigma, prompt), [N, ...] float32 on the model's device; differentiable in the LoRA.
@@ -294,7 +296,7 @@ class FlowModel:
 
         It is one pass of the VAE, which takes gigabytes per image at 720 px; the caller decides the batch.
         """
-        latent = self._to_vae(x).to(self._device, self._dtype)
+        latent = self._to_vae(x).to(self.device, self._dtype)
         image = self._pipeline.vae.decode(latent, return_dict=False)[0]
         frames = image.movedim(2, 1) if image.ndim == 5 else image[:, None]  # [N, F, C, H, W]
         processor = getattr(self._pipeline, "image_processor", None) or self._pipeline.video_processor
@@ -355,7 +357,7 @@ class FlowModel:
 
     def _options(self, sources: Sequence[Image]) -> dict[str, Any]:
         """Options of the pipeline's `encode_prompt`."""
-        return {"device": self._device, "max_sequence_length": self.text_tokens}
+        return {"device": self.device, "max_sequence_length": self.text_tokens}
 
     def _source_tensors(self, sources: Sequence[Image]) -> dict[str, Tensor]:
         """Tensors of an embedding for one or more sources."""

@@ -40,5 +40,5 @@ class Model(PackedModel):
 
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
         self._mask = text["attention_mask"]
-        txt_ids = torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=self._device)
+        txt_ids = torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=self.device)
         return {"txt_ids": txt_ids, "img_ids": self.image_ids}

@@ -28,7 +28,7 @@ class Model(PackedModel):
         }
 
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
-        device, guided = self._device, self.network["guidance_embeds"]
+        device, guided = self.device, self.network["guidance_embeds"]
         return {
             "guidance": torch.full((n,), self.guidance_scale, device=device) if guided else None,
             "txt_ids": torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=device),

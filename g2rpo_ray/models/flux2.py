@@ -37,7 +37,7 @@ class Model(EditingModel):
         return {"prompt_embeds": (self.text_tokens, self.network["joint_attention_dim"])}
 
     def _others(self, n: int, text: Mapping[str, Any]) -> dict[str, Any]:
-        kind, device, guided = self.pipeline_class, self._device, self.network["guidance_embeds"]
+        kind, device, guided = self.pipeline_class, self.device, self.network["guidance_embeds"]
         with torch.device(device):  # a copy to the device would wait for the evaluations before it
             return {
                 "guidance": torch.full((n,), self.guidance_scale) if guided else None,
@@ -53,7 +53,7 @@ class Model(EditingModel):
         picture = processor._resize_if_exceeds_area(picture, self._config.source_area or SOURCE_AREA)
         height, width = picture.height // patch * patch, picture.width // patch * patch
         pixels = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
-        latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None)
+        latent = self._pipeline._encode_vae_image(pixels.to(self.device, self._dtype), None)
         return self._pack(latent)[0], tuple(latent.shape[2:])
 
     def _source_places(self, layout: Layout) -> Tensor:

@@ -26,7 +26,7 @@ class Model(EditingModel, flux.Model):
         processor, patch = self._pipeline.image_processor, 2 * self._scale
         smaller = math.sqrt((self._config.source_area or width * height) / (width * height))
         size = tuple(max(patch, int(side * smaller) // patch * patch) for side in (height, width))
-        pixels = processor.preprocess(processor.resize(picture, *size), *size).to(self._device, self._dtype)
+        pixels = processor.preprocess(processor.resize(picture, *size), *size).to(self.device, self._dtype)
         latent = self._pipeline._encode_vae_image(pixels, None)
         rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
         return self._pack(latent)[0], (rows, columns)

@@ -31,5 +31,5 @@ class PackedModel(FlowModel):
     def image_ids(self) -> Tensor:
         """Positions of the tokens, always float32, since bfloat16 does not represent all integers above 256."""
         make: Any = self.pipeline_class._prepare_latent_image_ids
-        ids: Tensor = make(1, self.rows // 2, self.columns // 2, self._device, torch.float32)
+        ids: Tensor = make(1, self.rows // 2, self.columns // 2, self.device, torch.float32)
         return ids

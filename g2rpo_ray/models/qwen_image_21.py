@@ -79,7 +79,7 @@ class Model(EditingModel, qwen_image.Model):
     def _options(self, sources: Sequence[Image]) -> dict[str, Any]:
         resize = self._pipeline.image_processor.resize
         seen = [resize(picture.convert("RGBA"), *self._size_of(picture)) for picture in sources]
-        return {"device": self._device, "image": seen or None}
+        return {"device": self.device, "image": seen or None}
 
     def _size_of(self, picture: Image) -> tuple[int, int]:
         """Height and width at which text encoder and VAE see a source."""
@@ -115,7 +115,7 @@ class Model(EditingModel, qwen_image.Model):
         pixels = self._pipeline.image_processor.preprocess(picture.convert("RGBA"), *self._size_of(picture)).unsqueeze(
             2
         )
-        latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None).squeeze(2)  # a frame
+        latent = self._pipeline._encode_vae_image(pixels.to(self.device, self._dtype), None).squeeze(2)  # a frame
         return self._pack(latent)[0], (latent.shape[2], latent.shape[3])
 
     def _source_places(self, layout: Layout) -> Tensor:

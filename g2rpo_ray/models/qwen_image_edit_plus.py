@@ -35,7 +35,7 @@ class Model(EditingModel, qwen_image.Model):
     def _source_tokens(self, picture: Image) -> tuple[Tensor, tuple[int, int]]:
         size = _size(picture, self._config.source_area or published.VAE_IMAGE_SIZE)
         pixels = self._pipeline.image_processor.preprocess(picture, *size).unsqueeze(2)  # a frame
-        latent = self._pipeline._encode_vae_image(pixels.to(self._device, self._dtype), None).squeeze(2)
+        latent = self._pipeline._encode_vae_image(pixels.to(self.device, self._dtype), None).squeeze(2)
         return self._pack(latent)[0], (latent.shape[2] // 2, latent.shape[3] // 2)
 
     def _source_places(self, layout: Layout) -> Tensor:

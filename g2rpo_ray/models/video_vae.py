@@ -11,13 +11,13 @@ class VideoVae:
     """A part of a family; `FlowModel` has the attributes."""
 
     _pipeline: Any
-    _device: str
+    device: str
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Of the VAE's latents, [1, C, 1, 1, 1]. Cached: a copy to the device for each batch would wait for it."""
         config = self._pipeline.vae.config
-        mean, std = (torch.tensor(each, device=self._device) for each in (config.latents_mean, config.latents_std))
+        mean, std = (torch.tensor(each, device=self.device) for each in (config.latents_mean, config.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def _unstandardised(self, x: Tensor) -> Tensor:

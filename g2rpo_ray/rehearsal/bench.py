@@ -56,7 +56,8 @@ class Bench:
         for section, device in (("rollout", config.rollout.device), ("learner", config.learner.device)):
             if device == "cuda" and not torch.cuda.is_available():
                 raise ValueError(
-                    f"{section}.device: cuda given, but this machine has no GPU; give --set {section}.device=cpu"
+                    f"{section}.resources: GPU given, but torch finds no GPU here; "
+                    f"give --set '{section}.resources={{CPU: 1}}'"
                 )
 
     def run(self) -> Times:

@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo_ray.config import Config
+from g2rpo_ray.config.resume import placement
 from g2rpo_ray.rehearsal.times import Times
 
 FORMAT = "g2rpo_ray.bench/1"
 MAX_BYTES = 1_000_000
 DECIDE = {
     "model": None, "lora": ("rank", "targets"),
-    "rollout": ("device", "threads", "micro_batch", "decode_batch", "compile", "attention_backend", "completions"),
-    "learner": ("device", "threads", "micro_batch", "gradient_checkpointing", "compile", "objective", "kl_beta"),
+    "rollout": ("micro_batch", "decode_batch", "compile", "attention_backend", "completions"),
+    "learner": ("micro_batch", "gradient_checkpointing", "compile", "objective", "kl_beta"),
 }  # fmt: skip
-"""Settings that the measured durations depend on, by section; None: all settings of a section."""
+"""Settings that the measured durations depend on, by section; None: all settings of a section. Also device and
+threads."""
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The settings of `DECIDE` by dotted key, as JSON values."""
+    """The settings of `DECIDE` by dotted key, as JSON values, with device and threads."""
     whole = config.model_dump(mode="json")
-    return {
+    places = {key: value for key, value in placement(config).items() if key.startswith(("rollout.", "learner."))}
+    return places | {
         f"{section}.{key}": whole[section][key] for section, keys in DECIDE.items() for key in keys or whole[section]
     }
 

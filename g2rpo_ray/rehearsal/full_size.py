@@ -90,7 +90,7 @@ def actor_memory(config: Config, units: str = "all") -> dict[str, int]:
 def unit_memory(config: Config, branch: bool) -> dict[str, int]:
     """Peaks of the bytes of a trunk unit's or a branch unit's tensors: of decoding, which runs beside the next
     evaluations, and of all else."""
-    plain = {"device": META, "compile": False, "completions": CompletionsConfig()}
+    plain = {"compile": False, "completions": CompletionsConfig()}
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=plain)})
     tree = prompt_tree(config, UNIT.iteration, UNIT.slot, UNIT.prompt)
     with without_data():
@@ -110,8 +110,7 @@ def unit_memory(config: Config, branch: bool) -> dict[str, int]:
 def learner_memory(config: Config, states: int, checkpointed: bool) -> dict[str, int]:
     """Bytes on a rank's device: `weights` (frozen), `adapter` (with its optimizer), and the peak of the tensors of the
     loss of so many states and its backward pass."""
-    learner = config.learner.model_copy(update={"device": META})
-    config = config.model_copy(update={"learner": learner})
+    learner = config.learner
     with without_data():
         model = _skeleton(config)
         weights = tensor_bytes(model.transformer)
@@ -147,7 +146,7 @@ def _copies(config: Config, lora: dict[str, torch.Tensor]) -> Copies:
     learner, stale = config.learner, config.rollout.max_staleness > 0
     another = learner.forward or (stale and learner.evaluates_old)
     averaged = learner.forward and learner.old_kl > 0
-    return Copies(learner, True, {}, {}, old=lora if another else None, average=lora if averaged else None)
+    return Copies(learner, META, True, {}, {}, old=lora if another else None, average=lora if averaged else None)
 
 
 def _rollout(config: Config, model: FlowModel) -> PromptRollout:

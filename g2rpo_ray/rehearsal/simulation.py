@@ -198,7 +198,9 @@ class _Run:
         }
         if (completions := rollout.completions).apart:
             limit = most_unused(rollout.max_unscored_units, completions.max_actors)
-            self._pools["completions"] = _Pool(clock, completions.max_actors, rollout.threads, limit, handle)
+            self._pools["completions"] = _Pool(
+                clock, completions.max_actors, rollout.completions_threads, limit, handle
+            )
         self._actors, self._learner = self._pools["rollout"], self._pools["learner"]
         self._completing = self._pools.get("completions", self._actors)
         self._planned: dict[Tree, tuple[_Unit, list[_Unit]]] = {}

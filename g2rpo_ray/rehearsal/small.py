@@ -15,7 +15,7 @@ SMALL = 64  # pixels along an edge that stay as they are: rewards of small world
 PROMPTS, HELDOUT, SEEDS = 2, 2, 2
 FRAMES = 5  # two latents of Wan's
 STAND_IN = "jpeg_compressibility"  # loads nothing, and scores pictures of any prompt
-HERE: Mapping[str, Any] = {"resources": {"CPU": 0}, "device": "auto", "runtime_env": {}, "threads": 1}
+HERE: Mapping[str, Any] = {"resources": {"CPU": 0}, "runtime_env": {}}
 """Settings of a section with actors, for a machine with a few cores and no GPU."""
 
 
@@ -43,7 +43,7 @@ def small(config: Config, untried: Mapping[str, str], prompts: Prompts, folder: 
         "model.source_area": SMALL * SMALL if config.model.sources else None, "model.max_sequence_length": tokens,
         "data.prompts_per_iteration": min(config.data.prompts_per_iteration, fewest),
         "data.heldout_prompts": heldout, "data.embeddings": str(folder / "embeddings"),
-        "data.encoder_resources": {"CPU": 0}, "data.encoder_device": "auto",
+        "data.encoder_resources": {"CPU": 0},
         "evaluation.seeds": min(config.evaluation.seeds, SEEDS), "evaluation.stop_on": (),
         "checkpoint.every": 1, "tracking.wandb_project": "",
         "learner.ranks": ranks, "learner.compile": False, "learner.warmup": min(learner.warmup, ITERATIONS - 1),

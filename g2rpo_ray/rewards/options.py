@@ -77,7 +77,7 @@ def check_reward(key: str, reward: "RewardConfig") -> list[str]:
     for name in options:
         if name == "device" and has_device(kind):
             raise ValueError(
-                f"{key}.options.device: given; set {key}.device instead; unset, it follows {key}.resources"
+                f"{key}.options.device: given; the device follows {key}.resources: give it there, as GPU: 1 or CPU: 1"
             )
         if name not in known:
             allowed = ", ".join(known) or "none"

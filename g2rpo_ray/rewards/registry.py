@@ -82,9 +82,9 @@ KINDS = {
 }
 
 
-def open_reward(config: "RewardConfig") -> Reward:
-    """The reward of a section of the settings, on the section's device if its factory has an argument `device`."""
-    placed = {"device": config.device} if "device" in signature(_factory(config.kind)).parameters else {}
+def open_reward(config: "RewardConfig", device: str | None = None) -> Reward:
+    """The reward of a section of the settings; if its factory has an argument `device`, on that, by default its own."""
+    placed = {"device": device or config.device} if "device" in signature(_factory(config.kind)).parameters else {}
     return build_reward(config.kind, **(placed | config.options))
 
 

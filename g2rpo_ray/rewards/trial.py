@@ -106,7 +106,7 @@ def sizes(config: RewardConfig, pictures: Sequence[Picture]) -> Found:
 
     set_up_torch(True, config.threads)
     with without_data():
-        reward = open_reward(config.model_copy(update={"device": META}))
+        reward = open_reward(config, META)
         try:
             scoring = peak_bytes(lambda: _scores(reward, config, pictures, pictures))
         except (RuntimeError, TypeError, IndexError, KeyError) as error:

@@ -13,9 +13,9 @@ from g2rpo_ray.types import Images
 class Decoder:
     """The VAE of a rollout actor. On a GPU it has its own stream for its passes and the copies to the host."""
 
-    def __init__(self, config: Config, model: FlowModel, device: str):
+    def __init__(self, config: Config, model: FlowModel):
         self._config, self._model = config, model
-        self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._stream = torch.cuda.Stream() if model.device == "cuda" else None
 
     def unit(self, count: int) -> "Decoding":
         """Starts a unit with `count` images."""

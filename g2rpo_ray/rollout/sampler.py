@@ -46,18 +46,19 @@ class Sampler:
         """
         self._config = config
         given = config.rollout.completions
-        self._device = given.device if units == "completions" else config.rollout.device
+        device = given.device if units == "completions" else config.rollout.device
         if units == "completions" and given.need_weights:
-            self._model = self.completing = _completing(config, self._device, alone=True)
+            self._model = self.completing = _completing(config, device, alone=True)
         else:
-            self._model = model or FlowModel.load(config.rollout_model, self._device, transformer=True, vae=True)
+            self._model = model or FlowModel.load(config.rollout_model, device, transformer=True, vae=True)
             _prepare(self._model, config, config.rollout.compile)
             self.completing = self._model
         if units == "all" and given.need_weights:
-            self.completing = _completing(config, self._device, alone=False)
+            self.completing = _completing(config, device, alone=False)
             self.completing.low_noise = self._model.low_noise
         self._sigmas = sigma_grid(config.sampler, self._model)
-        self._decoder = Decoder(config, self._model, self._device)
+        self._device = self._model.device
+        self._decoder = Decoder(config, self._model)
         self.evaluations = 0
         """Velocity evaluations since the start, counted per latent."""
 

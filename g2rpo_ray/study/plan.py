@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rpo_ray.config import Config, load_config
-from g2rpo_ray.config.resume import SAMPLING, TRAINING, affects_result, matches, settings
+from g2rpo_ray.config.resume import SAMPLING, TRAINING, affects_result, matches, placement, settings
 from g2rpo_ray.data import Prompts
 from g2rpo_ray.paths import EMBEDDED, resolve
 from g2rpo_ray.preflight import check_lasting, read_run_prompts
@@ -175,7 +175,7 @@ class Plan:
 
         Budget 0 is an evaluation of the base, which settings of training do not affect.
         """
-        given = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
+        given = settings_given(config)
         data = settings(config, prompts.train, prompts.heldout, prompts.metadata)["data"]
         given |= {f"data.{name}": data[name] for name in ("train_prompts", "heldout_prompts")}
         if config.sampler.is_auto and budget:
@@ -189,6 +189,12 @@ class Plan:
         files = [_content(value) for value in values.values() if isinstance(value, str) and value.startswith(EMBEDDED)]
         text = json.dumps([values, files, budget, looks], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def settings_given(config: Config) -> dict[str, Any]:
+    """The settings other than the default by dotted key, with devices and threads."""
+    given = dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
+    return given | {key: value for key, value in placement(config).items() if value != 1}
 
 
 def best_rate(cases: Sequence[Case], record: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> Case:

@@ -13,8 +13,7 @@ from g2rpo_ray.analysis.statistics import interval
 from g2rpo_ray.config.resume import affects_result
 from g2rpo_ray.rollout.metrics import mean_of_present
 from g2rpo_ray.runs.tracking import read_lines, to_json
-from g2rpo_ray.study.plan import Case
-from g2rpo_ray.study.schema import flat
+from g2rpo_ray.study.plan import Case, settings_given
 from g2rpo_ray.types import FloatArray, Images
 
 FILE = "record.jsonl"
@@ -72,12 +71,11 @@ class Curve:
     def line(self, **more: Any) -> Line:
         """The line of the record, with additional fields `more`."""
         case, config = self._case, self._case.config
-        given = flat(config.model_dump(mode="json", exclude_defaults=True))
         by_prompt = {name: [_short(mean_of_present(row)) for row in of] for name, of in self._scores.items()}
         return {
             "key": case.key, "kind": case.kind, "table": case.table, "variant": case.variant, "seed": config.seed,
             "lr": config.learner.lr, "budget": case.budget, **more, "curve": self.points, "scores": by_prompt,
-            "settings": {key: value for key, value in given if affects_result(key)},
+            "settings": {key: value for key, value in settings_given(config).items() if affects_result(key)},
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
 

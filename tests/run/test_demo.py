@@ -90,8 +90,8 @@ def test_values_out_of_bounds_are_refused(studio, bad):
         (["--adapter", "a=/nowhere"], ["--adapter a: ", "cannot read"]),
         (["--adapter", "RUN", "--port", "0"], ["--port: 0 given"]),
         (
-            ["--adapter", "RUN", "--set", "rollout.device=cuda", "--set", "rollout.resources={GPU: 1}"],
-            ["rollout.device: cuda given", "rollout.resources={CPU: 1}"],
+            ["--adapter", "RUN", "--set", "rollout.resources={GPU: 1}"],
+            ["rollout.resources: GPU given", "rollout.resources={CPU: 1}"],
         ),
     ],
 )

@@ -277,10 +277,7 @@ def test_edits_in_bfloat16_start_at_a_ratio_of_one(alone: Any, tmp_path: Path) -
 
 
 def test_the_demo_edits_a_picture_and_scores_what_it_left(tmp_path: Path) -> None:
-    given = dotted(
-        run_settings(tmp_path, tiny("flux2_klein"))
-        | {"rewards__preference__kind": "preservation", "rollout__device": "cpu"}
-    )
+    given = dotted(run_settings(tmp_path, tiny("flux2_klein")) | {"rewards__preference__kind": "preservation"})
     config = load_config(None, [f"{key}={value}" for key, value in given.items()])
     studio = Studio(config, read_adapters((), config))
     one, other = (studio.draw("make it red", 0, 2, 1.0, str(tmp_path / "pictures" / f"{name}.png"))[0]

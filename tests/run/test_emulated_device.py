@@ -328,7 +328,7 @@ def losses(family: str, dtype: str, device: str, stale: bool, *settings: str) ->
     sampled = rollouts(family, dtype, *settings)
     with on(device) as gpu:
         now = lora_state(model.transformer)
-        copies = Copies.of(config.learner, 0, lambda: now, {}, None)
+        copies = Copies.of(config.learner, model.device, 0, lambda: now, {}, None)
         copies.publish(0, lambda: {name: 0.9 * array for name, array in now.items()})
         copies.publish(1, lambda: now)
         copies.begin(lambda: now, on_policy=not stale)

@@ -41,11 +41,11 @@ def test_a_rehearsal_keeps_what_a_run_does_and_makes_smaller_how_much(name, tmp_
     differ = changed(*settings)
     assert {key for key in differ if key.split(".")[0] in ("method", "sampler", "credit", "lora", "seed")} == set()
     assert {key for key in differ if key.startswith("learner.")} <= {
-        "learner.resources.GPU", "learner.resources.CPU", "learner.device", "learner.ranks", "learner.warmup",
+        "learner.resources.GPU", "learner.resources.CPU", "learner.ranks", "learner.warmup",
         "learner.lr_iterations",
     }  # fmt: skip
     assert {key for key in differ if key.startswith("rollout.")} <= {
-        "rollout.resources.GPU", "rollout.resources.CPU", "rollout.device", "rollout.max_actors",
+        "rollout.resources.GPU", "rollout.resources.CPU", "rollout.max_actors",
         "rollout.completions.resources.GPU", "rollout.completions.resources.CPU",
     }  # fmt: skip
     assert settings[1]["learner"]["lr_iterations"] == config.iterations  # so the rate is that of the run's beginning

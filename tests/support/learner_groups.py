@@ -39,7 +39,7 @@ SAMPLER = {
 CREDIT = {"group": "siblings", "spread": "group", "clip": 5.0}
 
 LEARNER = {
-    "device": "cpu", "resources": {"CPU": 1}, "objective": "clip", "schedule": "per_step", "lr": 1e-3,
+    "resources": {"CPU": 1}, "objective": "clip", "schedule": "per_step", "lr": 1e-3,
     "clip_range": 2.4e-5, "grad_clip": 4e-3, "micro_batch": 3,  # a pass under ZeRO-3 takes a third of a second
 }  # fmt: skip
 

@@ -142,12 +142,22 @@ def test_a_device_that_changes_with_the_resources_counts_when_a_run_is_resumed()
     assert differences(before, now) == {"rollout.device": ("cpu", "cuda")}
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize(("device", "resources"), [("cuda", "{CPU: 1}"), ("cpu", "{GPU: 0.5}")])
-def test_a_device_that_contradicts_the_resources_is_refused(key, device, resources):
-    given = key.replace("resources", "device")
-    with pytest.raises(ValueError, match=rf"^{given}: '{device}' given; .* GPU.*or give auto$"):
-        load_config(None, [f"{key}={resources}", f"{given}={device}"])
+@pytest.mark.parametrize(("cpus", "threads"), [(0, 1), (0.5, 1), (1, 1), (3, 3), (100_000, 256)])
+def test_threads_are_the_cpus_that_are_reserved_and_count_when_a_run_is_resumed(cpus, threads):
+    sections = ("rollout", "learner", "rewards.preference")
+    config = load_config(None, [f"{section}.resources={{CPU: {cpus}}}" for section in sections])
+    assert [config.rollout.threads, config.learner.threads, config.rewards["preference"].threads] == [threads] * 3
+    before, now = (settings(one, ["a"], ["b"], {}) for one in (load_config(), config))
+    changed = {f"{section}.threads": (1, threads) for section in sections} if threads > 1 else {}
+    assert differences(before, now) == changed
+    one, many = (load_config(None, [f"rollout.resources={{GPU: 1, CPU: {number}}}"]) for number in (1, 9))
+    assert differences(settings(one, ["a"], ["b"], {}), settings(many, ["a"], ["b"], {})) == {}
+
+
+@pytest.mark.parametrize("key", ["learner.threads", "data.encoder_device", "rewards.preference.device"])
+def test_a_key_that_was_removed_tells_what_to_do(key):
+    with pytest.raises(ValueError, match=rf"^{key}: unknown key; remove it: GPU and CPU in the resources"):
+        load_config(None, [f"{key}=auto"])
 
 
 def test_gpus_that_would_not_be_used_or_would_be_shared_are_refused():
@@ -162,7 +172,7 @@ def test_gpus_that_would_not_be_used_or_would_be_shared_are_refused():
     with pytest.raises(ValueError, match="^eval_rewards.jpeg.resources: GPU: 1 .* runs on the CPU only; give"):
         check_files(no_use, None)
     elsewhere = load_config(None, ["rewards.preference.options.device=cuda"])
-    with pytest.raises(ValueError, match="^rewards.preference.options.device: given; set rewards.preference.device"):
+    with pytest.raises(ValueError, match="^rewards.preference.options.device: given; .*rewards.preference.resources"):
         check_files(elsewhere, None)
 
 
