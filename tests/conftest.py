@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")  # how long an example takes says how busy the cores are
 
 
-def pytest_configure():
-    """What processes that tests start inherit: one thread each, their share of the cores, a folder for Ray's clusters.
+def pytest_configure(config):
+    """What processes that tests start inherit: one thread each, their share of the cores, a folder for Ray's clusters,
+    and the process that forks, which is one for all.
 
     Tiny tensors are slower on two threads, by far where the cores are busy. Processes that run tests side by side must
     not find each other's clusters, as `ray` does by RAY_TMPDIR.
@@ -32,6 +34,10 @@ def pytest_configure():
         folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp()) / worker  # short: Ray's sockets are in it
         folder.mkdir()
         os.environ["RAY_TMPDIR"] = str(folder)
+    else:
+        forking = ExitStack()
+        forking.enter_context(preloaded.serving())
+        config.add_cleanup(forking.close)
 
 
 def pytest_collection_modifyitems(items):
@@ -61,15 +67,9 @@ def workers_are_preloaded(request):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in preloaded.environment(request.getfixturevalue("preloading")).items():
+        for name, value in preloaded.environment().items():
             patch.setenv(name, value)
         yield
-
-
-@pytest.fixture(scope="session")
-def preloading():
-    with preloaded.serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

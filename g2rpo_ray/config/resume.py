@@ -8,6 +8,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+from g2rpo_ray.config.resources import ActorSection
 from g2rpo_ray.config.schema import Config
 
 Differences = dict[str, tuple[Any, Any]]  # by dotted key: before, now; None if it was not given
@@ -65,11 +66,9 @@ def placement(config: Config) -> dict[str, str | int]:
 
     Threads are 1 on a GPU, where they change none.
     """
-    sections = {"rollout": config.rollout, "learner": config.learner}
+    sections: dict[str, ActorSection] = {"rollout": config.rollout, "learner": config.learner, **config.rewards_by_key}
     if config.rollout.completions.apart:
         sections["rollout.completions"] = config.rollout.completions
-    for name in ("rewards", "eval_rewards"):
-        sections |= {f"{name}.{key}": reward for key, reward in getattr(config, name).items()}
     devices = {f"{key}.device": section.device for key, section in sections.items()}
     threads = {f"{key}.threads": 1 if one.device == "cuda" else one.threads for key, one in sections.items()}
     return {**devices, **threads, "data.encoder_device": config.data.encoder_device}

@@ -48,9 +48,11 @@ def trial(
     Raises:
         ValueError: one line; a reward cannot be built, returns no scores, ends its process, or takes too long.
     """
-    spawning = multiprocessing.get_context("spawn")
-    here, there = spawning.Pipe(duplex=False)
-    process = spawning.Process(target=_try, args=(there, dict(rewards), list(pictures), measured, sized))
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["torch", __name__])  # loaded once for all trials of this process
+    here, there = forking.Pipe(duplex=False)
+    arguments = (there, dict(os.environ), dict(rewards), list(pictures), measured, sized)
+    process = forking.Process(target=_try, args=arguments)
     with children_ignore_interrupts():
         process.start()
     there.close()  # the end of the process is the end of the pipe
@@ -130,12 +132,15 @@ def _answer(key: str, answers: Connection, process: Any, limit_s: float) -> Foun
 
 def _try(
     answers: Connection,
+    environment: Mapping[str, str],
     rewards: Mapping[str, RewardConfig],
     pictures: Sequence[Picture],
     measured: bool,
     sized: bool,
 ) -> None:
     """Sends the result of each reward, or the error as `wrong`."""
+    os.environ.clear()  # the server that forked this process has that of the first trial
+    os.environ.update(environment)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

@@ -32,6 +32,7 @@ from g2rpo_ray.exits import RunInterrupted
 from g2rpo_ray.learner.rendezvous import alone
 from g2rpo_ray.models import describe_model, lora_shapes
 from g2rpo_ray.rewards import NotScores, ask, check_reward, open_reward
+from tests.support import preloaded
 from tests.support.hub import serve_hub
 from tests.support.own_parts import (
     PROMPTS,
@@ -283,7 +284,7 @@ assert len(names["curve"].lines[0].get_xdata()) == 8
 def test_the_notebook_runs(tmp_path):
     env = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK, str(ROOT / "docs" / "quickstart.ipynb")],
+        preloaded.python("-c", NOTEBOOK, ROOT / "docs" / "quickstart.ipynb"),
         capture_output=True, text=True, timeout=400, check=False, env=env, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

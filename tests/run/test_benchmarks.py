@@ -34,25 +34,9 @@ def test_rewards(tmp_path):
     assert [row["batch"] for row in quick(tmp_path, "rewards")] == [1, 4]
 
 
-def test_completions(tmp_path):
-    fine, coarse = quick(tmp_path, "completions")
-    assert (fine["evaluations a member"], coarse["evaluations a member"]) == (9 + 8 + 7 + 6 + 5, 3 + 3 + 3 + 3 + 2)
-    assert fine["euler"] == pytest.approx(1)
-    assert 0.5 < coarse["euler"] < 1
-    assert coarse["dpmpp_2m"] not in (coarse["euler"], fine["dpmpp_2m"])
-
-
 def test_learner(tmp_path):
     (row,) = quick(tmp_path, "learner")
     assert row["states"] == 4 * 5  # prompts, branch steps
-    assert row["s an update"] > 0
-
-
-def test_learner_of_another_method(tmp_path):
-    (row,) = quick(
-        tmp_path, "learner", "--set", "method=flow_grpo", "--set", "sampler.steps=3", "--set", "sampler.roots=6"
-    )
-    assert row["states"] == 4 * 6 * 2  # prompts, chains, all steps but the last
     assert row["s an update"] > 0
 
 

@@ -44,14 +44,6 @@ def test_a_unit_takes_as_much_as_its_largest_evaluation_and_its_latents():
     assert actor_memory(small)["units"] < rollout_memory(small)["velocity"] / 10  # it has few latents
 
 
-def test_completions_by_actors_of_their_own_have_their_own_batches():
-    sets = ["rollout.completions.max_actors=1", "rollout.completions.resources={CPU: 1}"]
-    config = load_config(None, [*sets, "rollout.completions.micro_batch=2"])
-    exact, cheap = actor_memory(config), actor_memory(config, "completions")
-    assert cheap["units"] < exact["units"] / 2
-    assert cheap["weights"] == exact["weights"]
-
-
 def test_the_learner_counts_what_its_loss_evaluates():
     def states(*sets):
         return learner_memory(load_config(None, list(sets)), 2, False)["states"]

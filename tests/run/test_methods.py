@@ -1,12 +1,12 @@
 """Presets through the command line, and the documentation of them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from g2rpo_ray.methods import method_names
+from tests.support import preloaded
 from tests.support.method_runs import SMALL, settings_of
 from tests.support.runs import (
     same_lora,
@@ -33,7 +33,7 @@ def test_the_bits_do_not_depend_on_how_a_tree_is_cut_into_units(method, alone):
 
 
 def test_a_method_s_tables_in_the_docs_are_what_the_plan_says():
-    done = subprocess.run([sys.executable, "docs/methods.py", "--tables"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(preloaded.python("docs/methods.py", "--tables"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     text = (ROOT / "docs" / "methods.md").read_text()
     for table in done.stdout.strip().split("\n\n"):
@@ -41,7 +41,7 @@ def test_a_method_s_tables_in_the_docs_are_what_the_plan_says():
 
 
 def test_every_method_has_a_picture_drawn_from_its_plan(tmp_path):
-    done = subprocess.run([sys.executable, "docs/methods.py", "--output", tmp_path], capture_output=True, cwd=ROOT)
+    done = subprocess.run(preloaded.python("docs/methods.py", "--output", tmp_path), capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     text = (ROOT / "docs" / "methods.md").read_text()
     for method in method_names():

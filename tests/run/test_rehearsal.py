@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from g2rpo_ray.rehearsal.hours import Estimate, describe_hours, evaluations
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.simulation import simulate
 from g2rpo_ray.rehearsal.times import Times, operations
+from tests.support import preloaded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -205,7 +205,7 @@ def test_a_study_tells_the_hours_of_all_its_runs(tmp_path, capsys):
 def bench(tmp_path_factory):
     """What the command writes for the quickstart in a few seconds, and what it says."""
     file = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-m", "g2rpo_ray.bench", "--minutes", "0.01", "--random", "--output", str(file)]
+    command = preloaded.python("-m", "g2rpo_ray.bench", "--minutes", 0.01, "--random", "--output", file)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return file, done.stdout

@@ -1,4 +1,4 @@
-"""Benchmarks on Ray, run small."""
+"""The other benchmarks, run small."""
 
 import pytest
 
@@ -15,6 +15,22 @@ def test_rollout_counts_flux(tmp_path):
     assert twelve["TFLOP"] == pytest.approx(12 * one["TFLOP"], rel=1e-3)
     assert 1 < lora["TFLOP"] / twelve["TFLOP"] < 1.02
     assert decode["TFLOP"] < one["TFLOP"]
+
+
+def test_completions(tmp_path):
+    fine, coarse = quick(tmp_path, "completions")
+    assert (fine["evaluations a member"], coarse["evaluations a member"]) == (9 + 8 + 7 + 6 + 5, 3 + 3 + 3 + 3 + 2)
+    assert fine["euler"] == pytest.approx(1)
+    assert 0.5 < coarse["euler"] < 1
+    assert coarse["dpmpp_2m"] not in (coarse["euler"], fine["dpmpp_2m"])
+
+
+def test_learner_of_another_method(tmp_path):
+    (row,) = quick(
+        tmp_path, "learner", "--set", "method=flow_grpo", "--set", "sampler.steps=3", "--set", "sampler.roots=6"
+    )
+    assert row["states"] == 4 * 6 * 2  # prompts, chains, all steps but the last
+    assert row["s an update"] > 0
 
 
 def test_eps(tmp_path):

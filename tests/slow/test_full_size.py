@@ -4,7 +4,7 @@ import pytest
 
 from g2rpo_ray.config import load_config
 from g2rpo_ray.models.estimate import rollout_memory
-from g2rpo_ray.rehearsal.full_size import full_size
+from g2rpo_ray.rehearsal.full_size import actor_memory, full_size
 from g2rpo_ray.rehearsal.published import with_shapes
 
 SHARE = {"sd3_g2rpo_lean": 0.35, "qwen_image_21_edit": 1.0, "wan22_a14b_g2rpo": 1.03, "z_image_g2rpo": 1.01}
@@ -18,3 +18,11 @@ def test_a_published_model_runs_at_full_size_without_data(name):
     assert found["rollout actor"]["units"] / estimate["velocity"] == pytest.approx(SHARE[name], abs=0.02)
     assert found["rollout actor"]["decode"] == estimate["decode"]
     assert found["learner rank"]["states"] > 10**8
+
+
+def test_completions_by_actors_of_their_own_have_their_own_batches():
+    sets = ["rollout.completions.max_actors=1", "rollout.completions.resources={CPU: 1}"]
+    config = load_config(None, [*sets, "rollout.completions.micro_batch=2"])
+    exact, cheap = actor_memory(config), actor_memory(config, "completions")
+    assert cheap["units"] < exact["units"] / 2
+    assert cheap["weights"] == exact["weights"]

@@ -2,15 +2,16 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.support import preloaded
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def quick(tmp_path, name, *arguments):
     file = tmp_path / "out.json"
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(file), *arguments]
+    command = preloaded.python(BENCHMARKS / f"{name}.py", "--quick", "--json", file, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())

@@ -33,6 +33,7 @@ from g2rpo_ray.data import (
 from g2rpo_ray.data.embeddings import FIRST_PART, PART, DamagedPart
 from g2rpo_ray.preflight import read_run_prompts
 from g2rpo_ray.types import PromptEmbedding
+from tests.support import preloaded
 from tests.support.embeddings import embedding
 from tests.support.tiny_flux import write_tiny_flux
 
@@ -414,7 +415,7 @@ def test_encoding_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     number = FIRST_PART + PART + 3
 
     def encode(folder: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", ENCODE, str(tmp_path / folder), str(number)]
+        command = preloaded.python("-c", ENCODE, tmp_path / folder, number)
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     killed = encode("a")
