@@ -34,12 +34,6 @@ def test_rewards(tmp_path):
     assert [row["batch"] for row in quick(tmp_path, "rewards")] == [1, 4]
 
 
-def test_learner(tmp_path):
-    (row,) = quick(tmp_path, "learner")
-    assert row["states"] == 4 * 5  # prompts, branch steps
-    assert row["s an update"] > 0
-
-
 def test_scaling_on_paper(tmp_path):
     rows = quick(tmp_path, "scaling", "--model")
     # The same schedule, written out: 64 devices, 16 prompts, units of 12. What a member evaluates after a branch step

@@ -3,22 +3,17 @@
 import ctypes
 import json
 import multiprocessing
-import re
-import signal
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from g2rpo_ray.commands.study import main, waves, write
 from g2rpo_ray.config import load_config
 from g2rpo_ray.runs.lease import Lease
 from g2rpo_ray.runs.storage import Folder
-from g2rpo_ray.runs.tracking import read_lines
 from g2rpo_ray.study import runner
 from g2rpo_ray.study.plan import Plan
 from g2rpo_ray.study.record import FILE, Record
@@ -26,8 +21,7 @@ from g2rpo_ray.study.rows import Results
 from g2rpo_ray.study.runner import Workers
 from g2rpo_ray.study.schema import read_study
 from g2rpo_ray.study.statistics import crossed, crossing, over_seeds
-from tests.support.runs import wait_for
-from tests.support.studies import STOPPED, STUDY, TREE, command, plan_of, study_file
+from tests.support.studies import STUDY, TREE, plan_of, study_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -261,22 +255,6 @@ def test_what_has_no_interval_says_so_and_a_score_that_is_never_reached_has_no_c
     assert crossing([0, 10], [0.4, 0.5], 0.3) == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
-def test_a_study_that_is_told_to_end_says_one_line_and_leaves_no_process(how, tmp_path):
-    file, out = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")}), tmp_path / "out"
-    process = subprocess.Popen(command(file, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(process, lambda: len(read_lines(out / FILE)) >= 1)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    process.send_signal(how)
-    printed, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert printed.splitlines()[-1] == STOPPED
-    assert not re.search("[Ww]arning|Traceback", told)
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive
-
-
 def slow(case) -> list:
     """A run that takes longer than its limit, and makes progress."""
     with runner.ends_if_hung(8.0) as on_progress:
@@ -304,17 +282,6 @@ def test_a_run_that_hangs_ends_in_a_line_that_names_it(tmp_path):
         cases = plan_of(tmp_path).tuning("one", "tree")
         with pytest.raises(RuntimeError, match=r"^one: tree, seed 9, lr 0.0001, or .* no progress for hung_after_s"):
             list(Workers(pool, hangs).each(cases))
-
-
-def test_a_reward_that_hangs_ends_the_study_in_a_line(tmp_path, capfd):
-    settings = STUDY["set"] | {"output": str(tmp_path / "runs"), "hung_after_s": 20}
-    settings["rewards"] = {"preference": None, "asleep": {"kind": "tests.support.faulty:build_sleeper"}}
-    file, others = study_file(tmp_path, set=settings), set(multiprocessing.active_children())
-    assert main([str(file), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 1
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
-    assert line.startswith("error: one: base")
-    assert line.endswith("no progress for hung_after_s; the same command resumes from the record")
-    assert set(multiprocessing.active_children()) == others
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)

@@ -52,3 +52,9 @@ def test_scaling(tmp_path):
 def test_broadcast(tmp_path):
     (row,) = quick(tmp_path, "broadcast")
     assert row["tensors"] == 532
+
+
+def test_learner(tmp_path):
+    (row,) = quick(tmp_path, "learner")
+    assert row["states"] == 4 * 5  # prompts, branch steps
+    assert row["s an update"] > 0

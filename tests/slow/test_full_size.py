@@ -26,3 +26,9 @@ def test_completions_by_actors_of_their_own_have_their_own_batches():
     exact, cheap = actor_memory(config), actor_memory(config, "completions")
     assert cheap["units"] < exact["units"] / 2
     assert cheap["weights"] == exact["weights"]
+
+
+def test_a_unit_takes_as_much_as_its_largest_evaluation_and_its_latents():
+    full, small = load_config(), load_config(None, ["rollout.micro_batch=4096"])
+    assert 1 <= actor_memory(full)["units"] / rollout_memory(full)["velocity"] < 1.1
+    assert actor_memory(small)["units"] < rollout_memory(small)["velocity"] / 10  # it has few latents

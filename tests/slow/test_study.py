@@ -1,5 +1,6 @@
 """Studies that are killed, interrupted, or run on Ray."""
 
+import multiprocessing
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from g2rpo_ray.commands.study import main
 from g2rpo_ray.runs.lease import Lease
 from g2rpo_ray.runs.storage import Folder
 from g2rpo_ray.runs.tracking import read_lines, to_json
@@ -165,3 +167,30 @@ def test_told_twice_a_study_on_ray_ends_its_run_at_once(tmp_path):
         assert time.monotonic() - told < 12  # 3 on idle cores; 18 without the second signal
     with Lease(Folder(run)):
         pass
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_a_study_that_is_told_to_end_says_one_line_and_leaves_no_process(how, tmp_path):
+    file, out = study_file(tmp_path, set={**STUDY["set"], "output": str(tmp_path / "runs")}), tmp_path / "out"
+    process = subprocess.Popen(command(file, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: len(read_lines(out / FILE)) >= 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(how)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == STOPPED
+    assert not re.search("[Ww]arning|Traceback", told)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def test_a_reward_that_hangs_ends_the_study_in_a_line(tmp_path, capfd):
+    settings = STUDY["set"] | {"output": str(tmp_path / "runs"), "hung_after_s": 20}
+    settings["rewards"] = {"preference": None, "asleep": {"kind": "tests.support.faulty:build_sleeper"}}
+    file, others = study_file(tmp_path, set=settings), set(multiprocessing.active_children())
+    assert main([str(file), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: one: base")
+    assert line.endswith("no progress for hung_after_s; the same command resumes from the record")
+    assert set(multiprocessing.active_children()) == others

@@ -1,4 +1,4 @@
-"""Builds of embedded models, twice; that of `scenes` is in tests/run."""
+"""Builds of embedded models, twice, and what the one that edits can do; `scenes` is in tests/run."""
 
 import dataclasses
 import hashlib
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline
 
 from g2rpo_ray.world_builder.build import build
 from g2rpo_ray.world_builder.edit_quickstart import WORLD as EDITS
+from g2rpo_ray.world_builder.editing import measure_edits
 from g2rpo_ray.world_builder.video_quickstart import WORLD as VIDEOS
 from g2rpo_ray.worlds.video_quickstart.draw import DIRECTIONS, SCENES
 
@@ -42,3 +44,13 @@ def test_a_build_of_videos_makes_the_same_files_again(tmp_path: Path) -> None:
         transformer_steps=3, transformer_batch=2,
     )  # fmt: skip
     same_twice(tiny, tmp_path)
+
+
+def test_the_committed_model_edits_a_fifth_to_a_half_of_the_held_out_pictures_right() -> None:
+    pipeline = Flux2KleinPipeline.from_pretrained(EDITS.root / "pipeline", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    found = measure_edits(EDITS, pipeline, seeds=16)
+    assert 0.2 < found["all"] < 0.5
+    assert found["all"] < min(found["edit"], found["rest"]) < 0.9
+    size = sum(file.stat().st_size for file in EDITS.root.rglob("*") if file.is_file())
+    assert size < 10e6
