@@ -91,17 +91,8 @@ class LearnerEngine:
         self._config, self._learner, self._rank, self._ranks = config, config.learner, rank, world_size
         self._device = config.learner.device
         _join_process_group(self._device, rank, world_size, max(config.startup_timeout_s, config.hung_after_s))
-        weights_on = "cpu" if self._learner.zero_stage == 3 else None  # the whole base may not fit one device
-        self._model = model or FlowModel.load(
-            config.model, self._device, transformer=True, low_noise=False, weights_on=weights_on
-        )
+        self._model = self._with_lora(model)
         transformer = self._model.transformer
-        add_lora(transformer, config.lora, config.seed)
-        fold_lora(transformer)
-        if self._learner.compile:
-            compile_blocks(transformer)
-        if self._learner.gradient_checkpointing:
-            self._model.enable_gradient_checkpointing()
         self._lora = lora_parameters(transformer)
         # the LoRA is loaded before ZeRO partitions the parameters, the moments afterwards
         saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint) / CHECKPOINT, self._lora)
@@ -133,6 +124,21 @@ class LearnerEngine:
         remembered = saved["probes"] if saved is not None and saved.get("probed_by") == rule(config) else None
         probing = config.sampler.is_auto and isinstance(self._loss, EdgeLoss)
         self._probes = Probes(config, self._loss, self._lora, remembered) if probing else None
+
+    def _with_lora(self, model: FlowModel | None) -> FlowModel:
+        """The model, by default the configuration's, with a new LoRA."""
+        config = self._config
+        weights_on = "cpu" if self._learner.zero_stage == 3 else None  # the whole base may not fit one device
+        model = model or FlowModel.load(
+            config.model, self._device, transformer=True, low_noise=False, weights_on=weights_on
+        )
+        add_lora(model.transformer, config.lora, config.seed)
+        fold_lora(model.transformer)
+        if self._learner.compile:
+            compile_blocks(model.transformer)
+        if self._learner.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
 
     def update(self, shard: Sequence[PromptRollout], batch: BatchShape) -> RankMetrics:
         """One iteration's update.

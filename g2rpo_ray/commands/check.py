@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.hours import describe_calibrated, describe_hours
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.times import Times
+
+if TYPE_CHECKING:
+    from g2rpo_ray.rewards.pictures import Picture
 
 
 def check(
@@ -35,17 +39,11 @@ def check(
     Raises:
         ValueError: one line; the run cannot work.
     """
-    from g2rpo_ray.actors.cluster import check_resources, cluster, named_address, this_machine
-    from g2rpo_ray.rewards.pictures import Picture
+    from g2rpo_ray.actors.cluster import named_address
     from g2rpo_ray.rewards.trial import trial
 
     private, unchecked = named_address(address)[1] is None, list(unchecked)
-    prompt = prompts.train[0]
-    model = config.model
-    shape = (2, *([model.frames] if model.frames > 1 else []), model.height, model.width, 3)
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    pictures = [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
-    with trial(_local_rewards(config, unchecked), pictures, config.startup_timeout_s) as tried:
+    with trial(_local_rewards(config, unchecked), _noise(config, prompts), config.startup_timeout_s) as tried:
         if shaped := with_shapes(config):
             check_network(shaped)
         print(describe_plan(config))
@@ -55,20 +53,37 @@ def check(
             print(_hours(config, shaped, len(prompts.heldout), fleet))
         elif private and config.rollout.device == "cpu":
             _check_memory(config)
-        right: list[str] = []
-        for key, found in tried().items():
-            if "untried" in found:
-                unchecked.append(f"{key}: not tried, {found['untried']}")
-            elif not np.isfinite(found["scores"]).all():
-                unchecked.append(f"{key}: no score for an image of noise and the prompt {prompt!r}")
-            else:
-                right.append(key.partition(".")[2])
+        found = tried()
+    right: list[str] = []
+    for key, result in found.items():
+        if "untried" in result:
+            unchecked.append(f"{key}: not tried, {result['untried']}")
+        elif not np.isfinite(result["scores"]).all():
+            unchecked.append(f"{key}: no score for an image of noise and the prompt {prompts.train[0]!r}")
+        else:
+            right.append(key.partition(".")[2])
     if right:
         print(f"rewards:       {', '.join(right)} scored two images of noise")
     for line in unchecked:
         print(f"not checked:   {line}")
-    if fleet or times:
-        return
+    if not fleet and not times:
+        _check_place(config, address, private)
+
+
+def _noise(config: Config, prompts: Prompts) -> "list[Picture]":
+    """Two images, or videos, of noise for the first training prompt."""
+    from g2rpo_ray.rewards.pictures import Picture
+
+    model, prompt = config.model, prompts.train[0]
+    shape = (2, *([model.frames] if model.frames > 1 else []), model.height, model.width, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
+
+
+def _check_place(config: Config, address: str | None, private: bool) -> None:
+    """Prints that this machine, or the cluster, has enough resources. ValueError, in one line, if it has not."""
+    from g2rpo_ray.actors.cluster import check_resources, cluster, this_machine
+
     if private:
         machine = this_machine()
         room = check_resources(config, machine)

@@ -1,5 +1,6 @@
 """What fresh processes load. Who may import whom is checked by import-linter: `make lint`."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def test_asking_for_help_loads_nothing_heavy():
     """Nor does a wrong setting: torch takes seconds to load."""
     assert not modules_after("import g2rpo_ray.commands.train") & {*HEAVY, "torch", "matplotlib"}
     assert "torch" not in modules_after("import g2rpo_ray.actors.pool.dispatch")  # as the cheapest actors
+
+
+PRODUCT = [file for part in ("g2rpo_ray", "actors", "learner") for file in sorted((TESTS.parent / part).rglob("*.py"))]
+
+
+def test_no_function_is_longer_than_a_screen():
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{file.relative_to(TESTS.parent)}: {node.name}")
+        for file in PRODUCT
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert len(functions) > 1000
+    assert [name for lines, name in functions if lines > 60] == []
 
 
 @pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
