@@ -85,9 +85,8 @@ class LocalRun:
         Raises:
             ValueError: one line; prompts, model or rewards cannot be loaded, or the settings need several processes.
         """
-        config = with_settings(
-            config, {"rewards": rewards, "data.train_prompts": prompts, "data.heldout_prompts": heldout}
-        )
+        given = {"rewards": rewards, "data.train_prompts": prompts, "data.heldout_prompts": heldout}
+        config = with_settings(config, given)
         if config.learner.ranks > 1:
             raise ValueError(f"learner.ranks: {config.learner.ranks} given; a run in one process has 1 rank")
         from g2rpo_ray.learner.rendezvous import alone

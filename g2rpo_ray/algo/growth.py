@@ -60,8 +60,7 @@ def grow(
         given: the start: nodes of the part, or, with `v`, nodes outside whose children are in it.
         x, v: [len(given), ...] their latents, and their velocities if known.
         sigmas: the grid, [T + 1], on the CPU.
-        kernel, eta: of stochastic edges: see `transition`.
-        noise: of stochastic edges.
+        kernel, eta, noise: of stochastic edges: see `transition`.
         micro_batch: maximum nodes per call of `velocity`, of any sigma.
         keep: nodes of the part whose latents and velocities are returned.
         ended: called when images are final, while others continue; row r is the r-th image of the part.
