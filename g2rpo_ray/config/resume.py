@@ -64,11 +64,10 @@ def settings(
 def placement(config: Config) -> dict[str, str | int]:
     """Device and threads of each kind of actor, by dotted key: of the resources, all that can change a bit.
 
-    Threads are 1 on a GPU, where they change none.
+    Threads are 1 on a GPU, where they change none. A pool for completions is not here: it may come, go, and move
+    between unlike devices, since only scores depend on it.
     """
     sections: dict[str, ActorSection] = {"rollout": config.rollout, "learner": config.learner, **config.rewards_by_key}
-    if config.rollout.completions.apart:
-        sections["rollout.completions"] = config.rollout.completions
     devices = {f"{key}.device": section.device for key, section in sections.items()}
     threads = {f"{key}.threads": 1 if one.device == "cuda" else one.threads for key, one in sections.items()}
     return {**devices, **threads, "data.encoder_device": config.data.encoder_device}
