@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +14,6 @@ from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.hours import describe_calibrated, describe_hours
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rehearsal.times import Times
-
-if TYPE_CHECKING:
-    from g2rpo_ray.rewards.pictures import Picture
 
 
 def check(
@@ -40,10 +36,12 @@ def check(
         ValueError: one line; the run cannot work.
     """
     from g2rpo_ray.actors.cluster import named_address
+    from g2rpo_ray.rewards.pictures import noise
     from g2rpo_ray.rewards.trial import trial
 
     private, unchecked = named_address(address)[1] is None, list(unchecked)
-    with trial(_local_rewards(config, unchecked), _noise(config, prompts), config.startup_timeout_s) as tried:
+    pictures = noise(config.model, prompts, 2)
+    with trial(_local_rewards(config, unchecked), pictures, config.startup_timeout_s) as tried:
         if shaped := with_shapes(config):
             check_network(shaped)
         print(describe_plan(config))
@@ -68,16 +66,6 @@ def check(
         print(f"not checked:   {line}")
     if not fleet and not times:
         _check_place(config, address, private)
-
-
-def _noise(config: Config, prompts: Prompts) -> "list[Picture]":
-    """Two images, or videos, of noise for the first training prompt."""
-    from g2rpo_ray.rewards.pictures import Picture
-
-    model, prompt = config.model, prompts.train[0]
-    shape = (2, *([model.frames] if model.frames > 1 else []), model.height, model.width, 3)
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    return [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
 
 
 def _check_place(config: Config, address: str | None, private: bool) -> None:

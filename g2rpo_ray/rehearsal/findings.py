@@ -4,9 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
-
-from g2rpo_ray.config import Config, ModelConfig
+from g2rpo_ray.config import Config
 from g2rpo_ray.data import Prompts
 from g2rpo_ray.hub import unchecked_files
 from g2rpo_ray.messages import one_line
@@ -24,7 +22,7 @@ from g2rpo_ray.preflight import (
 from g2rpo_ray.rehearsal.devices import Fleet
 from g2rpo_ray.rehearsal.published import with_shapes
 from g2rpo_ray.rewards import serving
-from g2rpo_ray.rewards.pictures import Picture
+from g2rpo_ray.rewards.pictures import noise
 from g2rpo_ray.rewards.trial import trial
 
 T = TypeVar("T")
@@ -99,20 +97,13 @@ def servers_memory(config: Config, found: Findings) -> dict[str, dict[str, int]]
         name = key.partition(".")[2]
         if reward.device != "cuda" or first[name] != name or key in found.untried or found.prompts is None:
             continue
-        pictures = _noise(config.model, found.prompts, reward.batch_size)
+        pictures = noise(config.model, found.prompts, reward.batch_size)
         try:
             with trial({key: reward}, pictures, config.startup_timeout_s, sized=True) as tried:
                 sizes[f"server of {key}"] = tried()[key]
         except ValueError as error:  # such as a user's own that reads its tensors: no problem of the run
             found.unchecked.append(f"memory of {one_line(error)}")
     return sizes
-
-
-def _noise(model: ModelConfig, prompts: Prompts, number: int) -> list[Picture]:
-    """Images or videos of noise, of the model's size, for the first training prompt."""
-    prompt, frames = prompts.train[0], [model.frames] if model.frames > 1 else []
-    noise = np.random.default_rng(0).integers(0, 256, (number, *frames, model.height, model.width, 3), np.uint8)
-    return [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in noise]
 
 
 def _look_at_reward(config: Config, key: str, found: Findings) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from g2rpo_ray.data import read_records
+from g2rpo_ray.config import ModelConfig
+from g2rpo_ray.data import Prompts, read_records
 from g2rpo_ray.messages import one_line
 from g2rpo_ray.worlds.quickstart.shapes import COLOURS, SHAPES, caption, render
 
@@ -26,6 +27,13 @@ class Picture:
     prompt: str
     image: NDArray[np.uint8]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def noise(model: ModelConfig, prompts: Prompts, number: int) -> list[Picture]:
+    """Images or videos of noise, of the model's size, for the first training prompt."""
+    prompt, frames = prompts.train[0], [model.frames] if model.frames > 1 else []
+    drawn = np.random.default_rng(0).integers(0, 256, (number, *frames, model.height, model.width, 3), np.uint8)
+    return [Picture("noise", prompt, image, prompts.metadata.get(prompt, {})) for image in drawn]
 
 
 def references(height: int, width: int) -> list[Picture]:
